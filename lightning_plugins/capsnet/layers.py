@@ -1,0 +1,295 @@
+"""Capsule layers as plain modules, usable in any torch network.
+
+Shapes: B images, C channels, H and W image size, T capsule types, N input capsules of D dimensions,
+J output capsules (classes) of K dimensions.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_plugins.capsnet.routing import (
+    GradientKind,
+    RoutingKind,
+    RoutingTrace,
+    kmeans_objective,
+    route,
+    routing_trace,
+    squash,
+)
+
+
+class PrimaryCapsules(nn.Module):
+    r"""A convolution whose output channels are grouped into capsules, squashed.
+
+    A capsule's dimensions come from *one* place of the feature map: capsule ``(t, y, x)`` holds channels
+    ``t * dim`` to ``t * dim + dim - 1`` at ``(y, x)``, and has index ``(t * H' + y) * W' + x`` in the output.
+
+    Args:
+        in_channels: channels of the feature map.
+        num_types: capsule types T (32 in Sabour et al. 2017).
+        dim: dimensions D of a capsule (8 in Sabour et al. 2017).
+        kernel_size: of the convolution (9 in Sabour et al. 2017).
+        stride: of the convolution (2 in Sabour et al. 2017).
+        padding: zero padding of the convolution.
+        squash_scale: ``c`` of :func:`squash`.
+        divide_by_types: divide the convolution by T before bias and squash, as the authors' released code does
+            (there the primary layer is a routing over T outputs with uniform couplings).
+
+    Example:
+        >>> primary = PrimaryCapsules(256, num_types=32, dim=8)
+        >>> primary(torch.zeros(2, 256, 20, 20)).shape  # 32 types on a 6 x 6 grid
+        torch.Size([2, 1152, 8])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_types: int = 32,
+        dim: int = 8,
+        kernel_size: int = 9,
+        stride: int = 2,
+        padding: int = 0,
+        squash_scale: float = 1.0,
+        divide_by_types: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_types, self.dim = num_types, dim
+        self.squash_scale = squash_scale
+        self.divisor = num_types if divide_by_types else 1
+        self.conv = nn.Conv2d(in_channels, num_types * dim, kernel_size, stride, padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Turn a feature map ``(B, C, H, W)`` into capsules ``(B, T * H' * W', D)`` of length below one."""
+        if self.divisor == 1:
+            x = self.conv(x)
+        else:  # the bias is added after the division
+            x = F.conv2d(x, self.conv.weight / self.divisor, self.conv.bias, self.conv.stride, self.conv.padding)
+        return squash(group_channels(x, self.num_types), self.squash_scale)
+
+
+def group_channels(x: Tensor, num_types: int) -> Tensor:
+    """Read a feature map ``(B, T * D, H, W)`` as capsules ``(B, T * H * W, D)``, each from one place.
+
+    Example:
+        >>> x = torch.arange(8.0).view(1, 4, 1, 2)  # 2 types of 2 dimensions on a 1 x 2 grid
+        >>> group_channels(x, num_types=2)
+        tensor([[[0., 2.],
+                 [1., 3.],
+                 [4., 6.],
+                 [5., 7.]]])
+    """
+    B, C, H, W = x.shape
+    if C % num_types:
+        raise ValueError(f"group_channels cannot split {C} channels into num_types={num_types} equal capsules.")
+    return x.view(B, num_types, C // num_types, H, W).permute(0, 1, 3, 4, 2).reshape(B, -1, C // num_types)
+
+
+class RoutingCapsules(nn.Module):
+    r"""Output capsules by routing: soft clustering of the votes :math:`\hat u_{j|i} = W_{ij} u_i`.
+
+    The votes are streamed, never tiled and never stored at full size. See
+    :func:`~lightning_plugins.capsnet.routing.route` for the kinds of routing and their formulas.
+
+    Args:
+        in_dim: dimensions D of an input capsule.
+        num_capsules: output capsules J, one per class.
+        dim: dimensions K of an output capsule (16 in Sabour et al. 2017).
+        num_inputs: number N of input capsules for a transform ``W[i, j]`` per pair (Sabour et al. 2017), or ``None``
+            for transforms ``W[j]`` shared by any number of inputs (kexue.fm/archives/4819, 5112).
+        routing: ``dynamic`` (Sabour et al. 2017), ``kmeans`` (kexue.fm/archives/5112), ``kmeans_squash``
+            (kexue.fm/archives/4819) or ``uniform``.
+        iterations: coupling computations, the uniform first one included (3 in Sabour et al. 2017).
+        gradient: ``full`` through all iterations, or ``last`` with the last iteration's couplings held constant.
+        squash_scale: ``c`` of :func:`squash`.
+        bias: add a learned bias to each output before the squash, as the authors' released code does.
+        leaky: let an input vote for none of the outputs (orphan category; CIFAR-10 in Sabour et al. 2017).
+
+    ``W`` starts normal with standard deviation :math:`J / \sqrt{N K}` (shared: :math:`1 / \sqrt D`), which makes the
+    uniform sum of unit votes have about unit length, so that the first poses lie between the two margins.
+
+    Example:
+        >>> capsules = RoutingCapsules(in_dim=8, num_capsules=10, dim=16, routing="kmeans")
+        >>> capsules(torch.randn(2, 50, 8)).shape
+        torch.Size([2, 10, 16])
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        num_capsules: int,
+        dim: int = 16,
+        num_inputs: int | None = None,
+        routing: RoutingKind = "dynamic",
+        iterations: int = 3,
+        gradient: GradientKind = "full",
+        squash_scale: float = 1.0,
+        bias: bool = False,
+        leaky: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_inputs = num_inputs
+        self.routing, self.iterations, self.gradient = routing, iterations, gradient
+        self.squash_scale, self.leaky = squash_scale, leaky
+        shape = (in_dim, num_capsules, dim) if num_inputs is None else (num_inputs, in_dim, num_capsules, dim)
+        std = in_dim**-0.5 if num_inputs is None else num_capsules / math.sqrt(num_inputs * dim)
+        self.weight = nn.Parameter(torch.randn(shape) * std)
+        self.bias = nn.Parameter(torch.zeros(num_capsules, dim)) if bias else None
+
+    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Route ``(B, N, D)`` capsules to ``(B, J, K)`` poses; ``mask`` ``(B, N)`` is True where one is present."""
+        return route(
+            u,
+            self.weight,
+            self.routing,
+            self.iterations,
+            gradient=self.gradient,
+            squash_scale=self.squash_scale,
+            leaky=self.leaky,
+            bias=self.bias,
+            mask=mask,
+        )
+
+    def trace(self, u: Tensor, mask: Tensor | None = None) -> RoutingTrace:
+        """Every iteration's couplings ``(R, B, N, J)``, poses, objective and entropy; stores the votes."""
+        return routing_trace(
+            u,
+            self.weight,
+            self.routing,
+            self.iterations,
+            squash_scale=self.squash_scale,
+            leaky=self.leaky,
+            bias=self.bias,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        """Name the shapes and the routing in ``print(module)``."""
+        *inputs, D, J, K = self.weight.shape
+        return f"{inputs[0] if inputs else 'any'} x {D} -> {J} x {K}, {self.routing}, iterations={self.iterations}"
+
+
+class SelfAttentionRouting(nn.Module):
+    r"""Output capsules by one pass of self-attention between the votes (Efficient-CapsNet).
+
+    .. math:: s_j = \sum_i \hat u_{ij} (c_{ij} + \beta_{ij}), \quad
+              c_{ij} = \mathrm{softmax}_j\Big(\tfrac{1}{\sqrt K} \sum_k \langle \hat u_{ij}, \hat u_{kj} \rangle\Big)
+
+    Args:
+        in_dim: dimensions D of an input capsule (8 in the paper).
+        num_capsules: output capsules J.
+        dim: dimensions K of an output capsule (16 in the paper).
+        num_inputs: number N of input capsules (16 in the paper).
+
+    Source: Mazzia, Salvetti, Chiaberge 2021, doi:10.1038/s41598-021-93977-0, eqs. 4 to 7.
+    """
+
+    def __init__(self, in_dim: int, num_capsules: int, dim: int = 16, num_inputs: int = 16) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_inputs, in_dim, num_capsules, dim))
+        nn.init.normal_(self.weight, std=math.sqrt(2 / in_dim))  # He, as the convolutions
+        self.prior = nn.Parameter(torch.zeros(num_inputs, num_capsules))
+
+    def _couple(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        votes = torch.einsum("bnd,ndjk->bnjk", u, self.weight)
+        agreement = torch.einsum("bnjk,bjk->bnj", votes, votes.sum(1)) / math.sqrt(votes.shape[-1])
+        return votes, agreement.softmax(dim=2)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """Route capsules ``(B, N, D)`` to poses ``(B, J, K)``."""
+        with torch.autocast(u.device.type, enabled=False):
+            votes, couplings = self._couple(u.to(self.weight.dtype))
+            return exponential_squash(torch.einsum("bnjk,bnj->bjk", votes, couplings + self.prior))
+
+    @torch.no_grad()
+    def trace(self, u: Tensor) -> RoutingTrace:
+        """The couplings of the single pass, as one iteration; see :class:`RoutingTrace`."""
+        poses = self(u)
+        with torch.autocast(u.device.type, enabled=False):
+            votes, couplings = self._couple(u.to(self.weight.dtype))
+            entropy = torch.special.entr(couplings).sum(-1).mean(-1) / math.log(poses.shape[1])
+        return RoutingTrace(couplings[None], poses[None], kmeans_objective(votes, poses)[None], entropy[None])
+
+
+def exponential_squash(s: Tensor) -> Tensor:
+    r"""Efficient-CapsNet's squash, steeper near zero: :math:`(1 - e^{-\|s\|}) \, s / \|s\|`; shape kept.
+
+    The zero vector stays zero with a finite gradient.
+    """
+    norm = torch.linalg.vector_norm(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1, keepdim=True)
+    gain = torch.where(norm > 0, -torch.expm1(-norm) / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
+    return (s * gain).to(s.dtype)
+
+
+class CapsuleDecoder(nn.Module):
+    """Rebuild an image from the pose of one chosen capsule; all others are masked to zero.
+
+    Args:
+        num_capsules: capsules J.
+        dim: dimensions K of a capsule.
+        image_shape: ``(C, H, W)`` to rebuild.
+        hidden: widths of the two ReLU layers (512 and 1024 in Sabour et al. 2017, figure 2).
+
+    Example:
+        >>> decoder = CapsuleDecoder(10, 16, (1, 28, 28))
+        >>> decoder(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
+        torch.Size([2, 1, 28, 28])
+        >>> decoder(torch.randn(2, 10, 16), torch.tensor([[3, 7], [1, 2]])).shape  # one image per label
+        torch.Size([2, 2, 1, 28, 28])
+    """
+
+    def __init__(
+        self, num_capsules: int, dim: int, image_shape: Sequence[int], hidden: Sequence[int] = (512, 1024)
+    ) -> None:
+        super().__init__()
+        self.num_capsules, self.image_shape = num_capsules, tuple(image_shape)
+        widths = [num_capsules * dim, *hidden]
+        hidden_layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
+        self.layers = nn.Sequential(*hidden_layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Sigmoid())
+
+    def forward(self, poses: Tensor, labels: Tensor) -> Tensor:
+        """Rebuild from ``(B, J, K)``: labels ``(B,)`` give ``(B, C, H, W)``, labels ``(B, L)`` ``(B, L, C, H, W)``."""
+        chosen = F.one_hot(labels, self.num_capsules).to(poses.dtype).unsqueeze(-1)  # (B, [L,] J, 1)
+        if labels.ndim == 2:
+            poses = poses.unsqueeze(1)
+        return self.layers((poses * chosen).flatten(-2)).unflatten(-1, self.image_shape)
+
+
+def margin_loss(
+    lengths: Tensor, targets: Tensor, m_plus: float = 0.9, m_minus: float = 0.1, downweight: float = 0.5
+) -> Tensor:
+    r"""Margin loss on capsule lengths, summed over classes, averaged over the batch.
+
+    .. math:: L = \sum_j T_j \max(0, m^+ - \|v_j\|)^2 + \lambda (1 - T_j) \max(0, \|v_j\| - m^-)^2
+
+    Args:
+        lengths: ``(B, J)`` in [0, 1).
+        targets: ``(B,)`` class indices or ``(B, L)`` indices of several present classes.
+        m_plus: length a present class should reach (0.9).
+        m_minus: length an absent class may have (0.1).
+        downweight: :math:`\lambda`, weight of the absent classes (0.5; 0.25 in kexue.fm/archives/4819).
+
+    Returns:
+        ``()`` loss in float32 or wider.
+
+    Source: Sabour, Frosst, Hinton 2017 (arXiv 1710.09829), eq. 4.
+
+    Example:
+        >>> margin_loss(torch.tensor([[0.9, 0.3]]), torch.tensor([0]))  # 0.5 * (0.3 - 0.1) ** 2
+        tensor(0.0200)
+    """
+    lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
+    present = multi_hot(targets, lengths.shape[-1]).to(lengths.dtype)
+    hit = (m_plus - lengths).clamp_min(0).square()
+    miss = (lengths - m_minus).clamp_min(0).square()
+    return (present * hit + downweight * (1 - present) * miss).sum(-1).mean()
+
+
+def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
+    """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``."""
+    rows = labels.view(len(labels), -1)
+    return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)

@@ -1,0 +1,375 @@
+"""CapsNet as a LightningModule. Shapes: B images, L labels per image, J classes, K pose dimensions."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
+
+from lightning_plugins.capsnet import plots
+from lightning_plugins.capsnet.layers import (
+    CapsuleDecoder,
+    RoutingCapsules,
+    SelfAttentionRouting,
+    margin_loss,
+    multi_hot,
+)
+from lightning_plugins.capsnet.networks import (
+    EfficientFeatures,
+    PresetName,
+    SabourFeatures,
+    SuFeatures,
+    initialize_as_official,
+    resolve_preset,
+)
+from lightning_plugins.capsnet.routing import RoutingKind, RoutingTrace
+from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.core.optimizers import exponential_decay
+
+
+class CapsNet(LightningModule):
+    r"""Capsule network: convolution, primary capsules, routed class capsules, reconstruction by a decoder.
+
+    .. math:: L = w_m \sum_j T_j \max(0, m^+ - \|v_j\|)^2 + \lambda (1 - T_j) \max(0, \|v_j\| - m^-)^2
+              + w_r \|x - \hat x\|^2
+
+    Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) or (B, L) int64}``; with several labels per
+    image also ``"parts": (B, L, C, H, W)``, the clean image of each label. A class is present when its capsule is long;
+    the decoder sees the true classes' capsules in training and the predicted ones otherwise.
+
+    Args:
+        preset: the network and its constants; every ``None`` below is the preset's value. ``sabour2017_paper``,
+            ``sabour2017_official`` (the authors' released code: loss scale, initialisation, biases and decay of its
+            own), ``su2018`` (kexue.fm/archives/5112) or ``efficient`` (Efficient-CapsNet, Mazzia et al. 2021).
+        image_shape: ``(C, H, W)`` of the images.
+        num_classes: classes J.
+        num_labels: different classes shown in one image, L; 2 for MultiMNIST. Accuracy is then of the exact set.
+        routing: ``dynamic``, ``kmeans``, ``kmeans_squash`` or ``uniform``; ``self_attention`` in ``efficient`` only.
+        iterations: coupling computations, the uniform first one included (3 in Sabour et al. 2017).
+        gradient: through all routing iterations (``full``) or the last weighted sum only (``last``).
+        share_weights: one vote transform for all input capsules in place of one for each pair.
+        squash_scale: ``c`` in :math:`\|s\|^2 / (c + \|s\|^2)`; 1 in the paper, 0.5 in kexue.fm/archives/5112.
+        leaky: let an input capsule vote for no class (CIFAR-10 in Sabour et al. 2017).
+        channels: width of the first convolution.
+        kernel_size: of the first and the primary convolution.
+        num_types: primary capsule types T.
+        primary_dim: dimensions of a primary capsule.
+        capsule_dim: dimensions K of a class capsule.
+        decoder_hidden: widths of the decoder's hidden layers.
+        downweight: :math:`\lambda`, weight of the absent classes in the margin loss.
+        margin_weight: :math:`w_m`; 1 in the paper, 0.05 in the released code.
+        reconstruction_weight: :math:`w_r` on the summed squared error of an image; 0 builds no decoder.
+        lr: Adam's rate.
+        lr_decay: factor on the rate every ``lr_decay_steps`` steps, applied smoothly; 1 for none.
+        lr_decay_steps: optimiser steps per factor.
+        lr_min: lowest rate.
+        pictures_every_n_epochs: log pictures after every so many validation epochs; 0 for none.
+        features: a network of your own from images to capsules ``(B, N, D)``, in place of the preset's.
+        optimizer: replaces Adam (``lr`` and the decay are then ignored).
+        scheduler: replaces the exponential decay, stepped once per epoch.
+
+    Raises:
+        ValueError: an argument is out of range, contradicts the preset, or leaves no capsule for the image size.
+
+    Example:
+        >>> model = CapsNet()
+        >>> sum(p.numel() for p in model.parameters())
+        8215568
+        >>> model(torch.zeros(2, 1, 28, 28)).shape
+        torch.Size([2, 10, 16])
+
+    Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
+    """
+
+    def __init__(
+        self,
+        preset: PresetName = "sabour2017_paper",
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+        num_labels: int = 1,
+        routing: RoutingKind | Literal["self_attention"] | None = None,
+        iterations: int | None = None,
+        gradient: Literal["full", "last"] = "full",
+        share_weights: bool | None = None,
+        squash_scale: float | None = None,
+        leaky: bool | None = None,
+        channels: int | None = None,
+        kernel_size: int | None = None,
+        num_types: int | None = None,
+        primary_dim: int | None = None,
+        capsule_dim: int | None = None,
+        decoder_hidden: Sequence[int] = (512, 1024),
+        downweight: float | None = None,
+        margin_weight: float | None = None,
+        reconstruction_weight: float | None = None,
+        lr: float | None = None,
+        lr_decay: float | None = None,
+        lr_decay_steps: int | None = None,
+        lr_min: float | None = None,
+        pictures_every_n_epochs: int = 1,
+        features: nn.Module | None = None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        self.preset = resolve_preset(
+            preset,
+            routing=routing,
+            iterations=iterations,
+            squash_scale=squash_scale,
+            share_weights=share_weights,
+            leaky=leaky,
+            channels=channels,
+            kernel_size=kernel_size,
+            num_types=num_types,
+            primary_dim=primary_dim,
+            capsule_dim=capsule_dim,
+            downweight=downweight,
+            margin_weight=margin_weight,
+            reconstruction_weight=reconstruction_weight,
+            lr=lr,
+            lr_decay=lr_decay,
+            lr_decay_steps=lr_decay_steps,
+            lr_min=lr_min,
+        )
+        if not 1 <= num_labels < num_classes:
+            raise ValueError(f"num_labels={num_labels} must lie between 1 and num_classes - 1 = {num_classes - 1}.")
+        self.image_shape, self.num_classes, self.num_labels = tuple(image_shape), num_classes, num_labels
+        self.gradient, self.decoder_hidden = gradient, tuple(decoder_hidden)
+        self.pictures_every_n_epochs = pictures_every_n_epochs
+        self._optimizer, self._scheduler = optimizer, scheduler
+
+        # channels_last convolutions are faster on CPUs and tensor cores; values and checkpoints are the same
+        self.features = (features or self.build_features()).to(memory_format=torch.channels_last)
+        self.capsules = self.build_capsules(*self._capsule_shape())
+        self.decoder = self.build_decoder() if self.preset.reconstruction_weight > 0 else None
+        if self.preset.official_init:
+            initialize_as_official([self.features, self.capsules, self.decoder])
+        self._build_metrics()
+        self._shown: dict[str, Tensor] | None = None  # the images whose pictures are drawn
+
+    # Networks: override any of these three in a subclass.
+
+    def build_features(self) -> nn.Module:
+        """The network from images to input capsules ``(B, N, D)``; give it ``grid = (T, H', W')`` for coupling maps."""
+        kinds = {"sabour": SabourFeatures, "su": SuFeatures, "efficient": EfficientFeatures}
+        return kinds[self.preset.network](self.image_shape, self.preset)
+
+    def build_capsules(self, num_inputs: int, in_dim: int) -> nn.Module:
+        """The layer from input capsules to class capsules ``(B, J, K)``."""
+        p = self.preset
+        if p.routing == "self_attention":
+            return SelfAttentionRouting(in_dim, self.num_classes, p.capsule_dim, num_inputs)
+        return RoutingCapsules(
+            in_dim,
+            self.num_classes,
+            p.capsule_dim,
+            None if p.share_weights else num_inputs,
+            p.routing,
+            p.iterations,
+            self.gradient,
+            p.squash_scale,
+            bias=p.official_init,
+            leaky=p.leaky,
+        )
+
+    def build_decoder(self) -> nn.Module:
+        """The network from poses ``(B, J, K)`` and labels to images; built only when reconstruction is trained."""
+        return CapsuleDecoder(self.num_classes, self.preset.capsule_dim, self.image_shape, self.decoder_hidden)
+
+    @torch.no_grad()
+    def _capsule_shape(self) -> tuple[int, int]:
+        """Number and dimensions of the input capsules, from one blank image."""
+        training = self.features.training
+        u = self.features.eval()(torch.zeros(1, *self.image_shape))
+        self.features.train(training)
+        if u.ndim != 3:
+            raise ValueError(f"features must give capsules of shape (B, N, D), got {tuple(u.shape)} for one image.")
+        return u.shape[1], u.shape[2]
+
+    def _build_metrics(self) -> None:
+        if self.num_labels == 1:
+            metric = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro")}
+        else:
+            metric = {"accuracy": MultilabelExactMatch(self.num_classes)}
+        self.metrics = nn.ModuleDict(
+            {f"{stage}_metrics": MetricCollection(metric, prefix=f"{stage}/").clone() for stage in _STAGES}
+        )
+
+    # What the network computes.
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Poses ``(B, J, K)`` of the class capsules; a pose's length is its class's score in [0, 1)."""
+        self._check_image(image)
+        return self.capsules(self.features(image.contiguous(memory_format=torch.channels_last)))
+
+    def predict_labels(self, poses: Tensor) -> Tensor:
+        """The longest capsule's class ``(B,)``, or the L longest ones' in ascending order ``(B, L)``."""
+        lengths = poses.norm(dim=-1)
+        if self.num_labels == 1:
+            return lengths.argmax(-1)
+        return lengths.topk(self.num_labels).indices.sort(-1).values
+
+    def reconstruct(self, image: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Rebuild images from the capsules of ``labels``, or of the predicted classes.
+
+        Args:
+            image: ``(B, C, H, W)``.
+            labels: ``(B,)`` or ``(B, L)`` classes whose capsules to decode.
+
+        Returns:
+            ``(B, C, H, W)``, or ``(B, L, C, H, W)`` with one image per label.
+        """
+        poses = self(image)
+        return self._need_decoder()(poses, self.predict_labels(poses) if labels is None else labels)
+
+    def perturb(self, image: Tensor, values: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
+        """Rebuild images with a value added to one pose dimension at a time (figure 4 of Sabour et al. 2017).
+
+        Args:
+            image: ``(B, C, H, W)``.
+            values: ``(V,)`` what is added; -0.25 to 0.25 in steps of 0.05 by default.
+            labels: ``(B,)`` capsule to perturb; the longest one by default.
+
+        Returns:
+            ``(B, K, V, C, H, W)``.
+        """
+        decoder, poses = self._need_decoder(), self(image)
+        values = plots.perturbation_values() if values is None else values
+        B, J, K = poses.shape
+        labels = poses.norm(dim=-1).argmax(-1) if labels is None else labels
+        deltas = torch.eye(K, device=poses.device)[:, None] * values.to(poses)[:, None]  # (K, V, K)
+        moved = poses[:, None, None] + deltas[None, :, :, None]  # (B, K, V, J, K); the decoder masks the others
+        rows = labels.repeat_interleave(K * len(values))
+        return decoder(moved.reshape(-1, J, K), rows).unflatten(0, (B, K, len(values)))
+
+    def routing_trace(self, image: Tensor) -> RoutingTrace:
+        """Every routing iteration's couplings ``(R, B, N, J)``, poses, k-means objective and coupling entropy."""
+        self._check_image(image)
+        return self.capsules.trace(self.features(image))
+
+    def _need_decoder(self) -> nn.Module:
+        if self.decoder is None:
+            raise ValueError("This CapsNet has no decoder (reconstruction_weight=0); train one with a positive weight.")
+        return self.decoder
+
+    def _check_image(self, image: Tensor) -> None:
+        if tuple(image.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"CapsNet was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}."
+            )
+
+    # Training.
+
+    def loss(self, batch: Mapping[str, Tensor], poses: Tensor | None = None) -> dict[str, Tensor]:
+        """The named terms whose sum is trained: ``margin`` and, with a decoder, ``reconstruction``.
+
+        Args:
+            batch: see the class.
+            poses: ``self(batch["image"])`` where it has been computed already.
+        """
+        poses = self(batch["image"]) if poses is None else poses
+        terms = {"margin": self.preset.margin_weight * self._margin_loss(poses, batch["label"])}
+        if self.decoder is not None:
+            labels = batch["label"] if self.training else self.predict_labels(poses)
+            terms["reconstruction"] = self.preset.reconstruction_weight * self._reconstruction_sse(poses, labels, batch)
+        return terms
+
+    def _margin_loss(self, poses: Tensor, labels: Tensor) -> Tensor:
+        if labels.numel() != len(poses) * self.num_labels:
+            raise ValueError(
+                f"num_labels={self.num_labels} but the batch has labels of shape {tuple(labels.shape)} for "
+                f"{len(poses)} images; set num_labels to the labels per image."
+            )
+        return margin_loss(poses.float().norm(dim=-1), labels, downweight=self.preset.downweight)
+
+    def _reconstruction_sse(self, poses: Tensor, labels: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """Squared error summed over an image (and over its parts), averaged over the batch."""
+        target = batch["image"] if self.num_labels == 1 else batch["parts"]
+        return (self.decoder(poses, labels).float() - target.float()).square().sum() / len(poses)
+
+    def _step(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:
+        poses = self(batch["image"])
+        terms = self.loss(batch, poses)
+        loss = torch.stack([*terms.values()]).sum()
+        size, on_epoch = len(poses), stage != "train"
+        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=on_epoch)
+        if len(terms) > 1:
+            named = {f"{stage}/{name}": term for name, term in terms.items()}
+            self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=on_epoch)
+        metrics = self.metrics[f"{stage}_metrics"]
+        metrics.update(*self._scores(poses.detach(), batch["label"]))
+        self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)
+        return loss, poses
+
+    def _scores(self, poses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        predicted = self.predict_labels(poses)
+        if self.num_labels == 1:
+            return predicted, labels
+        return multi_hot(predicted, self.num_classes), multi_hot(labels, self.num_classes)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Sum the terms of :meth:`loss` and log them."""
+        return self._step(batch, "train")[0]
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracy; keep the first images for the pictures."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Log the loss and the accuracy; keep the first images for the pictures."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+        self._step(batch, stage)
+        if batch_idx == 0:
+            self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``prediction`` (see :meth:`predict_labels`), ``lengths`` ``(B, J)``, ``poses`` and ``reconstruction``."""
+        poses = self(batch["image"])
+        prediction = self.predict_labels(poses)
+        output = {"prediction": prediction, "lengths": poses.norm(dim=-1), "poses": poses}
+        if self.decoder is not None:
+            output["reconstruction"] = self.decoder(poses, prediction)
+        return output
+
+    def configure_optimizers(self) -> Any:
+        """Adam with the preset's smooth exponential decay, unless ``optimizer`` or ``scheduler`` is given."""
+        p = self.preset
+        optimizer = self._optimizer(self.parameters()) if self._optimizer else torch.optim.Adam(self.parameters(), p.lr)
+        if self._scheduler:
+            return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+        if self._optimizer or p.lr_decay == 1:
+            return optimizer
+        decay = exponential_decay(optimizer, p.lr_decay, p.lr_decay_steps, p.lr_min)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+    # Pictures.
+
+    def on_validation_epoch_end(self) -> None:
+        """Draw the pictures on their cadence."""
+        every = self.pictures_every_n_epochs
+        if every and (self.current_epoch + 1) % every == 0 and not self.trainer.sanity_checking:
+            self._log_pictures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Draw the pictures of the test images."""
+        if self.pictures_every_n_epochs:
+            self._log_pictures("test")
+
+    @torch.no_grad()
+    def _log_pictures(self, stage: str) -> None:
+        # Every rank computes, because a sharded forward is collective; rank zero writes.
+        for name, figure in plots.capsnet_figures(self, self._shown).items():
+            log_image(self.trainer, f"{stage}/{name}", figure_to_image(figure), self.global_step)
+
+
+_STAGES = ("train", "val", "test")
+_NUM_SHOWN = 10
