@@ -1,0 +1,232 @@
+"""Keys: one integer names a sample of an epoch, and everything random about it.
+
+A loader draws integer keys, ``key = epoch * N + i`` with ``N`` samples and ``i`` the sample. All randomness of a sample
+(its shift, its partner) is a hash of (seed, key), so it depends neither on workers, nor on how keys are arranged in
+batches, nor on the number of processes, nor on torch's global random state; and a run that stops after any batch
+resumes at the next one by naming an epoch and a batch.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's step
+_MASK = (1 << 64) - 1
+
+
+def _signed(x: int) -> int:
+    """The int64 that has the same 64 bits as the unsigned ``x``."""
+    x &= _MASK
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's >> copies the sign bit in; splitmix64 wants zeros
+
+
+def hash_keys(keys: Tensor, seed: int, stream: int = 0) -> Tensor:
+    r"""Hash integers to 63 uniform bits: output number ``key`` of the splitmix64 generator of (seed, stream).
+
+    A counter-based generator: any output is reached without those before it, and int64 arithmetic wraps modulo
+    :math:`2^{64}` as the algorithm wants.
+
+    Args:
+        keys: ``(...)`` int64.
+        seed: any integer.
+        stream: one number for each independent use (shift, partner, ...).
+
+    Returns:
+        ``(...)`` int64 in :math:`[0, 2^{63})`.
+
+    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
+    """
+    start = _mix(_mix(torch.tensor(_signed(seed * _GOLDEN))) + _signed((stream + 1) * _GOLDEN))
+    return _shift_right(_mix(start + keys * _signed(_GOLDEN)), 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def random_integers(keys: Tensor, high: int | Tensor, seed: int, stream: int = 0) -> Tensor:
+    """Uniform integers in ``[0, high)``, one for each key.
+
+    Args:
+        keys: ``(...)`` int64.
+        high: exclusive bound, positive and below 2^31; a number, or one for each key.
+        seed: any integer.
+        stream: one number for each independent use.
+
+    Returns:
+        ``(...)`` int64.
+    """
+    return (_shift_right(hash_keys(keys, seed, stream), 31) * high) >> 32  # 32 bits times 31 bits fit in an int64
+
+
+class KeyBatches(Sampler[list[int]]):
+    """Batches of keys for one process of several.
+
+    Batch k of all processes together is batch k of one process with ``world_size`` times the batch size.
+
+    Args:
+        num_samples: N, samples in the data set.
+        batch_size: samples in a batch of one process.
+        train: ``True``: a new order and new keys in every epoch, and the last incomplete batch is dropped (it
+            holds other samples in every epoch, and shapes stay fixed). ``False``: keys 0..N-1 in order, every one exactly once
+            over all processes; the last batch is smaller, or larger by one sample where that saves a process from
+            running out of batches before the others.
+        seed: of the order.
+        world_size: number of processes that share an epoch.
+        rank: this process.
+
+    Raises:
+        ValueError: no full batch (training), or fewer samples than processes.
+    """
+
+    def __init__(
+        self, num_samples: int, batch_size: int, train: bool, seed: int = 0, world_size: int = 1, rank: int = 0
+    ) -> None:
+        least, what = (batch_size * world_size, "one training batch") if train else (world_size, "every process")
+        if num_samples < least:
+            raise ValueError(
+                f"{num_samples} images are too few for {what}: batch_size={batch_size} on {world_size} process(es) "
+                f"needs at least {least}. Use a smaller batch_size or fewer devices."
+            )
+        self.num_samples, self.batch_size, self.train, self.seed = num_samples, batch_size, train, seed
+        self.world_size, self.rank = world_size, rank
+        self.epoch = 0
+        self.start = 0  # batches to skip
+
+    @property
+    def sampler(self) -> "KeyBatches":
+        """Itself: Lightning calls ``loader.batch_sampler.sampler.set_epoch`` before each epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the keys of the next epoch; no effect on an evaluation loader."""
+        self.epoch = epoch if self.train else 0
+
+    def __len__(self) -> int:
+        share = self.num_samples // self.world_size
+        return share // self.batch_size if self.train else math.ceil(share / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        keys = torch.arange(self.num_samples)
+        if self.train:
+            order = torch.Generator().manual_seed(int(hash_keys(torch.tensor(self.epoch), self.seed, stream=-1)))
+            keys = torch.randperm(self.num_samples, generator=order) + self.epoch * self.num_samples
+        step = self.batch_size * self.world_size
+        for k in range(self.start, len(self)):
+            end = (k + 1) * step if self.train or k + 1 < len(self) else self.num_samples
+            yield keys[k * step + self.rank : end : self.world_size].tolist()
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+class KeyLoader:
+    """An iterable over finished batches that stops and resumes exactly, in Lightning or by hand.
+
+    ``state_dict`` counts the batches handed out, not those that workers have prepared; Lightning stores it in every
+    checkpoint and gives it back before a resumed epoch. It is not a torch ``DataLoader`` but holds one: Lightning
+    rebuilds a ``DataLoader`` in several modes, which would lose the state, and advises workers that in-memory data
+    does not need.
+
+    Args:
+        dataset: has ``__getitems__(keys) -> batch``.
+        batches: the keys of each batch.
+        num_workers: processes that prepare batches; 0: none.
+        pin_memory: copy batches to pinned memory, for a faster transfer to a GPU.
+    """
+
+    def __init__(self, dataset: Dataset, batches: KeyBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
+        self.dataset = dataset
+        self.batch_sampler = batches
+        self._resume: dict[str, int] | None = None
+        self._done = 0
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_as_is,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # else each epoch draws a number from torch's global random state
+        )
+
+    def __len__(self) -> int:
+        return len(self.batch_sampler)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator: nothing happens before the first next(). Lightning calls iter() first and set_epoch() second.
+        self.batch_sampler.start = self._done = self._first_batch()
+        self._resume = None
+        for batch in self._loader:
+            self._done += 1
+            yield batch
+
+    def _first_batch(self) -> int:
+        here = self._position()
+        if self._resume is None or self._resume["epoch"] != here["epoch"]:
+            return 0  # the checkpoint was the end of an epoch
+        for name, what in (
+            ("images", "the training set"),
+            ("global_batch", "batch_size × processes"),
+            ("seed", "seed"),
+        ):
+            if self._resume["batches"] and self._resume[name] != here[name]:
+                raise ValueError(
+                    f"Cannot resume in mid-epoch: {what} was {self._resume[name]} and is now {here[name]}. "
+                    f"Set it back, or resume from a checkpoint written at the end of an epoch."
+                )
+        return self._resume["batches"]
+
+    def _position(self) -> dict[str, int]:
+        b = self.batch_sampler
+        return {"epoch": b.epoch, "images": b.num_samples, "global_batch": b.batch_size * b.world_size, "seed": b.seed}
+
+    def state_dict(self) -> dict[str, int]:
+        """Epoch, batches handed out, and what must be equal for them to mean the same."""
+        return {**self._position(), "batches": self._done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue after the last batch of ``state`` if the next iteration is of the same epoch."""
+        self._resume = dict(state)
+
+    @property
+    def _iterator(self) -> Any:
+        return self._loader._iterator  # through this name Lightning stops the workers at the end of a run
+
+    @_iterator.setter
+    def _iterator(self, value: Any) -> None:
+        self._loader._iterator = value
+
+
+def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split ``range(num_samples)`` at random, the same way on every machine and for every version of torch.
+
+    Args:
+        num_samples: N.
+        size: of the second part; an integer counts samples, a float in [0, 1) is a fraction of N.
+        seed: of the choice.
+
+    Returns:
+        Sorted int64 indices of the first and of the second part.
+
+    Raises:
+        ValueError: the first part would be empty, or ``size`` is negative.
+    """
+    count = round(size * num_samples) if isinstance(size, float) else size
+    if not 0 <= count < num_samples:
+        raise ValueError(
+            f"val_size={size} must leave training images: give a count below {num_samples} or a fraction below 1."
+        )
+    order = hash_keys(torch.arange(num_samples), seed, stream=-2).argsort()
+    return order[count:].sort().values, order[:count].sort().values
