@@ -5,63 +5,33 @@ R iterations. ``u`` (B,N,D) are input capsules, ``W`` (N,D,J,K) or shared (D,J,K
 (B,N,J,K), couplings c (B,N,J), poses v (B,J,K).
 """
 
-from __future__ import annotations
-
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-RoutingKind = Literal["dynamic", "kmeans", "kmeans_squash", "uniform"]
-GradientKind = Literal["full", "last"]
+from lightning_plugins.capsnet.agreement import (
+    GradientKind,
+    RoutingKind,
+    check_shapes,
+    compute_dtype,
+    compute_votes,
+    next_centres,
+    squash,
+    unit,
+    vote_couplings,
+    vote_sums,
+)
+from lightning_plugins.capsnet.streaming import coupled_sums
 
-
-def squash(s: Tensor, scale: float = 1.0) -> Tensor:
-    r"""Shrink vectors to a length below one, keeping their direction.
-
-    .. math:: \mathrm{squash}(s) = \frac{\|s\|^2}{c + \|s\|^2} \, \frac{s}{\|s\|}
-
-    Args:
-        s: ``(..., D)`` capsule inputs; half precision is widened for the norm.
-        scale: ``c > 0``. 1 in Sabour et al. 2017 eq. 1; 0.5 in kexue.fm/archives/5112, where length 0.9 is reached at
-            ``|s| = 2.12`` in place of 3.
-
-    Returns:
-        ``(..., D)`` vectors with length in [0, 1), in the dtype of ``s``; the zero vector stays zero, its gradient too.
-
-    Source: Sabour, Frosst, Hinton 2017, eq. 1.
-
-    >>> squash(torch.tensor([3.0, 4.0])).norm()  # 25 / 26
-    tensor(0.9615)
-    """
-    wide = s.to(_compute_dtype(s))
-    # squash(s; c) = squash(s/q; c/q^2) for every q > 0: with q = max(1, |s|_inf) no square overflows
-    q = wide.detach().abs().amax(-1, keepdim=True).clamp_min(1)
-    t = wide / q
-    n = torch.linalg.vector_norm(t, dim=-1, keepdim=True)  # its gradient is 0 at 0
-    return (t * (n / (scale / q / q + n * n))).to(s.dtype)
-
-
-def compute_votes(u: Tensor, W: Tensor) -> Tensor:
-    """Let every input capsule predict every output capsule: ``u_i W_ij``.
-
-    For reference, traces and tests: :func:`route` gives the same result without storing this tensor.
-
-    Args:
-        u: ``(B, N, D)`` input capsules.
-        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
-
-    Returns:
-        ``(B, N, J, K)`` votes.
-
-    Raises:
-        ValueError: if the shapes do not fit.
-    """
-    _check_shapes(u, W)
-    return torch.einsum("bnd,djk->bnjk" if W.dim() == 3 else "bnd,ndjk->bnjk", u, W)
+__all__ = [
+    "GradientKind", "RoutingKind", "RoutingTrace", "compute_votes", "kmeans_objective", "route", "route_votes",
+    "routing_trace", "squash",
+]  # fmt: skip
 
 
 def route_votes(
@@ -93,21 +63,18 @@ def route_votes(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    _check_options(routing, iterations, gradient)
+    iterations = _check_options(routing, iterations, gradient)
     if votes.dim() != 4:
         raise ValueError(f"votes must have shape (B, N, J, K), not {tuple(votes.shape)}; see compute_votes.")
     _check_extras(votes.shape, bias, mask)
-    result_dtype = _result_dtype(votes, votes)
+    result_dtype = _result_dtype(votes)
     with torch.autocast(votes.device.type, enabled=False):
-        votes = votes.to(_compute_dtype(votes))
+        votes = votes.to(compute_dtype(votes))
+        bias = bias if bias is None else bias.to(votes.dtype)
         if mask is not None:
             votes = votes.masked_fill(~mask[:, :, None, None], 0)
-
-        def coupled_sum(centres: Tensor | None, constant: bool) -> Tensor:
-            c = _couplings(votes, centres, leaky)
-            return torch.einsum("bnj,bnjk->bjk", c.detach() if constant else c, votes)
-
-        return _iterate(coupled_sum, routing, iterations, gradient, squash_scale, bias).to(result_dtype)
+        sums = vote_sums(votes, bias, routing, iterations, squash_scale, leaky, gradient == "last")
+        return squash(sums[-1], squash_scale).to(result_dtype)
 
 
 def route(
@@ -158,16 +125,19 @@ def route(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    _check_options(routing, iterations, gradient)
-    _check_shapes(u, W)
+    iterations = _check_options(routing, iterations, gradient)
+    check_shapes(u, W)
+    _check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
     result_dtype = _result_dtype(u, W)
     with torch.autocast(u.device.type, enabled=False):
-        dtype = _compute_dtype(u, W)
-        votes = compute_votes(u.to(dtype), W.to(dtype))
-        poses = route_votes(
-            votes, routing, iterations, gradient=gradient, squash_scale=squash_scale, leaky=leaky, bias=bias, mask=mask
+        dtype = compute_dtype(u, W)
+        u, W, bias = u.to(dtype), W.to(dtype), bias if bias is None else bias.to(dtype)
+        if mask is not None:  # the votes of a zero vector are zero: it pulls nowhere
+            u = u.masked_fill(~mask[:, :, None], 0)
+        sums = coupled_sums(
+            u.contiguous(), W.contiguous(), bias, routing, iterations, squash_scale, leaky, gradient == "last"
         )
-    return poses.to(result_dtype)
+        return squash(sums[-1], squash_scale).to(result_dtype)
 
 
 def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -185,7 +155,7 @@ def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None)
 
     Source: kexue.fm/archives/5112.
     """
-    terms = _agreement(votes, _unit(centres)).logsumexp(-1)
+    terms = torch.einsum("bnjk,bjk->bnj", votes, unit(centres)).logsumexp(-1)
     if mask is not None:
         terms = terms.masked_fill(~mask, 0)
     return -terms.sum(-1)
@@ -239,110 +209,60 @@ def routing_trace(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    _check_options(routing, iterations, "full")
-    _check_shapes(u, W)
+    steps = _check_options(routing, iterations, "full")
+    check_shapes(u, W)
     with torch.autocast(u.device.type, enabled=False):
-        dtype = _compute_dtype(u, W)
+        dtype = compute_dtype(u, W)
         votes = compute_votes(u.to(dtype), W.to(dtype))
         _check_extras(votes.shape, bias, mask)
+        if mask is not None:
+            votes = votes.masked_fill(~mask[:, :, None, None], 0)
+        sums = vote_sums(votes, bias, routing, steps, squash_scale, leaky, False)
+        centres: list[Tensor | None] = [None]
+        for s in sums[:-1]:
+            centres.append(next_centres(centres[-1], s, routing, squash_scale))
+        sums += sums[-1:] * (iterations - steps)  # uniform couplings stay as they are
+        centres += centres[-1:] * (iterations - steps)
+
         present = torch.ones_like(votes[:, :, 0, 0]) if mask is None else mask.to(dtype)
-        couplings, poses, objective, entropy = [], [], [], []
-
-        def coupled_sum(centres: Tensor | None, constant: bool) -> Tensor:
-            c = _couplings(votes, centres, leaky)
-            share = torch.special.entr(c).sum(-1) + (torch.special.entr((1 - c.sum(-1)).clamp_min(0)) if leaky else 0)
-            entropy.append((share * present).sum(-1) / present.sum(-1) / math.log(max(2, c.shape[-1] + leaky)))
-            couplings.append(c * present[..., None])
-            s = torch.einsum("bnj,bnjk->bjk", couplings[-1], votes)
-            biased = s if bias is None else s + bias
-            poses.append(squash(biased, squash_scale))
-            objective.append(kmeans_objective(votes, biased, mask))
-            return s
-
-        for _ in range(iterations if routing == "uniform" else 1):
-            _iterate(coupled_sum, routing, iterations, "full", squash_scale, bias)
-    return RoutingTrace(*(torch.stack(steps) for steps in (couplings, poses, objective, entropy)))
+        c = torch.stack([vote_couplings(votes, a, leaky) for a in centres])
+        return RoutingTrace(
+            couplings=c * present[..., None],
+            poses=squash(torch.stack(sums), squash_scale),
+            objective=torch.stack([kmeans_objective(votes, s, mask) for s in sums]),
+            entropy=(_relative_entropy(c, leaky) * present).sum(-1) / present.sum(-1),
+        )
 
 
-def _iterate(
-    coupled_sum: Callable[[Tensor | None, bool], Tensor],
-    routing: RoutingKind,
-    iterations: int,
-    gradient: GradientKind,
-    squash_scale: float,
-    bias: Tensor | None,
-) -> Tensor:
-    """Run the loop all forms share; ``coupled_sum(a, constant couplings)`` is the pass over the inputs."""
-    centres = None  # uniform couplings
-    for _ in range(0 if routing == "uniform" else iterations - 1):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and gradient == "full"):
-            s = coupled_sum(centres, False)
-            s = s if bias is None else s + bias
-            v = _unit(s) if routing == "kmeans" else squash(s, squash_scale)
-            centres = v if centres is None or routing != "dynamic" else centres + v
-    s = coupled_sum(centres, gradient == "last")
-    return squash(s if bias is None else s + bias, squash_scale)
-
-
-def _unit(v: Tensor) -> Tensor:
-    """Divide vectors by their length; zero stays zero."""
-    n = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    return v / n.masked_fill(n == 0, 1)
-
-
-def _agreement(votes: Tensor, centres: Tensor) -> Tensor:
-    """Inner products ``(B, N, J)`` of votes with centres."""
-    return torch.einsum("bnjk,bjk->bnj", votes, centres)
-
-
-def _couplings(votes: Tensor, centres: Tensor | None, leaky: bool) -> Tensor:
-    """Softmax over the output capsules (and the orphan's zero logit) of the agreement, ``(B, N, J)``."""
-    num_outputs = votes.shape[2]
-    if centres is None:
-        return votes.new_full(votes.shape[:3], 1 / (num_outputs + leaky))
-    logits = _agreement(votes, centres)
+def _relative_entropy(couplings: Tensor, leaky: bool) -> Tensor:
+    """Entropy of each input's couplings, the orphan's share included, as a fraction of the largest possible."""
+    entropy = torch.special.entr(couplings).sum(-1)
     if leaky:
-        return torch.nn.functional.pad(logits, (0, 1)).softmax(-1)[..., :num_outputs]
-    return logits.softmax(-1)
+        entropy = entropy + torch.special.entr((1 - couplings.sum(-1)).clamp_min(0))
+    return entropy / math.log(max(2, couplings.shape[-1] + leaky))
 
 
-def _compute_dtype(*tensors: Tensor) -> torch.dtype:
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+def _result_dtype(*tensors: Tensor) -> torch.dtype:
+    """Float32 or wider under autocast, else the tensors' promoted dtype."""
+    if torch.is_autocast_enabled(tensors[0].device.type):
+        return compute_dtype(*tensors)
+    return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
-def _result_dtype(u: Tensor, W: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled(u.device.type):
-        return _compute_dtype(u, W)
-    return torch.promote_types(u.dtype, W.dtype)
-
-
-def _check_options(routing: str, iterations: int, gradient: str) -> None:
+def _check_options(routing: str, iterations: int, gradient: str) -> int:
+    """Raise a ValueError unless all three are valid; return the number of iterations that differ from each other."""
     if routing not in get_args(RoutingKind):
         raise ValueError(f"routing must be one of {', '.join(get_args(RoutingKind))}, not {routing!r}.")
     if gradient not in get_args(GradientKind):
         raise ValueError(f"gradient must be 'full' or 'last', not {gradient!r}.")
     if iterations < 1:
         raise ValueError(f"iterations must be 1 or more, not {iterations}: the first one is the uniform start.")
+    return 1 if routing == "uniform" else iterations
 
 
-def _check_shapes(u: Tensor, W: Tensor) -> None:
-    if u.dim() != 3:
-        raise ValueError(f"u must have shape (B, N, D), not {tuple(u.shape)}.")
-    if W.dim() not in (3, 4):
-        raise ValueError(f"W must have shape (N, D, J, K) or, shared, (D, J, K), not {tuple(W.shape)}.")
-    if tuple(W.shape[:-2]) != tuple(u.shape[1:])[4 - W.dim() :]:
-        raise ValueError(
-            f"W {tuple(W.shape)} does not fit u {tuple(u.shape)}: u is (B, N, D), W (N, D, J, K) or, shared, (D, J, K)."
-        )
-
-
-def _check_extras(votes_shape: torch.Size, bias: Tensor | None, mask: Tensor | None) -> None:
-    if bias is not None and bias.shape != votes_shape[2:]:
-        raise ValueError(f"bias must have shape (J, K) = {tuple(votes_shape[2:])}, not {tuple(bias.shape)}.")
-    if mask is not None and (mask.shape != votes_shape[:2] or mask.dtype != torch.bool):
-        raise ValueError(
-            f"mask must be bool of shape (B, N) = {tuple(votes_shape[:2])}, not {mask.dtype} {tuple(mask.shape)}."
-        )
+def _check_extras(votes_shape: Sequence[int], bias: Tensor | None, mask: Tensor | None) -> None:
+    B, N, J, K = votes_shape
+    if bias is not None and bias.shape != (J, K):
+        raise ValueError(f"bias must have shape (J, K) = ({J}, {K}), not {tuple(bias.shape)}.")
+    if mask is not None and (mask.shape != (B, N) or mask.dtype != torch.bool):
+        raise ValueError(f"mask must be bool of shape (B, N) = ({B}, {N}), not {mask.dtype} {tuple(mask.shape)}.")

@@ -1,0 +1,163 @@
+"""One routing iteration in small pieces, each with its derivative: what the stored and the streamed form share.
+
+Shape letters as in routing.py. Poses, sums and centres are small, ``(B, J, K)``; only votes and couplings are large.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+RoutingKind = Literal["dynamic", "kmeans", "kmeans_squash", "uniform"]
+GradientKind = Literal["full", "last"]
+
+
+def squash(s: Tensor, scale: float = 1.0) -> Tensor:
+    r"""Shrink vectors to a length below one, keeping their direction.
+
+    .. math:: \mathrm{squash}(s) = \frac{\|s\|^2}{c + \|s\|^2} \, \frac{s}{\|s\|}
+
+    Args:
+        s: ``(..., D)`` capsule inputs; half precision is widened for the norm.
+        scale: ``c > 0``. 1 in Sabour et al. 2017 eq. 1; 0.5 in kexue.fm/archives/5112, where length 0.9 is reached at
+            ``|s| = 2.12`` in place of 3.
+
+    Returns:
+        ``(..., D)`` vectors with length in [0, 1), in the dtype of ``s``; the zero vector stays zero, its gradient too.
+
+    Source: Sabour, Frosst, Hinton 2017, eq. 1.
+
+    >>> squash(torch.tensor([3.0, 4.0])).norm()  # 25 / 26
+    tensor(0.9615)
+    """
+    t, n, c, _ = _scaled(s.to(compute_dtype(s)), scale)
+    return (t * (n / (c + n * n))).to(s.dtype)
+
+
+def unit(s: Tensor) -> Tensor:
+    """Divide vectors by their length; zero stays zero, with a finite gradient."""
+    n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    return s / n.masked_fill(n == 0, 1)
+
+
+def next_centres(centres: Tensor | None, s: Tensor, routing: str, squash_scale: float) -> Tensor:
+    """Say what the votes are compared with after an iteration that summed to ``s``; None stands for the uniform start.
+
+    Args:
+        centres: ``(B, J, K)`` of this iteration, or None.
+        s: ``(B, J, K)``.
+        routing: ``dynamic`` adds up squashed sums (the logits accumulate), the others start afresh.
+        squash_scale: ``c`` of :func:`squash`.
+
+    Returns:
+        ``(B, J, K)``.
+    """
+    v = unit(s) if routing == "kmeans" else squash(s, squash_scale)
+    return centres + v if routing == "dynamic" and centres is not None else v
+
+
+def next_centres_vjp(grad: Tensor, s: Tensor, routing: str, squash_scale: float) -> Tensor:
+    r"""Pull a gradient of :func:`next_centres` back to ``s``.
+
+    .. math:: v = f(n) \, s, \quad \bar s = f \bar v + \frac{f'(n)}{n} \langle s, \bar v \rangle \, s,
+        \qquad f = \frac{n}{c + n^2}, \; f' = \frac{c - n^2}{(c + n^2)^2}
+
+    for squash, and :math:`\bar s = (\bar v - v \langle v, \bar v \rangle) / n` for unit length.
+    """
+    if routing == "kmeans":
+        v = unit(s)
+        n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+        return (grad - v * (v * grad).sum(-1, keepdim=True)) / n.masked_fill(n == 0, 1)
+    t, n, c, q = _scaled(s, squash_scale)
+    w = c + n * n
+    along = (t * grad).sum(-1, keepdim=True) / n.masked_fill(n == 0, 1)
+    return (grad * (n / w) + t * ((c - n * n) / w / w * along)) / q
+
+
+def couplings(logits: Tensor, leaky: bool, dim: int = -1) -> Tensor:
+    """Softmax over the output capsules; ``leaky`` adds an orphan class with logit 0, whose share is not returned."""
+    if not leaky:
+        return logits.softmax(dim)
+    orphan = torch.zeros_like(logits.narrow(dim, 0, 1))
+    return torch.cat([logits, orphan], dim).softmax(dim).narrow(dim, 0, logits.shape[dim])
+
+
+def vote_couplings(votes: Tensor, centres: Tensor | None, leaky: bool) -> Tensor:
+    """Couplings ``(B, N, J)`` of stored votes with centres ``(B, J, K)``, uniform where these are None."""
+    if centres is None:
+        return votes.new_full(votes.shape[:3], 1 / (votes.shape[2] + leaky))
+    return couplings(torch.einsum("bnjk,bjk->bnj", votes, centres), leaky)
+
+
+def vote_sums(
+    votes: Tensor, bias: Tensor | None, routing: str, iterations: int, squash_scale: float, leaky: bool, last: bool
+) -> list[Tensor]:
+    """Run the loop of the papers on stored votes, by plain autograd.
+
+    Args:
+        votes: ``(B, N, J, K)``.
+        bias: ``(J, K)`` or None.
+        routing: see :func:`next_centres`.
+        iterations: ``>= 1``.
+        squash_scale: ``c`` of :func:`squash`.
+        leaky: adds the orphan class.
+        last: couplings of the last iteration are constants.
+
+    Returns:
+        The R sums s ``(B, J, K)`` before squash, of which the last is the result.
+    """
+    centres, sums = None, []
+    for left in reversed(range(iterations)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (left == 0 or not last)):
+            c = vote_couplings(votes, centres, leaky)
+            s = torch.einsum("bnj,bnjk->bjk", c.detach() if last else c, votes)
+            sums.append(s if bias is None else s + bias)
+            if left:
+                centres = next_centres(centres, sums[-1], routing, squash_scale)
+    return sums
+
+
+def compute_votes(u: Tensor, W: Tensor) -> Tensor:
+    """Let every input capsule predict every output capsule: ``u_i W_ij``.
+
+    For reference, traces and tests: routing gives the same result without storing this tensor.
+
+    Args:
+        u: ``(B, N, D)`` input capsules.
+        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
+
+    Returns:
+        ``(B, N, J, K)`` votes.
+    """
+    check_shapes(u, W)
+    return torch.einsum("bnd,djk->bnjk" if W.dim() == 3 else "bnd,ndjk->bnjk", u, W)
+
+
+def check_shapes(u: Tensor, W: Tensor) -> None:
+    """Raise a ValueError unless ``u`` is (B, N, D) and ``W`` (N, D, J, K) or (D, J, K)."""
+    if u.dim() != 3:
+        raise ValueError(f"u must have shape (B, N, D), not {tuple(u.shape)}.")
+    if W.dim() not in (3, 4):
+        raise ValueError(f"W must have shape (N, D, J, K) or, shared, (D, J, K), not {tuple(W.shape)}.")
+    if W.shape[:-2] != u.shape[5 - W.dim() :]:
+        raise ValueError(
+            f"W {tuple(W.shape)} does not fit u {tuple(u.shape)}: u is (B, N, D), W (N, D, J, K) or, shared, (D, J, K)."
+        )
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype for arithmetic: the tensors' promoted one, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _scaled(s: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return t = s/q, |t|, c/q^2 and q = max(1, |s|_inf), with which squash(s; c) = squash(t; c/q^2) overflows nowhere.
+
+    q counts as a constant: its true derivative cancels. The norm's gradient is 0 at 0.
+    """
+    q = s.detach().abs().amax(-1, keepdim=True).clamp_min(1)
+    t = s / q
+    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), scale / q / q, q

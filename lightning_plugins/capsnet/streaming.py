@@ -1,0 +1,219 @@
+r"""Routing without votes in memory: a custom operator with a closed-form derivative.
+
+Two rearrangements of the papers' loop:
+
+* Logits are inner products of votes with centres ``a`` (B,J,K), so neither logits nor couplings need be kept between
+  iterations; and as the softmax runs over the few output capsules, a block of inputs can be finished at once.
+* Votes need not be formed: with :math:`h_{bijd} = \sum_k W_{idjk} a_{bjk}`,
+  :math:`\langle \hat u_{bij}, a_{bj} \rangle = \sum_d u_{bid} h_{bijd}`, and
+  :math:`\sum_i c_{bij} \hat u_{bij} = \sum_{id} (c_{bij} u_{bid}) W_{idjk}`: both are J matrix products, and what is
+  summed element by element has D numbers per pair instead of K.
+
+Blocks are laid out ``(J, I, D, B)``, the batch last, so that softmax and sums run over contiguous memory. For shared
+transforms ``h`` does not depend on i, and I is 1 there. Only u, W and the R sums (B,J,K) are saved for backward.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.capsnet.agreement import compute_votes, couplings, next_centres, next_centres_vjp, vote_sums
+
+# numbers in one (J, I, D, B) block: a few such blocks fit a CPU core's cache; a GPU wants fewer, larger launches
+_CPU_BLOCK = 2**17
+_DEVICE_BLOCK = 2**24
+
+_OPTIONS = "Tensor? bias, str routing, int iterations, float squash_scale, bool leaky, bool last"
+
+
+@torch.library.custom_op(
+    "lightning_plugins::coupled_sums", mutates_args=(), schema=f"(Tensor u, Tensor W, {_OPTIONS}) -> Tensor"
+)
+def coupled_sums(
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    routing: str,
+    iterations: int,
+    squash_scale: float,
+    leaky: bool,
+    last: bool,
+) -> Tensor:
+    """Compute the sums ``s = sum_i c_ij u_i W_ij + bias`` of every routing iteration, the first one uniform.
+
+    Args:
+        u: ``(B, N, D)`` contiguous, of one floating dtype with W and bias.
+        W: ``(N, D, J, K)`` or ``(D, J, K)``, contiguous.
+        bias: ``(J, K)`` or None.
+        routing: ``dynamic``, ``kmeans`` or ``kmeans_squash``.
+        iterations: ``R >= 1``.
+        squash_scale: ``c`` of squash.
+        leaky: adds the orphan class to the softmax.
+        last: gradients pass through the last sum only, its couplings taken as constants.
+
+    Returns:
+        ``(R, B, J, K)``. With ``last``, gradients that arrive at all but the last of these are ignored.
+    """
+    with torch.autocast(u.device.type, enabled=False):
+        s = _uniform_sum(u, W, leaky)
+        sums, centres = [s if bias is None else s + bias], None
+        for _ in range(iterations - 1):
+            centres = next_centres(centres, sums[-1], routing, squash_scale)
+            s = _coupled_sum(u, W, centres, leaky)
+            sums.append(s if bias is None else s + bias)
+        return torch.stack(sums)
+
+
+@coupled_sums.register_fake
+def _(u, W, bias, routing, iterations, squash_scale, leaky, last):
+    return u.new_empty(iterations, u.shape[0], *W.shape[-2:])
+
+
+@torch.library.custom_op(
+    "lightning_plugins::coupled_sums_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor sums, Tensor u, Tensor W, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _coupled_sums_backward(
+    grad: Tensor,
+    sums: Tensor,
+    u: Tensor,
+    W: Tensor,
+    bias: Tensor | None,
+    routing: str,
+    iterations: int,
+    squash_scale: float,
+    leaky: bool,
+    last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients ``(u, W, bias)``, the inputs streamed once per iteration, from the last to the first."""
+    with torch.autocast(u.device.type, enabled=False):
+        du, dW, dbias = torch.zeros_like(u), torch.zeros_like(W), torch.zeros_like(sums[0, 0])
+        centres = [None]
+        for s in sums[:-1]:
+            centres.append(next_centres(centres[-1], s, routing, squash_scale))
+        dcentres = None
+        for r in reversed(range(iterations)):
+            ds = grad[r]
+            if dcentres is not None:
+                ds = ds + next_centres_vjp(dcentres, sums[r], routing, squash_scale)
+            dbias += ds.sum(0)
+            if r == 0:
+                _uniform_sum_vjp(ds, u, W, leaky, du, dW)
+                break
+            da = _coupled_sum_vjp(ds, u, W, centres[r], leaky, last, du, dW)
+            if last:
+                break
+            dcentres = da + dcentres if routing == "dynamic" and dcentres is not None else da
+        return du, dW, dbias
+
+
+@_coupled_sums_backward.register_fake
+def _(grad, sums, u, W, bias, routing, iterations, squash_scale, leaky, last):
+    return torch.empty_like(u), torch.empty_like(W), sums.new_empty(sums.shape[2:])
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    u, W, bias, *ctx.options = inputs
+    ctx.save_for_backward(output, u, W, bias)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+    sums, u, W, bias = ctx.saved_tensors
+    if torch.is_grad_enabled():  # a second derivative is asked for: differentiate the stored form instead
+        grads = _differentiable_vjp(grad, u, W, bias, *ctx.options)
+    else:
+        grads = _coupled_sums_backward(grad.contiguous(), sums, u, W, bias, *ctx.options)
+    return grads[0], grads[1], None if bias is None else grads[2], *(None for _ in ctx.options)
+
+
+coupled_sums.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _differentiable_vjp(grad: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, *options) -> tuple[Tensor, ...]:
+    # views, so that only direct dependence counts: u, W and bias may depend on each other further up
+    inputs = [t.view_as(t) for t in (u, W, bias) if t is not None]
+    with torch.autocast(u.device.type, enabled=False):
+        sums = torch.stack(vote_sums(compute_votes(*inputs[:2]), inputs[2] if bias is not None else None, *options))
+        return torch.autograd.grad(sums, inputs, grad, create_graph=True)
+
+
+def _uniform_sum(u: Tensor, W: Tensor, leaky: bool) -> Tensor:
+    """Return the sum of all votes by uniform couplings: one matrix product."""
+    J, K = W.shape[-2:]
+    rows = u.sum(1) if W.dim() == 3 else u.flatten(1)
+    return (rows @ W.reshape(-1, J * K)).view(-1, J, K) / (J + leaky)
+
+
+def _uniform_sum_vjp(ds: Tensor, u: Tensor, W: Tensor, leaky: bool, du: Tensor, dW: Tensor) -> None:
+    """Add the gradients of :func:`_uniform_sum` to du and dW."""
+    J, K = W.shape[-2:]
+    ds = ds.reshape(-1, J * K) / (J + leaky)
+    rows = u.sum(1) if W.dim() == 3 else u.flatten(1)
+    dW.view(-1, J * K).addmm_(rows.T, ds)
+    if W.dim() == 3:
+        du += (ds @ W.view(-1, J * K).T)[:, None]
+    else:
+        du.view(len(u), -1).addmm_(ds, W.view(-1, J * K).T)
+
+
+def _coupled_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
+    """Return ``sum_i softmax_j(<votes_ij, a_j>) votes_ij``, ``(B, J, K)``."""
+    a = centres.permute(1, 2, 0).contiguous()  # (J, K, B)
+    s = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
+    for block in _blocks(u, W):
+        u_b, W_b = _block(u, block), _by_output(W, block)
+        c = couplings((_fold(W_b, a, u) * u_b).sum(2), leaky, dim=0)  # (J, I, B)
+        s.baddbmm_(_rows(c.unsqueeze(2) * u_b, W).transpose(1, 2), W_b)
+    return s.transpose(0, 1)
+
+
+def _coupled_sum_vjp(
+    ds: Tensor, u: Tensor, W: Tensor, centres: Tensor, leaky: bool, last: bool, du: Tensor, dW: Tensor
+) -> Tensor:
+    """Add the gradients of :func:`_coupled_sum` to du and dW; return that of the centres (zero with ``last``)."""
+    a, g = centres.permute(1, 2, 0).contiguous(), ds.permute(1, 2, 0).contiguous()  # (J, K, B)
+    da = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
+    for block in _blocks(u, W):
+        u_b, W_b, dW_b = _block(u, block), _by_output(W, block), _by_output(dW, block)
+        h, dx = _fold(W_b, a, u), _fold(W_b, g, u)  # (J, I, D, B); dx is the gradient of c u
+        c = couplings((h * u_b).sum(2), leaky, dim=0)  # (J, I, B)
+        dW_b.baddbmm_(_rows(c.unsqueeze(2) * u_b, W), g.transpose(1, 2))
+        du_b = (c.unsqueeze(2) * dx).sum(0)
+        if not last:
+            dc = (dx * u_b).sum(2)
+            dlogits = c * (dc - (c * dc).sum(0))
+            dh = _rows(dlogits.unsqueeze(2) * u_b, W)
+            dW_b.baddbmm_(dh, a.transpose(1, 2))
+            da.baddbmm_(dh.transpose(1, 2), W_b)
+            du_b += (dlogits.unsqueeze(2) * h).sum(0)
+        du[:, block] += du_b.permute(2, 0, 1)
+    return da.transpose(0, 1)
+
+
+def _blocks(u: Tensor, W: Tensor) -> Iterator[slice]:
+    """Cut the inputs into blocks of about equal memory, whatever the batch and the number of outputs."""
+    size = max(1, (_CPU_BLOCK if u.is_cpu else _DEVICE_BLOCK) // (len(u) * W.shape[-3:-1].numel()))
+    return (slice(i, min(i + size, u.shape[1])) for i in range(0, u.shape[1], size))
+
+
+def _block(u: Tensor, block: slice) -> Tensor:
+    """Return a block of inputs as ``(I, D, B)``."""
+    return u[:, block].permute(1, 2, 0).contiguous()
+
+
+def _by_output(W: Tensor, block: slice) -> Tensor:
+    """View a block's transforms as J matrices ``(J, I D, K)``; shared ones are ``(J, D, K)`` for every block."""
+    W = W if W.dim() == 3 else W[block].view(-1, *W.shape[2:])
+    return W.transpose(0, 1)
+
+
+def _fold(W_b: Tensor, a: Tensor, u: Tensor) -> Tensor:
+    """Take centres ``(J, K, B)`` back to the inputs' side: ``(J, I, D, B)``, with I = 1 when W is shared."""
+    return torch.bmm(W_b, a).unflatten(1, (-1, u.shape[2]))
+
+
+def _rows(x: Tensor, W: Tensor) -> Tensor:
+    """Arrange ``(J, I, D, B)`` as the rows that meet :func:`_by_output`: ``(J, I D, B)``, shared ``(J, D, B)``."""
+    return x.sum(1) if W.dim() == 3 else x.flatten(1, 2)
