@@ -23,7 +23,7 @@ _PUBLIC = {
     "RandomState": "lightning_plugins.callbacks",
 }
 
-__all__ = ["CapsNet", "Digits", "HFImages", "IdxImages", "MultiMNIST", "RandomState"]  # noqa: F822 (see __getattr__)
+__all__ = ["CapsNet", "Digits", "HFImages", "IdxImages", "MultiMNIST", "RandomState"]
 
 
 def __getattr__(name: str) -> type:

@@ -1,0 +1,35 @@
+"""What every test starts from: two threads, no network, a folder of its own, and nothing left behind."""
+
+import os
+import signal
+import sys
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")  # read at import
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # also for the processes that tests start
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+
+
+@pytest.fixture(autouse=True)
+def clean_process(tmp_path, monkeypatch):
+    """Run in an empty folder; put environment, signal handlers, argv, threads and process groups back."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-plugins"])  # LightningCLI warns about the test runner's arguments
+    environment = os.environ.copy()
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    threads = torch.get_num_threads()
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    os.environ.clear()
+    os.environ.update(environment)
