@@ -1,0 +1,143 @@
+"""The two commands and the continuous-integration entry, without installing anything."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def make(folder, *arguments):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the Makefile and what it depends on, and no environment yet."""
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+def script(path, *lines):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def fake_python(checkout):
+    """An interpreter that notes how it is called; its ``venv`` makes a ``.venv`` holding another of its kind."""
+    log = checkout / "calls"
+    note = [f'echo "$@" >> {log}', f'[ -e {checkout}/break ] && [ "$3" = install ] && exit 1']
+    inner = script(checkout / "inner", *note, "exit 0")
+    outer = script(
+        checkout / "python",
+        *note,
+        f'[ "$2" = venv ] && mkdir -p .venv/bin && cp {inner} .venv/bin/python',
+        f'[ "$2" = venv ] && cp {inner} .venv/bin/lightning-plugins',
+        "exit 0",
+    )
+    return f"PYTHON={outer}", log
+
+
+def test_demo_and_test_install_once_and_run(checkout, fake_python):
+    python, log = fake_python
+    assert make(checkout, "demo", python).returncode == 0
+    calls = log.read_text().splitlines()
+    assert "-m venv .venv" in calls
+    assert calls[-2:] == [
+        "-m pip install --disable-pip-version-check -c constraints.txt -e .",
+        "fit --config capsnet/digits",
+    ]
+    log.unlink()
+    assert make(checkout, "demo", python).returncode == 0
+    assert log.read_text().splitlines() == ["fit --config capsnet/digits"]
+    log.unlink()
+    assert make(checkout, "test", python, "PYTEST_ARGS=-k squash").returncode == 0
+    assert log.read_text().splitlines() == [
+        "-m pip install --disable-pip-version-check -c constraints.txt -e .[test]",
+        "-m pytest -k squash",
+    ]
+    log.unlink()
+    assert make(checkout, "test", python).returncode == 0
+    assert log.read_text().splitlines() == ["-m pytest"]
+    log.unlink()
+    later = (checkout / ".venv/installed-test").stat().st_mtime + 10
+    os.utime(checkout / "constraints.txt", (later, later))
+    assert make(checkout, "test", python).returncode == 0
+    assert "pip install" in log.read_text()
+
+
+def test_an_interrupted_installation_is_taken_up_again(checkout, fake_python):
+    python, log = fake_python
+    (checkout / "break").touch()
+    assert make(checkout, "test", python).returncode != 0
+    (checkout / "break").unlink()
+    log.unlink()
+    assert make(checkout, "test", python).returncode == 0
+    assert [line for line in log.read_text().splitlines() if "pip install" in line or "pytest" in line] == [
+        "-m pip install --disable-pip-version-check -c constraints.txt -e .[test]",
+        "-m pytest",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (None, "not found: install Python 3.10 or newer"),
+        ('case "$2" in *version_info*) exit 1;; esac', "is older than 3.10"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "sudo apt install python3-venv"),
+    ],
+    ids=["missing", "old", "without venv"],
+)
+def test_an_unfit_python_is_named_in_one_line(checkout, body, words):
+    python = checkout / "nowhere" if body is None else script(checkout / "python", body, "exit 0")
+    answer = make(checkout, "demo", f"PYTHON={python}")
+    assert answer.returncode != 0
+    (line,) = answer.stdout.splitlines()
+    assert words in line
+    assert not (checkout / ".venv").exists()
+
+
+def test_clean_keeps_runs(checkout):
+    for name in (".venv", "build", "lightning_logs"):
+        (checkout / name / "x").mkdir(parents=True)
+    assert make(checkout, "clean").returncode == 0
+    assert sorted(path.name for path in checkout.iterdir() if path.is_dir()) == ["lightning_logs"]
+
+
+def test_help_is_the_default():
+    assert make(ROOT).stdout == make(ROOT, "help").stdout
+    assert "make demo" in make(ROOT).stdout
+
+
+@pytest.mark.parametrize(
+    ("recipe", "code", "words"),
+    [
+        ("echo '3 passed, 1 skipped in 1.2s'", 0, "3 passed, 1 skipped in 1.2s"),
+        ("echo '1 failed, 3 passed in 1.2s'; exit 1", 1, "1 failed, 3 passed in 1.2s"),
+        ("echo 'no tests ran in 0.1s'; exit 5", 1, "no tests ran"),
+        ("echo '2 skipped in 0.1s'", 1, "no test ran"),
+        ("echo '10 deselected in 0.1s'", 1, "no test ran"),
+        ("exit 1", 1, "did not reach its end"),
+        ("true", 1, "no test ran"),
+    ],
+)
+def test_ci_fails_unless_tests_ran_and_passed(tmp_path, recipe, code, words):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
+    (tmp_path / "Makefile").write_text(f"test:\n\t@{recipe}\n")
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "Makefile", ".ci"], [*author, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "Makefile").write_text("test:\n\t@echo '99 passed in 1.0s'\n")  # not committed: must not count
+    answer = subprocess.run([tmp_path / ".ci/run"], cwd="/", capture_output=True, text=True, timeout=60)
+    assert bool(answer.returncode) == bool(code)
+    assert words in answer.stdout + answer.stderr
+    assert "99 passed" not in answer.stdout
