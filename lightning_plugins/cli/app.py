@@ -1,0 +1,250 @@
+"""LightningCLI in subclass mode, with links from data to model, checkpoints that describe themselves, and outputs."""
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch import LightningModule
+from lightning.pytorch import __version__ as lightning_version
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+import lightning_plugins
+from lightning_plugins.cli import checkpoint
+from lightning_plugins.cli.commands import command_parsers
+from lightning_plugins.cli.explain import import_object
+from lightning_plugins.cli.messages import UsageError
+from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
+from lightning_plugins.cli.parser import ConfigFile, Parser, reading
+from lightning_plugins.core.logging import log_dir
+
+LINKS = ("image_shape", "num_classes", "num_labels")
+_LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
+
+
+def run(argv: Sequence[str]) -> None:
+    """Parse ``argv`` and run its sub-command, with every public name of the package at hand."""
+    for name in lightning_plugins._PUBLIC:
+        getattr(lightning_plugins, name)  # loads the class, so that its short name is known
+    if any(word.startswith("--print_completion") for word in argv):
+        set_parsing_settings(add_print_completion_argument=True)
+    PluginsCLI(list(argv))
+
+
+class PluginsCLI(LightningCLI):
+    """The command line of this package; it parses and runs on construction.
+
+    Args:
+        argv: the words after the program's name.
+
+    Raises:
+        UsageError: the words contradict each other, the data or the checkpoint.
+        SystemExit: the words could not be parsed (status 2), or the run was interrupted (130, 143).
+    """
+
+    def __init__(self, argv: list[str]) -> None:
+        super().__init__(
+            args=argv,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": "lightning-plugins",
+                "version": lightning_plugins.__version__,
+                "allow_abbrev": False,
+                "dump_header": [f"lightning_plugins=={lightning_plugins.__version__} lightning=={lightning_version}"],
+            },
+            save_config_kwargs={"overwrite": True},  # without a logger all runs share one folder
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+        )
+
+    # Parsing
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """A parser without ``--config``: that belongs to the sub-commands."""
+        return self.parser_class(**kwargs)
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, command in command_parsers().items():  # run by main; here for completion and suggestions
+            parser._subcommands_action.add_subcommand(name, command, help=command.description)
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``--config``, the seed and ``--test_after_fit``."""
+        parser.add_argument(
+            "-c",
+            "--config",
+            action=ConfigFile,
+            help="YAML file or the name of a shipped config (see `lightning-plugins list`). May be repeated: the later "
+            "file wins, and so does every option given after it.",
+        )
+        super().add_default_arguments_to_parser(parser)
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=False,
+            help="After fit, test the best checkpoint if one was monitored, else the last weights. Other sub-commands "
+            "take no notice of it, so that one config serves all.",
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add trainer, model and data; the model may also come from a checkpoint, so it is not required here."""
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        for key, base in (("model", self._model_class), ("data", self._datamodule_class)):
+            parser.add_lightning_class_args(base, key, subclass_mode=True, required=False)
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Link what the data knows to the model's arguments of the same name."""
+        for name in LINKS:
+
+            def same_unless_given(value: Any, name: str = name) -> Any:
+                self._check_link(name, value)
+                return value
+
+            parser.link_arguments(
+                f"data.{name}", f"model.init_args.{name}", compute_fn=same_unless_given, apply_on="instantiate"
+            )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
+        """Parse twice: with defaults, and without them to know what the user said."""
+        self.config = parser.parse_args(args)
+        self.explicit = parser.parse_args(args, defaults=False)[self.config.subcommand]
+
+    def _parse_ckpt_path(self) -> None:
+        self.checkpoint_arguments: dict[str, Any] = {}
+        self._take_model_from_checkpoint()
+        self._require_model_and_data()
+
+    def _take_model_from_checkpoint(self) -> None:
+        """Take the model's class and arguments from the checkpoint, and refuse what contradicts it."""
+        command = self.config.subcommand
+        config = self.config[command]
+        if config.ckpt_path == "last":
+            root = Path(config.trainer.default_root_dir or ".")
+            config.ckpt_path = str(checkpoint.find_last(root, _checkpoint_folders(root, config.trainer)))
+        ckpt = str(config.ckpt_path or "")
+        if ckpt in ("", "best", "hpc") or ckpt.startswith("registry") or "://" in ckpt or os.path.isdir(ckpt):
+            return
+        path = Path(ckpt)
+        hparams = checkpoint.read_hyperparameters(path)
+        if not hparams:
+            return  # the model is then the one of the command line
+        given = config.get("model")
+        model = checkpoint.model_config(path, hparams, given)
+        with reading(ckpt):
+            self.config = self.parser.parse_object({command: {"model": model}}, self.config)
+        checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)
+        self.checkpoint_arguments = hparams
+
+    def _check_link(self, name: str, value: Any) -> None:
+        given = (self.explicit.get("model") or Namespace()).get(f"init_args.{name}")
+        who = "was given"
+        if given is None:
+            given = self.checkpoint_arguments.get(name)
+            who = "is the checkpoint's"
+        data = self.config[self.subcommand].data.class_path.rpartition(".")[2]
+        if given is not None and checkpoint.plain(given) != checkpoint.plain(value):
+            hint = "Leave it out: the data decides." if who == "was given" else "Give the data it was trained on."
+            raise UsageError(f"model.{name} {checkpoint.plain(given)!r} {who}, but {data}'s is {value!r}.", hint)
+
+    def _require_model_and_data(self) -> None:
+        command = self.config.subcommand
+        config = self.config[command]
+        if config.get("model") is None:
+            ways = "--config NAME, --model CLASS" + ("" if command == "fit" else " or --ckpt_path FILE")
+            raise UsageError(f"{command} needs a model: {ways}.", "Names: lightning-plugins list")
+        loader = f"{_LOADERS[command]}_dataloader"
+        model = import_object(config.model.class_path)
+        if config.get("data") is None and getattr(model, loader) is getattr(LightningModule, loader):
+            sentence = f"{command} needs data: --data CLASS ({model.__name__} has no {loader} of its own)."
+            raise UsageError(sentence, "Names: lightning-plugins list")
+
+    # Construction
+
+    def instantiate_classes(self) -> None:
+        """Build data, model and trainer; a bad argument is a sentence, any other error keeps its traceback."""
+        try:
+            super().instantiate_classes()
+        except Exception as wrapped:
+            error = _unwrap(wrapped)
+            if isinstance(error, (ValueError, OSError, MisconfigurationException)):
+                raise UsageError(*_sentence(error)) from error
+            raise error from None
+
+    # Running
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        started = time.time()
+        try:
+            super()._run_subcommand(subcommand)
+        except RuntimeError as error:
+            if "in loading state_dict" not in str(error):
+                raise
+            path = self.config[subcommand].ckpt_path
+            raise checkpoint.explain_mismatch(error, path, type(self.model).__name__) from error
+        except SystemExit as stop:
+            if isinstance(stop, SIGTERMException):
+                self._stop(128 + 15)
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                self._stop(128 + 2)
+            raise
+        if self.trainer.is_global_zero and (pictures := picture_lines(log_dir(self.trainer) / "images", started)):
+            print("Pictures:", *pictures, sep="\n  ")
+
+    def _stop(self, status: int) -> None:
+        """Leave an interrupted run, with the checkpoint to go on from."""
+        found = [c.last_model_path or c.best_model_path for c in _model_checkpoints(self.trainer)]
+        hint = f"Go on with the same command and --ckpt_path {shorten(found[0])}" if any(found) else ""
+        sys.stderr.write(f"\nInterrupted. {hint}".rstrip() + "\n")
+        sys.exit(status)
+
+    def after_fit(self) -> None:
+        """Test the trained model if the user asked for it."""
+        if not self.config.fit.test_after_fit:
+            return
+        best = [c.best_model_path for c in _model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best[0] if best else None)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Run ``Trainer.predict`` and write what it returns into the run's folder."""
+        predictions = self.trainer.predict(**kwargs)
+        if predictions and not self.trainer.fast_dev_run:
+            print(f"Predictions: {shorten(save_predictions(self.trainer, predictions))}")
+
+
+def _model_checkpoints(trainer: Any) -> list[ModelCheckpoint]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+
+
+def _checkpoint_folders(root: Path, trainer: Namespace) -> list[Path]:
+    """Where the runs of a trainer with this config keep their checkpoints."""
+    folders = [root / "checkpoints", *root.glob("*/*/checkpoints")]
+    for key, argument in (("logger", "save_dir"), ("callbacks", "dirpath")):
+        parts = trainer.get(key) if isinstance(trainer.get(key), list) else [trainer.get(key)]
+        for part in parts:
+            if isinstance(part, Namespace) and (folder := part.get(f"init_args.{argument}")):
+                folders += [Path(folder), *Path(folder).glob("*/*/checkpoints")]
+    return folders
+
+
+def _unwrap(error: Exception) -> Exception:
+    """The error of the class's own code, out of the parser's wrapping."""
+    while isinstance(error.__cause__, Exception) and (
+        isinstance(error.__cause__, UsageError) or str(error).startswith("Does not validate against any of the Union")
+    ):
+        error = error.__cause__
+    return error
+
+
+def _sentence(error: Exception) -> list[str]:
+    """The error's text, with the place in the user's own code if it comes from there."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    ours = last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
+    foreign = "site-packages" in last.filename
+    where = "" if ours or foreign else f"Raised in {shorten(last.filename)}, line {last.lineno}"
+    return [str(error), where]

@@ -1,0 +1,95 @@
+"""``list`` and ``copy``: what ships with the package. Nothing heavy is imported, so both answer at once."""
+
+import ast
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+
+import lightning_plugins
+from lightning_plugins.cli.messages import UsageError, did_you_mean
+from lightning_plugins.cli.resolve import headline, shipped
+
+COMMANDS = {
+    "fit": "train, validating along the way",
+    "validate": "one pass over the validation set",
+    "test": "one pass over the test set",
+    "predict": "write the predictions to a file",
+    "list": "parts, configs and recipes, one line each",
+    "copy": "copy a shipped config or recipe, to change it",
+}
+
+
+class _LightParser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        name = self.prog.split()[-1]
+        UsageError(message.strip() + ".", f"All options: lightning-plugins {name} --help").exit()
+
+
+def command_parsers() -> dict[str, ArgumentParser]:
+    """The parser of each command in this file, by name."""
+    list_parser = _LightParser(prog="lightning-plugins list", description=COMMANDS["list"])
+    copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
+    copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
+    copy_parser.add_argument("dest", type=str, help="File or folder to copy to; an existing file is never replaced.")
+    return {"list": list_parser, "copy": copy_parser}
+
+
+def run_command(name: str, argv: Sequence[str]) -> None:
+    """Run ``list`` or ``copy`` with the words after its name."""
+    options: Any = command_parsers()[name].parse_args(argv)
+    if name == "list":
+        list_parts()
+    else:
+        copy(options.name, options.dest)
+
+
+def list_parts() -> None:
+    """Print parts, configs and recipes, one line each."""
+    sections = {
+        "Parts (--model, --data, --trainer.callbacks+=)": dict(_parts()),
+        "Configs (--config)": {name: headline(path) for name, path in shipped("configs").items()},
+        "Recipes (lightning-plugins copy NAME DEST)": {
+            name: headline(path) for name, path in shipped("recipes").items()
+        },
+    }
+    width = max(len(name) for entries in sections.values() for name in entries)
+    for title, entries in sections.items():
+        print(f"{title}:")
+        for name, line in entries.items():
+            print(f"  {name:<{width}}  {line}".rstrip())
+
+
+def _parts() -> Iterator[tuple[str, str]]:
+    """Each public class with its docstring's first line, read from the source without importing it."""
+    root = Path(lightning_plugins.__file__).parent
+    for name, module in lightning_plugins._PUBLIC.items():
+        place = root.joinpath(*module.split(".")[1:])
+        files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                yield name, (ast.get_docstring(node) or "").split("\n", 1)[0]
+
+
+def copy(name: str, dest: str) -> None:
+    """Copy a shipped config or recipe to a file or folder of the user's, never over an existing file.
+
+    Raises:
+        UsageError: no such name, or the file exists.
+    """
+    known = {**shipped("configs"), **shipped("recipes")}
+    source = known.get(name.removesuffix(".yaml").removesuffix(".py"))
+    if source is None:
+        hint = did_you_mean(name, known)
+        raise UsageError(f"no shipped config or recipe is called {name!r}.", hint, "All names: lightning-plugins list")
+    target = Path(dest)
+    if target.is_dir() or dest.endswith("/"):
+        target /= source.name
+    if target.exists():
+        raise UsageError(f"{str(target)!r} exists and is not overwritten; choose another name.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    run = f"lightning-plugins fit --config {target}" if source.suffix == ".yaml" else f"python {target}"
+    print(f"Copied to {target}. Run it: {run}")

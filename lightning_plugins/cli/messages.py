@@ -1,0 +1,46 @@
+"""Mistakes told in at most five lines, with the closest valid names. Imports nothing heavy."""
+
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+MAX_LINES = 5
+
+
+class UsageError(Exception):
+    """A mistake in what the user typed: one sentence, then hints.
+
+    Args:
+        sentence: what is wrong, with the name and the value.
+        hints: further lines; empty ones are dropped.
+    """
+
+    def __init__(self, sentence: str, *hints: str) -> None:
+        super().__init__(sentence)
+        self.lines = [line for line in (*sentence.splitlines(), *hints) if line.strip()]
+
+    def exit(self) -> NoReturn:
+        """Leave with status 2 after printing at most five lines to stderr."""
+        sys.stderr.write("error: " + "\n".join(self.lines[:MAX_LINES]) + "\n")
+        sys.exit(2)
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """A question with up to three names close to ``word``, or nothing.
+
+    >>> did_you_mean("capsnet/digts", ["capsnet/digits", "eae/faces"])
+    'Did you mean capsnet/digits?'
+    """
+    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.7)
+    return f"Did you mean {join_or(close)}?" if close else ""
+
+
+def join_or(names: Iterable[str]) -> str:
+    """``a, b or c``.
+
+    >>> join_or(["a", "b", "c"])
+    'a, b or c'
+    """
+    *most, last = names
+    return f"{', '.join(most)} or {last}" if most else last

@@ -1,0 +1,70 @@
+"""What a run leaves behind, and where: predictions in one file, the paths of its pictures."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+
+from lightning_plugins.core.logging import log_dir
+
+MAX_PICTURES = 11
+
+
+def join_batches(batches: Sequence[Any]) -> Any:
+    """Predictions of all batches as one: dicts of tensors key by key, tensors along the first dimension.
+
+    Anything else stays a list with one entry for each batch. Scalars are stacked.
+
+    >>> join_batches([{"x": torch.zeros(2, 3)}, {"x": torch.zeros(1, 3)}])["x"].shape
+    torch.Size([3, 3])
+    """
+    first = batches[0] if batches else None
+    if isinstance(first, dict) and all(isinstance(b, dict) and b.keys() == first.keys() for b in batches):
+        return {key: join_batches([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, torch.Tensor) and all(b.shape[1:] == first.shape[1:] for b in batches):
+        return (torch.cat if first.ndim else torch.stack)([batch.cpu() for batch in batches])
+    return list(batches)
+
+
+def save_predictions(trainer: Trainer, predictions: Sequence[Any]) -> Path:
+    """Write what ``trainer.predict`` returned to ``predictions.pt`` in the run's folder; several ranks write one each.
+
+    Returns:
+        The file's path. With several dataloaders it holds a list with one entry for each.
+    """
+    several = len(trainer.predict_dataloaders) > 1 if isinstance(trainer.predict_dataloaders, list) else False
+    joined = [join_batches(batches) for batches in predictions] if several else join_batches(predictions)
+    rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
+    folder = Path(trainer.strategy.broadcast(str(log_dir(trainer))))  # rank zero's
+    path = folder / f"predictions{rank}.pt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(joined, path)
+    return path
+
+
+def picture_lines(folder: Path, since: float) -> list[str]:
+    """The newest picture of each kind below ``folder``, one line each, with the number of the others.
+
+    Args:
+        folder: ``<log_dir>/images``.
+        since: seconds since the epoch; older files are another run's.
+    """
+    kinds: dict[Path, list[Path]] = {}
+    for path in sorted(folder.rglob("*.png")):
+        if path.stat().st_mtime >= since:
+            kinds.setdefault(path.parent, []).append(path)
+    lines = [
+        shorten(paths[-1]) + (f"  (and {len(paths) - 1} earlier)" if paths[1:] else "") for paths in kinds.values()
+    ]
+    if len(lines) > MAX_PICTURES:
+        lines = [*lines[: MAX_PICTURES - 1], f"and {len(lines) - MAX_PICTURES + 1} more kinds in {shorten(folder)}"]
+    return lines
+
+
+def shorten(path: str | os.PathLike) -> str:
+    """The path from the current folder if it lies below it, else as it is."""
+    relative = os.path.relpath(path)
+    return os.fspath(path) if relative.startswith("..") else relative
