@@ -18,5 +18,9 @@ Add the ``RandomState`` callback if the model itself draws random numbers (dropo
 """
 
 from lightning_plugins.data.digits import Digits
+from lightning_plugins.data.hf import HFImages
+from lightning_plugins.data.idx import IdxImages
+from lightning_plugins.data.images import ImageData, LabelledImages
+from lightning_plugins.data.multimnist import MultiMNIST, box_overlap
 
-__all__ = ["Digits"]
+__all__ = ["Digits", "HFImages", "IdxImages", "ImageData", "LabelledImages", "MultiMNIST", "box_overlap"]

@@ -137,18 +137,20 @@ class ImageData(LightningDataModule):
             self._splits[split] = self.read(split)
         return self._splits[split]
 
-    def dataset(self, split: str) -> Dataset | None:
-        """What the loaders draw from; augmentation is for training only."""
+    def require(self, split: str) -> LabelledImages:
+        """The split, or one sentence if there is none."""
         data = self.images(split)
         if data is None:
-            return None
+            raise ValueError(f"{type(self).__name__} has no {split} images.")
+        return data
+
+    def dataset(self, split: str) -> Dataset:
+        """What the loaders draw from; augmentation is for training only."""
         augment = {"shift": self.shift, "flip": self.flip} if split == "train" else {}
-        return KeyedImages(data, self.seed, **augment)
+        return KeyedImages(self.require(split), self.seed, **augment)
 
     def _loader(self, split: str) -> KeyLoader:
         dataset, trainer = self.dataset(split), self.trainer
-        if dataset is None:
-            raise ValueError(f"{type(self).__name__} has no {split} images.")
         share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
         batches = KeyBatches(
             len(dataset),

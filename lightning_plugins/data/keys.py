@@ -77,10 +77,10 @@ class KeyBatches(Sampler[list[int]]):
     Args:
         num_samples: N, samples in the data set.
         batch_size: samples in a batch of one process.
-        train: ``True``: a new order and new keys in every epoch, and the last incomplete batch is dropped (it
-            holds other samples in every epoch, and shapes stay fixed). ``False``: keys 0..N-1 in order, every one exactly once
-            over all processes; the last batch is smaller, or larger by one sample where that saves a process from
-            running out of batches before the others.
+        train: ``True``: a new order and new keys in every epoch, and the last incomplete batch is dropped: it
+            would hold other samples each time, and shapes stay fixed. ``False``: keys 0..N-1 in order, every one
+            exactly once over all processes; the last batch is smaller, or larger by one sample where a process
+            would otherwise run out of batches before the others.
         seed: of the order.
         world_size: number of processes that share an epoch.
         rank: this process.
@@ -176,14 +176,15 @@ class KeyLoader:
         here = self._position()
         if self._resume is None or self._resume["epoch"] != here["epoch"]:
             return 0  # the checkpoint was the end of an epoch
-        for name, what in (
-            ("images", "the training set"),
-            ("global_batch", "batch_size × processes"),
-            ("seed", "seed"),
-        ):
-            if self._resume["batches"] and self._resume[name] != here[name]:
+        names = {
+            "images": "number of training images",
+            "global_batch": "batch_size times processes",
+            "seed": "seed of the data",
+        }
+        for key, name in names.items():
+            if self._resume[key] != here[key]:
                 raise ValueError(
-                    f"Cannot resume in mid-epoch: {what} was {self._resume[name]} and is now {here[name]}. "
+                    f"Cannot resume in mid-epoch: the {name} was {self._resume[key]} and is now {here[key]}. "
                     f"Set it back, or resume from a checkpoint written at the end of an epoch."
                 )
         return self._resume["batches"]

@@ -1,0 +1,235 @@
+"""Any image-classification set that Hugging Face ``datasets`` reads."""
+
+import math
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.data.images import ImageData, LabelledImages, Pixels, at_least
+from lightning_plugins.data.keys import random_split
+
+if TYPE_CHECKING:
+    import datasets
+
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_IN_MEMORY = 2**30  # bytes of a decoded split up to which it is held in memory
+
+
+class HFImages(ImageData):
+    """Images from the Hub (``ylecun/mnist``, ``uoft-cs/cifar10``, ...), a local folder or a parquet file.
+
+    Images are decoded and resized once and kept in datasets' cache on disk; a split up to 1 GiB is then held in memory,
+    a larger one is read from the disk batch by batch (give it workers).
+
+    Args:
+        path: a dataset id of the Hub; a folder with one folder of images for each class, in ``train/`` and ``test/`` if
+            it has both; a folder of parquet files; or one parquet file, which is a training split.
+        name: the configuration, for ids that have several.
+        image_column: default: the only column of images.
+        label_column: default: the only column of class labels, or of integers if there is none.
+        train_split: name of the training split.
+        val_split: name of the validation split. Default: ``validation``, ``valid``, ``val`` or ``dev`` if there is one,
+            else ``val_size`` training images.
+        test_split: name of the test split; looked for only when test images are asked for.
+        val_size: training images held out at random (by ``seed``) where there is no validation split: a count, or a
+            fraction if a float; 0: none, there is no validation then.
+        image_size: side in px of the square that images are resized to (the middle of a longer side is kept).
+            Default: as they are, and all must be equal.
+        channels: 1 grey, 3 colour. Default: as in the first training image.
+        batch_size: images in a batch of one process.
+        num_workers: processes that prepare batches; 0 is the fastest for images in memory.
+        seed: of the order, the augmentation and the validation images.
+        shift: training images move by up to this many px, on zeros (the usual "crop 32, padding 4" is ``shift=4``).
+        flip: training images are mirrored left to right at random.
+
+    Raises:
+        FileNotFoundError: nothing readable at ``path`` (when data are first asked for).
+        ValueError: a split or column is missing or ambiguous, images differ in size, or labels are not 0..K-1.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        train_split: str = "train",
+        val_split: str | None = None,
+        test_split: str = "test",
+        val_size: int | float = 0.1,
+        image_size: int | None = None,
+        channels: int | None = None,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        shift: int = 0,
+        flip: bool = False,
+    ) -> None:
+        super().__init__(batch_size, num_workers, seed, shift, flip)
+        if image_size is not None:
+            at_least("image_size", image_size, 1)
+        if channels not in (None, 1, 3):
+            raise ValueError(f"channels={channels} must be 1 (grey) or 3 (colour), or left out.")
+        self.path, self.name, self.val_size = path, name, val_size
+        self.image_column, self.label_column = image_column, label_column
+        self.split_names = {"train": train_split, "val": val_split, "test": test_split}
+        self.image_size, self.channels = image_size, channels
+
+    @cached_property
+    def image_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
+        """``(C, H, W)`` by the arguments, else as the first training image."""
+        first = self._rows("train")[0][self._columns[0]]
+        channels = self.channels or (1 if first.mode in ("1", "L") else 3)
+        width, height = first.size if self.image_size is None else (self.image_size, self.image_size)
+        return channels, height, width
+
+    @cached_property
+    def num_classes(self) -> int:  # type: ignore[override]
+        """Classes named by the set; of plain integers, one more than the largest training label."""
+        feature = self._split("train").features[self._columns[1]]
+        return getattr(feature, "num_classes", None) or max(self._split("train")[self._columns[1]]) + 1
+
+    def prepare_data(self) -> None:
+        """Download and decode once, in one process; the others find the cache."""
+        for split in self.split_names:
+            if split == "train" or self._has(split):
+                self._decoded(split)
+
+    def read(self, split: str) -> LabelledImages | None:
+        """One split, decoded."""
+        carve = split != "test" and not self._has("val")
+        rows = self._decoded("train" if carve else split)
+        if carve:
+            index = random_split(len(rows), self.val_size, self.seed)[split == "val"]
+            if not len(index):
+                return None
+            rows = rows.select(index.tolist())
+        labels = torch.tensor(rows["label"][:], dtype=torch.int64)
+        if int(labels.min()) < 0 or int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"The {split} labels of {self.path!r} run from {int(labels.min())} to {int(labels.max())}, but must be "
+                f"0 to {self.num_classes - 1}: negative ones are hidden, name another split."
+            )
+        pixels: Pixels = ImagesOnDisk(rows, self.image_shape)
+        if math.prod(pixels.shape) <= _IN_MEMORY:
+            pixels = pixels[torch.arange(len(rows))]
+        return LabelledImages(pixels, labels)
+
+    @cached_property
+    def _raw(self) -> "datasets.DatasetDict":
+        import datasets
+
+        try:
+            if self.path.endswith(".parquet"):
+                return datasets.load_dataset("parquet", data_files={self.split_names["train"]: self.path})
+            return datasets.load_dataset(str(Path(self.path).expanduser()), self.name)
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise FileNotFoundError(
+                f"HFImages cannot read path={self.path!r}: {reason}. Give a dataset id of the Hub (its first use "
+                "needs the network), a folder with one folder of images for each class, or a parquet file."
+            ) from error
+
+    def _has(self, split: str) -> bool:
+        """Find the split's name; a name that the user gave for validation must exist."""
+        if split == "val" and self.split_names["val"] is None:
+            self.split_names["val"] = next((name for name in _VALIDATION_NAMES if name in self._raw), None)
+        name = self.split_names[split]
+        return name in self._raw or (split == "val" and name is not None)
+
+    def _split(self, split: str) -> "datasets.Dataset":
+        name = self.split_names[split]
+        if name not in self._raw:
+            raise ValueError(f"{self.path!r} has no split {name!r}; its splits are {', '.join(self._raw)}.")
+        return self._raw[name]
+
+    @cached_property
+    def _columns(self) -> tuple[str, str]:
+        """Names of the image and the label column."""
+        import datasets
+
+        features = self._split("train").features
+        images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+        labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        integers = [
+            name for name, feature in features.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))
+        ]
+        return (
+            self._choose("image_column", self.image_column, images),
+            self._choose("label_column", self.label_column, labels or integers),
+        )
+
+    def _choose(self, argument: str, given: str | None, found: list[str]) -> str:
+        columns = list(self._split("train").features)
+        if given is not None and given in columns:
+            return given
+        if given is not None:
+            raise ValueError(f"{argument}={given!r} is no column of {self.path!r}, which has {', '.join(columns)}.")
+        if len(found) != 1:
+            what = f"several candidates ({', '.join(found)})" if found else "no candidate"
+            raise ValueError(
+                f"{self.path!r} has {what} for {argument}: choose one of its columns {', '.join(columns)}."
+            )
+        return found[0]
+
+    def _rows(self, split: str) -> "datasets.Dataset":
+        """The two columns as they are stored; images decode when a row is read."""
+        import datasets
+
+        return self._split(split).select_columns(list(self._columns)).cast_column(self._columns[0], datasets.Image())
+
+    def _decoded(self, split: str) -> "datasets.Dataset":
+        """Rows of raw bytes and label; datasets finds them in its cache the second time."""
+        import datasets
+
+        image, label = self._columns
+        return self._rows(split).map(
+            _decode,
+            fn_kwargs={"image_column": image, "label_column": label, "shape": self.image_shape, "fit": self.image_size},
+            batched=True,
+            remove_columns=[image, label],
+            features=datasets.Features({"pixels": datasets.Value("binary"), "label": datasets.Value("int64")}),
+            desc=f"Decoding {split} images",
+        )
+
+
+def _decode(
+    rows: dict[str, list[Any]], image_column: str, label_column: str, shape: tuple[int, int, int], fit: int | None
+) -> dict[str, list[Any]]:
+    import numpy as np
+    from PIL import Image, ImageOps
+
+    channels, height, width = shape
+    pixels = []
+    for image in rows[image_column]:
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"An image has mode {image.mode}, more than 8 bits per channel: convert it to 8 first.")
+        image = image.convert("L" if channels == 1 else "RGB")
+        if fit is not None:
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        elif image.size != (width, height):
+            raise ValueError(
+                f"Images differ in size: {width} x {height} and {image.width} x {image.height} px; give image_size."
+            )
+        array = np.asarray(image).reshape(height, width, channels)
+        pixels.append(array.transpose(2, 0, 1).tobytes())
+    return {"pixels": pixels, "label": rows[label_column]}
+
+
+class ImagesOnDisk:
+    """Decoded images that stay in datasets' cache file; acts like a uint8 tensor ``(N, C, H, W)`` when gathered.
+
+    Args:
+        rows: with a column ``pixels`` of C·H·W bytes each.
+        image_shape: ``(C, H, W)``.
+    """
+
+    def __init__(self, rows: "datasets.Dataset", image_shape: tuple[int, int, int]) -> None:
+        self.rows, self.shape = rows, (len(rows), *image_shape)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        content = bytearray(b"".join(self.rows[index.tolist()]["pixels"]))
+        return torch.frombuffer(content, dtype=torch.uint8).view(-1, *self.shape[1:])
