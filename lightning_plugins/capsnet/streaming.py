@@ -21,8 +21,8 @@ from torch import Tensor
 from lightning_plugins.capsnet.agreement import compute_votes, couplings, next_centres, next_centres_vjp, vote_sums
 
 # numbers in one (J, I, D, B) block: a few such blocks fit a CPU core's cache; a GPU wants fewer, larger launches
-_CPU_BLOCK = 2**17
-_DEVICE_BLOCK = 2**24
+_CPU_BLOCK = 2**18
+_GPU_BLOCK = 2**24
 
 _OPTIONS = "Tensor? bias, str routing, int iterations, float squash_scale, bool leaky, bool last"
 
@@ -162,10 +162,13 @@ def _coupled_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
     """Return ``sum_i softmax_j(<votes_ij, a_j>) votes_ij``, ``(B, J, K)``."""
     a = centres.permute(1, 2, 0).contiguous()  # (J, K, B)
     s = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
-    for block in _blocks(u, W):
-        u_b, W_b = _block(u, block), _by_output(W, block)
-        c = couplings((_fold(W_b, a, u) * u_b).sum(2), leaky, dim=0)  # (J, I, B)
-        s.baddbmm_(_rows(c.unsqueeze(2) * u_b, W).transpose(1, 2), W_b)
+    scratch_h, scratch_x = _scratch(u, W, of_transforms=True), _scratch(u, W)
+    for _, u_b, W_b in _blocks(u, W):
+        x = scratch_x[:, : len(u_b)]
+        h = _fold(W_b, a, scratch_h)
+        c = couplings(torch.mul(h, u_b, out=x).sum(2), leaky, dim=0)  # (J, I, B)
+        torch.mul(c.unsqueeze(2), u_b, out=x)
+        s.baddbmm_(_rows(x, W).transpose(1, 2), W_b)
     return s.transpose(0, 1)
 
 
@@ -173,34 +176,49 @@ def _coupled_sum_vjp(
     ds: Tensor, u: Tensor, W: Tensor, centres: Tensor, leaky: bool, last: bool, du: Tensor, dW: Tensor
 ) -> Tensor:
     """Add the gradients of :func:`_coupled_sum` to du and dW; return that of the centres (zero with ``last``)."""
-    a, g = centres.permute(1, 2, 0).contiguous(), ds.permute(1, 2, 0).contiguous()  # (J, K, B)
-    da = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
-    for block in _blocks(u, W):
-        u_b, W_b, dW_b = _block(u, block), _by_output(W, block), _by_output(dW, block)
-        h, dx = _fold(W_b, a, u), _fold(W_b, g, u)  # (J, I, D, B); dx is the gradient of c u
-        c = couplings((h * u_b).sum(2), leaky, dim=0)  # (J, I, B)
-        dW_b.baddbmm_(_rows(c.unsqueeze(2) * u_b, W), g.transpose(1, 2))
-        du_b = (c.unsqueeze(2) * dx).sum(0)
+    a, g = (x.permute(1, 2, 0).contiguous() for x in (centres, ds))  # (J, K, B)
+    ag = torch.cat([g] if last else [g, a], 2).transpose(1, 2)  # (J, 2B, K)
+    B = len(u)
+    da = torch.zeros_like(ag[:, :B])  # (J, B, K)
+    scratch_h, scratch_g = _scratch(u, W, of_transforms=True), _scratch(u, W, of_transforms=True)
+    scratch_x, scratch_y = _scratch(u, W, 1 if last else 2), _scratch(u, W)
+    for block, u_b, W_b in _blocks(u, W):
+        x, y = scratch_x[:, : len(u_b)], scratch_y[:, : len(u_b)]
+        h, dx = _fold(W_b, a, scratch_h), _fold(W_b, g, scratch_g)  # dx is the gradient of c u
+        c = couplings(torch.mul(h, u_b, out=y).sum(2), leaky, dim=0)  # (J, I, B)
+        torch.mul(c.unsqueeze(2), u_b, out=x[..., :B])
         if not last:
-            dc = (dx * u_b).sum(2)
+            dc = torch.mul(dx, u_b, out=y).sum(2)
             dlogits = c * (dc - (c * dc).sum(0))
-            dh = _rows(dlogits.unsqueeze(2) * u_b, W)
-            dW_b.baddbmm_(dh, a.transpose(1, 2))
-            da.baddbmm_(dh.transpose(1, 2), W_b)
-            du_b += (dlogits.unsqueeze(2) * h).sum(0)
-        du[:, block] += du_b.permute(2, 0, 1)
+            torch.mul(dlogits.unsqueeze(2), u_b, out=x[..., B:])
+        rows = _rows(x, W)
+        _by_output(dW, block).baddbmm_(rows, ag)
+        du_b = torch.mul(dx, c.unsqueeze(2), out=y)
+        if not last:
+            da.baddbmm_(rows[..., B:].transpose(1, 2), W_b)
+            du_b.addcmul_(h, dlogits.unsqueeze(2))
+        du[:, block] += du_b.sum(0).permute(2, 0, 1)
     return da.transpose(0, 1)
 
 
-def _blocks(u: Tensor, W: Tensor) -> Iterator[slice]:
-    """Cut the inputs into blocks of about equal memory, whatever the batch and the number of outputs."""
-    size = max(1, (_CPU_BLOCK if u.is_cpu else _DEVICE_BLOCK) // (len(u) * W.shape[-3:-1].numel()))
-    return (slice(i, min(i + size, u.shape[1])) for i in range(0, u.shape[1], size))
+def _block_size(u: Tensor, W: Tensor) -> int:
+    B, N, _ = u.shape
+    return min(N, max(1, (_CPU_BLOCK if u.is_cpu else _GPU_BLOCK) // (B * W.shape[-3:-1].numel())))
 
 
-def _block(u: Tensor, block: slice) -> Tensor:
-    """Return a block of inputs as ``(I, D, B)``."""
-    return u[:, block].permute(1, 2, 0).contiguous()
+def _blocks(u: Tensor, W: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Cut the inputs into blocks of about equal memory: the slice, ``u`` as ``(I, D, B)``, ``W`` by output."""
+    size = _block_size(u, W)
+    for i in range(0, u.shape[1], size):
+        block = slice(i, min(i + size, u.shape[1]))
+        yield block, u[:, block].permute(1, 2, 0).contiguous(), _by_output(W, block)
+
+
+def _scratch(u: Tensor, W: Tensor, copies: int = 1, of_transforms: bool = False) -> Tensor:
+    """Memory ``(J, I, D, B)`` that every block uses again: fresh pages would cost as much as the arithmetic."""
+    B, _, D = u.shape
+    inputs = 1 if of_transforms and W.dim() == 3 else _block_size(u, W)
+    return u.new_empty(W.shape[-2], inputs, D, copies * B)
 
 
 def _by_output(W: Tensor, block: slice) -> Tensor:
@@ -209,9 +227,11 @@ def _by_output(W: Tensor, block: slice) -> Tensor:
     return W.transpose(0, 1)
 
 
-def _fold(W_b: Tensor, a: Tensor, u: Tensor) -> Tensor:
-    """Take centres ``(J, K, B)`` back to the inputs' side: ``(J, I, D, B)``, with I = 1 when W is shared."""
-    return torch.bmm(W_b, a).unflatten(1, (-1, u.shape[2]))
+def _fold(W_b: Tensor, a: Tensor, scratch: Tensor) -> Tensor:
+    """Take centres ``(J, K, B)`` to the inputs' side: ``h`` ``(J, I, D, B)``, with I = 1 when W is shared."""
+    h = scratch[:, : W_b.shape[1] // scratch.shape[2]]
+    torch.bmm(W_b, a, out=h.flatten(1, 2))
+    return h
 
 
 def _rows(x: Tensor, W: Tensor) -> Tensor:
