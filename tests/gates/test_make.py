@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def make(folder, *arguments):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    ours = ("MAKE", "MFLAGS", "PYTEST_ARGS", "PYTHON")  # what the `make test` that runs this has set
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(["make", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=60)
 
 

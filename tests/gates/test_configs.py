@@ -1,0 +1,93 @@
+"""Every shipped config says what it is, and trains a step."""
+
+import gzip
+import re
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from lightning_plugins.cli import main
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(
+    path.relative_to(ROOT / "configs").with_suffix("").as_posix() for path in (ROOT / "configs").rglob("*.yaml")
+)
+
+
+def test_there_are_configs():
+    assert NAMES
+
+
+def header(path):
+    """The comment block at the top of a config, as ``{field: text}``; a field's text may go on in the next lines."""
+    fields, last = {}, None
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("#").strip()
+        start = re.match(r"(Paper|Data|Hardware|Minutes|Expected|Command)\b\W*(.*)", text, re.IGNORECASE)
+        if start:
+            last = start[1].lower()
+            fields[last] = start[2]
+        elif last:
+            fields[last] += " " + text
+    return fields
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_header(name):
+    fields = header(ROOT / "configs" / f"{name}.yaml")
+    missing = {"paper", "data", "hardware", "minutes", "expected", "command"} - fields.keys()
+    assert not missing, f"the comment on top of {name} lacks {missing}"
+    assert all(fields.values()), fields
+    assert re.search(r"\d", fields["minutes"]), "minutes is a number"
+    assert re.search(r"\d", fields["expected"]), "the expected result is a number"
+    assert f"lightning-plugins fit --config {name}" in fields["command"]
+
+
+def idx_folder(folder, size=28, count=40):
+    """A small set in the four idx files: noise, and labels that hold every class."""
+    folder.mkdir()
+    for part in ("train", "t10k"):
+        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size), dtype=np.uint8)
+        labels = (np.arange(count) % 10).astype(np.uint8)
+        with gzip.open(folder / f"{part}-images-idx3-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">IIII", 2051, *pixels.shape) + pixels.tobytes())
+        with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz", "wb") as file:
+            file.write(struct.pack(">II", 2049, count) + labels.tobytes())
+    return folder
+
+
+def image_folder(folder, size=28, count=3):
+    """A small set of PNG files in a folder for each split and class."""
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in range(10):
+            (folder / split / str(label)).mkdir(parents=True)
+            for index in range(count):
+                pixels = random.integers(0, 256, (size, size), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / split / str(label) / f"{index}.png")
+    return folder
+
+
+def local_data(data, folder):
+    """Options that give a config data of this machine in place of what it would read from elsewhere."""
+    name, arguments = data["class_path"].split(".")[-1], data.get("init_args", {})
+    if name == "IdxImages":
+        return ["--data.folder", str(idx_folder(folder / "idx")), "--data.val_size", "10"]
+    if name == "HFImages":
+        return ["--data.path", str(image_folder(folder / "png"))]
+    if name == "MultiMNIST" and arguments.get("source", "digits") != "digits":
+        return ["--data.source", str(idx_folder(folder / "idx"))]
+    return []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trains_one_step(name, tmp_path):
+    config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
+    data = local_data(config["data"], tmp_path)
+    main(["fit", "--config", name, *data, "--data.batch_size", "4", "--trainer.fast_dev_run", "1"])

@@ -1,0 +1,118 @@
+"""What the README shows, works: its commands and its Python, block after block in one folder."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Trainer
+
+from lightning_plugins.cli import main
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SHORT = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1, "limit_predict_batches": 1}
+# Shown, and not run here: they reach for the network or for another environment. Their form is tested.
+FORMS = {
+    "git clone": r"git clone https://\S+( \S+)?",
+    "cd": r"cd \S+",
+    "make": r"make (demo|test|help|clean)",
+    "venv": r"(python3? -m venv \.venv|\. \.venv/bin/activate|source \.venv/bin/activate)",
+    "pip": r"(python -m )?pip install (-c constraints\.txt )?(--\S+ \S+ )*(-e )?\S+",
+    "uv": r"uvx? .*(lightning-plugins|pytest|pip install|sync).*",
+    "tensorboard": r"tensorboard --logdir \S+",
+}
+
+
+def blocks(text):
+    """Fenced blocks as ``(language, first line's number, content)``."""
+    found = re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [(match[1], text.count("\n", 0, match.start()) + 2, match[2]) for match in found]
+
+
+def commands(content):
+    """The commands of a shell block: continued lines joined, comments and prompts dropped, ``&&`` split."""
+    joined = content.replace("\\\n", " ")
+    lines = [re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ ") for line in joined.splitlines()]
+    return [" ".join(part.split()) for line in lines if line for part in line.split("&&")]
+
+
+BLOCKS = blocks(README)
+SHELL = [
+    (line, command) for language, line, content in BLOCKS if language in ("bash", "sh") for command in commands(content)
+]
+OURS = re.compile(r"(lightning-plugins|python3? -m lightning_plugins) ")
+STEPS = sorted(
+    [(line, "bash", command) for line, command in SHELL if OURS.match(command + " ")]
+    + [(line, "python", content) for language, line, content in BLOCKS if language == "python"],
+    key=lambda step: step[0],
+)
+
+
+def test_blocks_are_read():
+    text = "a\n```bash\n$ git clone x && make \\\n  demo # now\n```\n\n```python\nx = 1\n```\n"
+    (shell, line, content), (python, number, code) = blocks(text)
+    assert (shell, line, python, number, code) == ("bash", 3, "python", 8, "x = 1\n")
+    assert commands(content) == ["git clone x", "make demo"]
+
+
+def test_the_readme_has_its_parts():
+    assert {language for language, _, _ in BLOCKS} >= {"bash", "python"}
+    shown = [command for _, command in SHELL]
+    assert [command for command in shown if command.startswith("make ")][:2] == ["make demo", "make test"]
+    assert re.search(r"!\[[^\]]*\]\([^)]+\.png\)", README), "a picture made by the project"
+
+
+def test_linked_files_exist():
+    links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize(("line", "command"), SHELL, ids=[f"line {line}: {command}"[:60] for line, command in SHELL])
+def test_every_command_is_known(line, command):
+    known = OURS.match(command + " ") or any(re.fullmatch(form, command) for form in FORMS.values())
+    assert known, f"README.md, after line {line}: {command!r}"
+    if command.startswith("make "):
+        subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One folder for the whole README, so that a later block finds what an earlier one made."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize(("line", "language", "text"), STEPS, ids=[f"line {line} {kind}" for line, kind, _ in STEPS])
+def test_block_runs(line, language, text, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    if language == "bash":
+        run_command(shlex.split(text))
+    else:
+        run_python(line, text, folder, monkeypatch)
+
+
+def run_command(words):
+    arguments = words[1:] if words[0] == "lightning-plugins" else words[3:]
+    if arguments[0] == "fit":
+        arguments += ["--trainer.max_epochs=1", "--data.batch_size=4"]
+    if arguments[0] in ("fit", "validate", "test", "predict"):
+        arguments += [f"--trainer.{name}={value}" for name, value in SHORT.items()]
+    try:
+        main(arguments)
+    except SystemExit as end:
+        assert not end.code, f"{arguments} ended with {end.code}"
+
+
+def run_python(line, code, folder, monkeypatch):
+    """Run a block as a script; a first line ``# name.py`` also puts it there for the commands that follow."""
+    if name := re.match(r"# (\S+\.py)\n", code):
+        (folder / name[1]).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name[1]).write_text(code)
+    plain = Trainer.__init__
+    monkeypatch.setattr(
+        Trainer, "__init__", lambda self, **arguments: plain(self, **(arguments | SHORT | {"max_epochs": 1}))
+    )
+    exec(compile(code, f"README.md, line {line}", "exec"), {"__name__": "__main__"})
