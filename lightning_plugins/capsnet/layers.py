@@ -86,7 +86,7 @@ def group_channels(x: Tensor, num_types: int) -> Tensor:
     B, C, H, W = x.shape
     if C % num_types:
         raise ValueError(f"group_channels cannot split {C} channels into num_types={num_types} equal capsules.")
-    return x.view(B, num_types, C // num_types, H, W).permute(0, 1, 3, 4, 2).reshape(B, -1, C // num_types)
+    return x.reshape(B, num_types, C // num_types, H, W).permute(0, 1, 3, 4, 2).reshape(B, -1, C // num_types)
 
 
 class RoutingCapsules(nn.Module):
@@ -109,8 +109,9 @@ class RoutingCapsules(nn.Module):
         bias: add a learned bias to each output before the squash, as the authors' released code does.
         leaky: let an input vote for none of the outputs (orphan category; CIFAR-10 in Sabour et al. 2017).
 
-    ``W`` starts normal with standard deviation :math:`J / \sqrt{N K}` (shared: :math:`1 / \sqrt D`), which makes the
-    uniform sum of unit votes have about unit length, so that the first poses lie between the two margins.
+    ``W`` starts normal with standard deviation :math:`J / \sqrt{N K}`, which gives the uniform sum of unit capsules
+    about unit length, so that the first poses are neither dead nor saturated; shared transforms start with Glorot's
+    :math:`\sqrt{2 / (D + J K)}`, as in the code of kexue.fm/archives/5112, since N is not known.
 
     Example:
         >>> capsules = RoutingCapsules(in_dim=8, num_capsules=10, dim=16, routing="kmeans")
@@ -136,7 +137,8 @@ class RoutingCapsules(nn.Module):
         self.routing, self.iterations, self.gradient = routing, iterations, gradient
         self.squash_scale, self.leaky = squash_scale, leaky
         shape = (in_dim, num_capsules, dim) if num_inputs is None else (num_inputs, in_dim, num_capsules, dim)
-        std = in_dim**-0.5 if num_inputs is None else num_capsules / math.sqrt(num_inputs * dim)
+        glorot = math.sqrt(2 / (in_dim + num_capsules * dim))
+        std = glorot if num_inputs is None else num_capsules / math.sqrt(num_inputs * dim)
         self.weight = nn.Parameter(torch.randn(shape) * std)
         self.bias = nn.Parameter(torch.zeros(num_capsules, dim)) if bias else None
 
@@ -291,5 +293,5 @@ def margin_loss(
 
 def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``."""
-    rows = labels.view(len(labels), -1)
+    rows = labels.reshape(len(labels), -1)
     return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)

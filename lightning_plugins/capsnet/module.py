@@ -145,8 +145,7 @@ class CapsNet(LightningModule):
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self._optimizer, self._scheduler = optimizer, scheduler
 
-        # channels_last convolutions are faster on CPUs and tensor cores; values and checkpoints are the same
-        self.features = (features or self.build_features()).to(memory_format=torch.channels_last)
+        self.features = features or self.build_features()
         self.capsules = self.build_capsules(*self._capsule_shape())
         self.decoder = self.build_decoder() if self.preset.reconstruction_weight > 0 else None
         if self.preset.official_init:
@@ -207,7 +206,7 @@ class CapsNet(LightningModule):
     def forward(self, image: Tensor) -> Tensor:
         """Poses ``(B, J, K)`` of the class capsules; a pose's length is its class's score in [0, 1)."""
         self._check_image(image)
-        return self.capsules(self.features(image.contiguous(memory_format=torch.channels_last)))
+        return self.capsules(self.features(image))
 
     def predict_labels(self, poses: Tensor) -> Tensor:
         """The longest capsule's class ``(B,)``, or the L longest ones' in ascending order ``(B, L)``."""

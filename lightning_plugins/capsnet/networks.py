@@ -121,7 +121,7 @@ class SabourFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` to capsules ``(B, N, D)``."""
-        return self.primary(self.conv(x).relu())
+        return self.primary(_channels_last(self.conv(x).relu()))
 
 
 class SuFeatures(nn.Module):
@@ -148,7 +148,7 @@ class SuFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` to capsules ``(B, N, D)``."""
-        return group_channels(self.layers(x), self.num_types)
+        return group_channels(self.layers(_channels_last(x)), self.num_types)
 
 
 class EfficientFeatures(nn.Module):
@@ -169,7 +169,12 @@ class EfficientFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` to capsules ``(B, N, D)``."""
-        return exponential_squash(group_channels(self.primary(self.layers(x)), self.num_types))
+        return exponential_squash(group_channels(self.primary(self.layers(_channels_last(x))), self.num_types))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """The layout in which convolutions are faster, on activations only: sharded parameters must stay contiguous."""
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _conv_relu_norm(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:

@@ -100,7 +100,7 @@ def plot_couplings(images: Tensor, trace: RoutingTrace, grid: Sequence[int], lab
         _show_mosaic(row[0], images[b : b + 1, None])
         row[0].set_title(f"label {_join(labels[b])}", fontsize=8)
         for j, axes in enumerate(row[1:]):
-            map_ = axes.imshow(couplings[b, ..., j].cpu(), vmin=low, vmax=high, cmap="viridis")
+            map_ = axes.imshow(couplings[b, ..., j].cpu().numpy(), vmin=low, vmax=high, cmap="viridis")
             axes.set_title(f"{j}: |v|={lengths[b, j]:.2f}", fontsize=7)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -119,8 +119,9 @@ def plot_routing(trace: RoutingTrace) -> "Figure":
     steps = list(range(1, len(trace.entropy) + 1))
     for axes, (title, values_RB) in zip(figure.subplots(1, 2), panels.items(), strict=True):
         values_RB = values_RB.float().cpu()
-        axes.fill_between(steps, values_RB.amin(1), values_RB.amax(1), alpha=0.25, label="range over images")
-        axes.plot(steps, values_RB.mean(1), "o-", label="mean")
+        low, mean, high = (reduced.numpy() for reduced in (values_RB.amin(1), values_RB.mean(1), values_RB.amax(1)))
+        axes.fill_between(steps, low, high, alpha=0.25, label="range over images")
+        axes.plot(steps, mean, "o-", label="mean")
         axes.set_title(title, fontsize=9)
         axes.set_xlabel("routing iteration", fontsize=8)
         axes.set_xticks(steps)
@@ -192,7 +193,9 @@ def _show_mosaic(axes: Any, images: Tensor) -> None:
         for c in range(columns):
             top, left = r * (H + 1), c * (W + 1)
             canvas[top : top + H, left : left + W] = images[r, c].permute(1, 2, 0)
-    axes.imshow(canvas[..., 0] if C == 1 else canvas[..., :3], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        (canvas[..., 0] if C == 1 else canvas[..., :3]).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+    )
     axes.set_xticks([])
     axes.set_yticks([])
 

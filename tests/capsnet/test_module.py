@@ -1,0 +1,290 @@
+"""CapsNet as a LightningModule: loss, masks, metrics, methods, precision, checkpoints, pictures."""
+
+import functools
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
+from torch.utils.data import DataLoader
+
+from lightning_plugins.capsnet import PRESETS, CapsNet
+
+SMALL = {"image_shape": (1, 14, 14), "channels": 8, "kernel_size": 3, "num_types": 2, "decoder_hidden": (16,)}
+
+
+class Images(torch.utils.data.Dataset):
+    """Blurred squares whose place is the class, with two parts on request."""
+
+    def __init__(self, length=32, num_labels=1, size=14):
+        generator = torch.Generator().manual_seed(0)
+        self.labels = torch.stack([torch.randperm(4, generator=generator)[:num_labels] for _ in range(length)])
+        self.parts = torch.rand(length, num_labels, 1, size, size, generator=generator) * 0.2
+        for i, labels in enumerate(self.labels.tolist()):
+            for part, label in zip(self.parts[i], labels, strict=True):
+                part[0, 3 * label : 3 * label + 3, 4:9] += 0.8
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        item = {"image": self.parts[i].sum(0).clamp(max=1), "label": self.labels[i]}
+        if len(item["label"]) == 1:
+            return item | {"label": item["label"][0]}
+        return item | {"parts": self.parts[i]}
+
+
+def loader(num_labels=1, batch_size=16):
+    return DataLoader(Images(num_labels=num_labels), batch_size=batch_size)
+
+
+def small(**arguments):
+    torch.manual_seed(0)
+    return CapsNet(**(SMALL | {"num_classes": 4} | arguments))
+
+
+def trainer(tmp_path, **arguments):
+    defaults = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+        "enable_model_summary": False,
+    }
+    return Trainer(default_root_dir=tmp_path, accelerator="cpu", **(defaults | arguments))
+
+
+def test_training_masks_by_label_and_evaluation_by_prediction():
+    model, batch = small(), next(iter(loader()))
+    poses = model(batch["image"])
+    wrong = (model.predict_labels(poses) + 1) % 4
+    batch["label"] = wrong
+
+    def sse(labels):
+        return (model.decoder(poses, labels) - batch["image"]).square().flatten(1).sum(1).mean() * 0.0005
+
+    torch.testing.assert_close(model.train().loss(batch)["reconstruction"], sse(wrong))
+    torch.testing.assert_close(model.eval().loss(batch)["reconstruction"], sse(model.predict_labels(poses)))
+
+
+def test_reconstruction_weight_is_on_the_sum_of_an_image():
+    model = CapsNet(channels=8, num_types=2)
+    image, label = torch.rand(1, 1, 28, 28), torch.tensor([3])
+    one = model.loss({"image": image, "label": label})
+    many = model.loss({"image": image.expand(64, -1, -1, -1), "label": label.expand(64)})
+    torch.testing.assert_close(one, many)
+    mse = torch.nn.functional.mse_loss(model.reconstruct(image, label), image)
+    torch.testing.assert_close(one["reconstruction"], 0.392 * mse)
+
+
+def test_two_labels_reconstruct_both_parts():
+    model, batch = small(num_labels=2), next(iter(loader(num_labels=2)))
+    poses = model(batch["image"])
+    both = sum(
+        (model.decoder(poses, batch["label"][:, i]) - batch["parts"][:, i]).square().flatten(1).sum(1) for i in (0, 1)
+    )
+    torch.testing.assert_close(model.loss(batch)["reconstruction"], 0.0005 * both.mean())
+
+
+def test_exact_set_accuracy():
+    """Only an image with both digits right counts: 1 of 3 here, where 4 of 6 labels are right."""
+    model = small(num_labels=2)
+    poses = torch.zeros(3, 4, 16)
+    for image, classes in enumerate([(0, 1), (2, 1), (3, 0)]):
+        poses[image, list(classes), 0] = 0.9
+    metric = model.metrics["val_metrics"]
+    metric.update(*model._scores(poses, torch.tensor([[1, 0], [2, 3], [3, 2]])))
+    assert metric.compute()["val/accuracy"].item() == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_sample_does_not_depend_on_its_neighbours(preset):
+    torch.manual_seed(0)
+    model = CapsNet(preset, channels=8).eval()
+    images = torch.rand(3, 1, 28, 28)
+    together = model(images)
+    for i in range(3):
+        torch.testing.assert_close(model(images[i : i + 1])[0], together[i], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("weight", [0.0, 0.0005])
+def test_no_parameter_is_unused(preset, weight):
+    """An unused parameter would stop plain DDP."""
+    model = CapsNet(preset, channels=8, reconstruction_weight=weight)
+    sum(model.loss({"image": torch.rand(2, 1, 28, 28), "label": torch.tensor([0, 1])}).values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_perturb_moves_one_dimension_of_one_capsule():
+    model = small().eval()
+    images = torch.rand(2, 1, 14, 14)
+    values = torch.tensor([-0.2, 0.0, 0.3])
+    labels = torch.tensor([1, 3])
+    sweep = model.perturb(images, values, labels)
+    assert sweep.shape == (2, 16, 3, 1, 14, 14)
+    assert model.perturb(images).shape == (2, 16, 11, 1, 14, 14)
+    torch.testing.assert_close(sweep[:, 5, 1], model.reconstruct(images, labels))
+    poses = model(images)
+    poses[1, 3, 7] += 0.3
+    torch.testing.assert_close(sweep[1, 7, 2], model.decoder(poses, labels)[1])
+
+
+def test_routing_trace_ends_at_the_output():
+    model = small(routing="kmeans", iterations=4)
+    images = torch.rand(2, 1, 14, 14)
+    trace = model.routing_trace(images)
+    torch.testing.assert_close(trace.poses[-1], model(images))
+    assert trace.couplings.shape[0] == 4
+
+
+def test_predict_step_of_one_and_two_labels():
+    for num_labels in (1, 2):
+        model, batch = small(num_labels=num_labels).eval(), next(iter(loader(num_labels)))
+        output = model.predict_step({"image": batch["image"]}, 0)
+        assert set(output) == {"prediction", "lengths", "poses", "reconstruction"}
+        top = output["lengths"].topk(num_labels).indices.sort(-1).values
+        assert torch.equal(output["prediction"], top[:, 0] if num_labels == 1 else top)
+    assert "reconstruction" not in small(reconstruction_weight=0.0).predict_step(batch, 0)
+
+
+class TwiceTheMargin(CapsNet):
+    """A user's subclass: one hook each for the network and the loss, an argument more."""
+
+    def __init__(self, factor: float = 2.0, **arguments):
+        super().__init__(**arguments)
+        self.factor = factor
+
+    def build_decoder(self):
+        return torch.nn.Sequential()
+
+    def loss(self, batch, poses=None):
+        poses = self(batch["image"]) if poses is None else poses
+        return {"margin": self.factor * self._margin_loss(poses, batch["label"])}
+
+
+def test_subclass_hooks(tmp_path):
+    torch.manual_seed(0)
+    model = TwiceTheMargin(3.0, **SMALL, num_classes=4)
+    assert isinstance(model.decoder, torch.nn.Sequential)
+    model.decoder = None  # this subclass trains none
+    run = trainer(tmp_path)
+    run.fit(model, loader(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = TwiceTheMargin.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert again.factor == 3.0 and again.image_shape == (1, 14, 14)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"precision": "32-true"},
+        {"precision": "bf16-mixed"},
+        {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))]},
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+    ],
+    ids=["fp32", "bf16", "fp16-scaler", "accumulate-clip", "clip-value"],
+)
+def test_learns_in_every_mode(tmp_path, arguments):
+    model = small(lr=1e-2, pictures_every_n_epochs=0)
+    run = trainer(tmp_path, max_epochs=25, **arguments)
+    run.fit(model, loader(), loader())
+    assert run.callback_metrics["val/accuracy"] > 0.9
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_learns_two_labels(tmp_path):
+    model = small(num_labels=2, lr=1e-2, pictures_every_n_epochs=0)
+    run = trainer(tmp_path, max_epochs=25)
+    run.fit(model, loader(num_labels=2), loader(num_labels=2))
+    assert run.callback_metrics["val/accuracy"] > 0.8
+
+
+def test_accumulation_equals_the_joined_batch(tmp_path):
+    """Two halves accumulated are one batch, because every term is a mean over images."""
+    weights = []
+    for batch_size, accumulate in ((32, 1), (16, 2)):
+        model = small(optimizer=functools.partial(torch.optim.SGD, lr=0.5), pictures_every_n_epochs=0)
+        trainer(tmp_path, max_epochs=3, accumulate_grad_batches=accumulate).fit(
+            model, loader(batch_size=batch_size), loader()
+        )
+        weights.append(torch.nn.utils.parameters_to_vector(model.parameters()))
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-6, atol=1e-6)
+
+
+def test_compiled_step_equals_eager():
+    model, batch = small(), next(iter(loader()))
+    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+    for terms in (model.loss(batch), compiled(batch)):
+        model.zero_grad()
+        sum(terms.values()).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        torch.testing.assert_close(grads, getattr(test_compiled_step_equals_eager, "expected", grads))
+        test_compiled_step_equals_eager.expected = grads
+
+
+def test_checkpoint_of_a_module_with_network_and_factories(tmp_path):
+    """Networks and callables are not in the file, which loads safely and asks for what it lacks."""
+    features = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(196, 96), torch.nn.Unflatten(1, (12, 8)))
+    torch.manual_seed(0)
+    model = CapsNet(
+        image_shape=(1, 14, 14),
+        num_classes=4,
+        decoder_hidden=(16,),
+        features=features,
+        optimizer=functools.partial(torch.optim.SGD, lr=0.1),
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1),
+    )
+    run = trainer(tmp_path)
+    run.fit(model, loader(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01)  # the given scheduler stepped per epoch
+    with pytest.raises(ValueError, match="does not hold CapsNet's argument 'features'"):
+        CapsNet.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    again = CapsNet.load_from_checkpoint(
+        tmp_path / "x.ckpt", weights_only=True, features=features, optimizer=None, scheduler=None
+    )
+    image = torch.rand(2, 1, 14, 14)
+    assert torch.equal(again(image), model(image))
+
+
+def test_plain_checkpoint_describes_itself(tmp_path):
+    model = small(routing="kmeans_squash", share_weights=True)
+    run = trainer(tmp_path)
+    run.fit(model, loader(), loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = CapsNet.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert again.preset == model.preset
+    image = torch.rand(2, 1, 14, 14)
+    assert torch.equal(again(image), model(image))
+    assert {p.dtype for p in again.parameters()} == {torch.float32}  # no float64 crept in
+
+
+def test_pictures_are_drawn_on_their_cadence(tmp_path):
+    model = small(pictures_every_n_epochs=2)
+    run = trainer(tmp_path, max_epochs=3, logger=CSVLogger(tmp_path))
+    run.fit(model, loader(), loader())
+    run.test(model, loader(), verbose=False)
+    images = {path.relative_to(run.log_dir).as_posix() for path in (tmp_path / "lightning_logs").rglob("*.png")}
+    names = ("couplings", "pose_dimensions", "reconstructions", "routing")
+    expected = {f"images/val/{name}/{4:06d}.png" for name in names} | {f"images/test/{n}/{6:06d}.png" for n in names}
+    assert images == expected
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: small(num_labels=4), "num_labels=4 must lie between 1 and num_classes - 1 = 3."),
+        (lambda: small(features=torch.nn.Flatten()), "features must give capsules of shape (B, N, D), got (1, 196)"),
+        (lambda: small()(torch.rand(2, 1, 28, 28)), "built for image_shape=(1, 14, 14), got images (1, 28, 28)."),
+        (lambda: small(reconstruction_weight=0.0).reconstruct(torch.rand(2, 1, 14, 14)), "has no decoder"),
+        (lambda: small().loss(next(iter(loader(num_labels=2)))), "num_labels=1 but the batch has labels of shape"),
+    ],
+)
+def test_mistakes_say_what_to_do(make, message):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        make()
+    assert message in str(error.value)

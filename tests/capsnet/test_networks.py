@@ -1,0 +1,95 @@
+"""The published networks: parameter counts, shapes and constants."""
+
+import pytest
+import torch
+
+from lightning_plugins.capsnet import PRESETS, CapsNet
+from lightning_plugins.capsnet.networks import resolve_preset
+
+
+def count(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("preset", "full", "without_decoder"),
+    [
+        ("sabour2017_paper", 8_215_568, 6_804_224),
+        ("sabour2017_official", 8_215_568 + 160, 6_804_224 + 160),  # the released code's bias of the class capsules
+        ("efficient", 161_824 + 1_411_344, 161_824),
+    ],
+)
+def test_parameter_counts(preset, full, without_decoder):
+    assert count(CapsNet(preset)) == full
+    model = CapsNet(preset, reconstruction_weight=0.0)
+    assert model.decoder is None and count(model) == without_decoder
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("image_shape", [(1, 28, 28), (3, 32, 32), (2, 48, 48), (1, 36, 36)])
+def test_any_image_size(preset, image_shape):
+    torch.manual_seed(0)
+    model = CapsNet(preset, image_shape=image_shape, num_classes=4, channels=8, decoder_hidden=(16,))
+    u = model.features(torch.rand(2, *image_shape))
+    types, height, width = model.features.grid
+    assert u.shape[:2] == (2, types * height * width)
+    assert model(torch.rand(2, *image_shape)).shape == (2, 4, 16)
+
+
+def test_official_start():
+    torch.manual_seed(0)
+    model = CapsNet("sabour2017_official")
+    first, primary, weight = model.features.conv.weight, model.features.primary.conv.weight, model.capsules.weight
+    for tensor, std in ((first, 0.05), (primary, 0.1), (weight, 0.1), (model.decoder.layers[0].weight, 0.1)):
+        assert tensor.abs().max() <= 2 * std
+        assert tensor.std().item() == pytest.approx(0.88 * std, rel=0.03)  # a normal cut at two deviations
+    biases = [p for name, p in model.named_parameters() if "bias" in name]
+    assert len(biases) == 6 and all((b == 0.1).all() for b in biases)
+
+
+def test_official_loss_is_a_twentieth_and_the_same_reconstruction():
+    torch.manual_seed(0)
+    batch = {"image": torch.rand(4, 1, 28, 28), "label": torch.tensor([0, 1, 2, 3])}
+    paper, official = CapsNet(), CapsNet("sabour2017_official")
+    poses = torch.randn(4, 10, 16) * 0.1
+    official.decoder.load_state_dict(paper.decoder.state_dict())
+    a, b = paper.loss(batch, poses), official.loss(batch, poses)
+    torch.testing.assert_close(b["margin"], a["margin"] / 20)
+    torch.testing.assert_close(b["reconstruction"], a["reconstruction"])
+
+
+def test_official_rate_has_a_floor():
+    model = CapsNet("sabour2017_official", lr_decay_steps=1, lr_decay=0.1)
+    config = model.configure_optimizers()
+    optimizer, decay = config["optimizer"], config["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in range(6):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        decay.step()
+    assert rates == pytest.approx([1e-3, 1e-4, 1e-5, 1e-6, 1e-6, 1e-6])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": "sabour"}, "preset='sabour' is unknown; choose one of sabour2017_paper, sabour2017_official"),
+        ({"name": "efficient", "iterations": 3}, "iterations=3 with routing='self_attention', which is a single pass"),
+        (
+            {"name": "su2018", "routing": "self_attention", "iterations": 1},
+            "needs preset='efficient', got preset='su2018'",
+        ),
+        ({"name": "su2018", "iterations": 0}, "iterations=0 must be at least 1"),
+        ({"name": "su2018", "reconstruction_weight": -1.0}, "reconstruction_weight=-1.0 must be 0"),
+    ],
+)
+def test_wrong_presets_say_what_to_do(arguments, message):
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
+        resolve_preset(**arguments)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_too_small_images_are_refused(preset):
+    with pytest.raises(ValueError, match=r"image_shape=\(1, 9, 9\) is too small for kernel_size="):
+        CapsNet(preset, image_shape=(1, 9, 9))
