@@ -3,14 +3,15 @@
 import os
 import signal
 import sys
-
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")  # read at import
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # also for the processes that tests start
-os.environ.setdefault("MPLBACKEND", "agg")
+import tempfile
 
 import pytest
 import torch
 
+_CACHE = tempfile.TemporaryDirectory(prefix="lightning_plugins_tests_")  # not the user's own
+os.environ.update(HF_HOME=_CACHE.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read at import, later
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # also for the processes that tests start
+os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(2)
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]

@@ -80,9 +80,9 @@ def local_data(data, folder):
     if name == "IdxImages":
         return ["--data.folder", str(idx_folder(folder / "idx")), "--data.val_size", "10"]
     if name == "HFImages":
-        return ["--data.path", str(image_folder(folder / "png"))]
+        return ["--data.path", str(image_folder(folder / "png")), "--data.val_size", "10"]
     if name == "MultiMNIST" and arguments.get("source", "digits") != "digits":
-        return ["--data.source", str(idx_folder(folder / "idx"))]
+        return ["--data.source", str(image_folder(folder / "png"))]
     return []
 
 

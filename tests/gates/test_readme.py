@@ -12,7 +12,13 @@ from lightning_plugins.cli import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHORT = {"limit_train_batches": 1, "limit_val_batches": 1, "limit_test_batches": 1, "limit_predict_batches": 1, "log_every_n_steps": 1}
+SHORT = {
+    "limit_train_batches": 1,
+    "limit_val_batches": 1,
+    "limit_test_batches": 1,
+    "limit_predict_batches": 1,
+    "log_every_n_steps": 1,
+}
 # Shown, and not run here: they reach for the network or for another environment. Their form is tested.
 FORMS = {
     "git clone": r"git clone https://\S+( \S+)?",
