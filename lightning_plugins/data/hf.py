@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -199,7 +200,6 @@ class HFImages(ImageData):
 def _decode(
     rows: dict[str, list[Any]], image_column: str, label_column: str, shape: tuple[int, int, int], fit: int | None
 ) -> dict[str, list[Any]]:
-    import numpy as np
     from PIL import Image, ImageOps
 
     channels, height, width = shape

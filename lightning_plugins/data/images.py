@@ -137,6 +137,11 @@ class ImageData(LightningDataModule):
             self._splits[split] = self.read(split)
         return self._splits[split]
 
+    def setup(self, stage: str) -> None:
+        """Without validation images, train without validation."""
+        if stage == "fit" and self.images("val") is None and self.trainer is not None:
+            self.trainer.limit_val_batches = 0
+
     def require(self, split: str) -> LabelledImages:
         """The split, or one sentence if there is none."""
         data = self.images(split)
@@ -168,9 +173,9 @@ class ImageData(LightningDataModule):
         """Shuffled and augmented; the last incomplete batch of an epoch is dropped."""
         return self._loader("train")
 
-    def val_dataloader(self) -> KeyLoader | list[KeyLoader]:
-        """Every validation image once, in order; no loader if there are no validation images."""
-        return [] if self.images("val") is None else self._loader("val")
+    def val_dataloader(self) -> KeyLoader:
+        """Every validation image once, in order."""
+        return self._loader("val")
 
     def test_dataloader(self) -> KeyLoader:
         """Every test image once, in order."""
