@@ -22,8 +22,8 @@ class RandomState(Callback):
     - States are restored when training starts, after the data are set up and before the first batch is drawn.
     - Validation inside training leaves the states as it found them: Lightning does not repeat a validation that came
       after the checkpoint, so that its random numbers must not move those of training.
-    - Numbers that a module draws in ``on_train_start`` come after the restoring; for exactness in mid-epoch draw them
-      from a ``torch.Generator`` of their own.
+    - Numbers that a module draws in ``on_train_start`` come after the restoring, so that they move those of an epoch
+      resumed in its middle: draw them from a ``torch.Generator`` of their own.
 
     Raises:
         ValueError: on resuming with another number of processes.
@@ -65,12 +65,15 @@ class RandomState(Callback):
         if self._to_restore is not None:
             set_random_state(self._to_restore, trainer.strategy.root_device)
 
-    # After a checkpoint at the end of an epoch this hook comes before the first batch: restore again, since other
-    # hooks named on_train_start may have drawn numbers.
+    # A checkpoint from the end of an epoch resumes here: restore again, other hooks named on_train_start may have drawn.
     on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the run has its own states."""
+        self._to_restore = None
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As for a batch: a checkpoint from an epoch's last validation resumes with the end of that epoch."""
         self._to_restore = None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

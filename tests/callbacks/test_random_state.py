@@ -1,0 +1,129 @@
+"""A run with random numbers in the model resumes bit for bit."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from lightning_plugins.callbacks import RandomState
+from lightning_plugins.callbacks.random_state import get_random_state, set_random_state
+from lightning_plugins.data import Digits
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+
+
+class Noisy(LightningModule):
+    """Draws from Python, NumPy and torch in training, in validation and at the start of epochs."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 10))
+        self.drawn = []
+
+    def draw(self):
+        return random.random() + np.random.rand() + torch.rand(()).item()
+
+    def on_train_epoch_start(self):
+        self.epoch_noise = self.draw()
+
+    def training_step(self, batch, batch_idx):
+        self.drawn.append(self.draw())
+        x = batch["image"].flatten(1) + 0.1 * self.drawn[-1] * torch.randn(64)
+        return torch.nn.functional.cross_entropy(self.net(x), batch["label"])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/noise", self.draw())
+
+    def on_train_epoch_end(self):
+        self.draw()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class DrawsAtTheStart(Noisy):
+    def on_train_start(self):
+        self.draw()
+
+
+def fit(folder, model, checkpoint, ckpt_path=None, callback=RandomState, **trainer):
+    callbacks = [callback(), ModelCheckpoint(folder, "{step}", save_top_k=-1, **checkpoint)]
+    arguments = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    arguments |= {"enable_model_summary": False, "callbacks": callbacks, **trainer}
+    Trainer(**arguments).fit(model, Digits(image_size=8, batch_size=100, shift=1), ckpt_path=ckpt_path)
+    return model
+
+
+def assert_resumes(folder, steps, checkpoint, model=Noisy, **trainer):
+    seed_everything(3, verbose=False)
+    whole = fit(folder, model(), checkpoint, **trainer)
+    for step in steps:
+        seed_everything(99, verbose=False)
+        resumed = fit(folder, model(), checkpoint, folder / f"step={step}.ckpt", **trainer)
+        assert resumed.drawn == whole.drawn[step:] != []
+        for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("num_sanity_val_steps", [0, 2])
+def test_checkpoints_between_steps(tmp_path, num_sanity_val_steps):
+    """Every fifth step of epochs of twelve, with validation every fourth step."""
+    settings = {"val_check_interval": 4, "num_sanity_val_steps": num_sanity_val_steps}
+    assert_resumes(tmp_path, (5, 10, 20), {"every_n_train_steps": 5}, **settings)
+
+
+def test_checkpoints_at_a_validation_in_mid_epoch(tmp_path):
+    assert_resumes(tmp_path, (4, 8, 12, 20), {"monitor": "val/noise"}, val_check_interval=4)
+
+
+def test_checkpoints_before_the_validation_of_the_same_step(tmp_path):
+    assert_resumes(tmp_path, (4, 8, 16), {"every_n_train_steps": 4}, val_check_interval=4)
+
+
+def test_checkpoints_at_the_end_of_an_epoch(tmp_path):
+    assert_resumes(tmp_path, (12, 24), {"save_on_train_epoch_end": True}, model=DrawsAtTheStart)
+
+
+def test_without_the_callback_the_numbers_differ(tmp_path):
+    """The tests above could fail."""
+    from lightning.pytorch import Callback
+
+    with pytest.raises(AssertionError):
+        assert_resumes(tmp_path, (5,), {"every_n_train_steps": 5}, callback=Callback)
+
+
+def test_state_is_plain_data(tmp_path):
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    state = get_random_state(torch.device("cpu"))
+    torch.save(state, tmp_path / "state.pt")
+    expected = [random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(()).item()]
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    set_random_state(loaded, torch.device("cpu"))
+    assert [random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(()).item()] == expected
+
+
+def test_another_number_of_processes_is_refused(tmp_path):
+    model = fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, max_steps=1, limit_val_batches=0)
+    assert len(model.drawn) == 1
+    path = tmp_path / "step=1.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["random_state"] *= 2
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError) as error:
+        fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, path)
+    assert str(error.value) == (
+        "RandomState: the checkpoint holds the random states of 2 process(es), this run has 1. "
+        "Resume with 2, or leave RandomState out to draw other numbers."
+    )
+
+
+def test_a_checkpoint_without_states_is_named(tmp_path):
+    from lightning.pytorch import Callback
+
+    fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, callback=Callback, max_steps=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="written without RandomState: random numbers start afresh"):
+        fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, tmp_path / "step=1.ckpt", max_steps=2, limit_val_batches=0)
