@@ -18,7 +18,7 @@ from lightning.pytorch.core.mixins.hparams_mixin import (
     _given_hyperparameters_context,
 )
 
-_MARK = "not stored in the checkpoint: "
+_MARK = "not-stored-in-the-checkpoint "
 
 
 def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
