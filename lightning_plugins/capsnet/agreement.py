@@ -30,14 +30,14 @@ def squash(s: Tensor, scale: float = 1.0) -> Tensor:
     >>> squash(torch.tensor([3.0, 4.0])).norm()  # 25 / 26
     tensor(0.9615)
     """
-    t, n, c, _ = _scaled(s.to(compute_dtype(s)), scale)
-    return (t * (n / (c + n * n))).to(s.dtype)
+    t, n, c, _, zero = _scaled(s.to(compute_dtype(s)), scale)
+    return (t * (n / (c + n * n)).masked_fill(zero, 0)).to(s.dtype)
 
 
 def unit(s: Tensor) -> Tensor:
-    """Divide vectors by their length; zero stays zero, with a finite gradient."""
-    n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-    return s / n.masked_fill(n == 0, 1)
+    """Divide vectors by their length; zero stays zero, and so does its gradient."""
+    t, n, zero = _by_largest(s)[:3]
+    return (t / n).masked_fill(zero, 0)
 
 
 def next_centres(centres: Tensor | None, s: Tensor, routing: str, squash_scale: float) -> Tensor:
@@ -65,13 +65,13 @@ def next_centres_vjp(grad: Tensor, s: Tensor, routing: str, squash_scale: float)
     for squash, and :math:`\bar s = (\bar v - v \langle v, \bar v \rangle) / n` for unit length.
     """
     if routing == "kmeans":
-        v = unit(s)
-        n = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
-        return (grad - v * (v * grad).sum(-1, keepdim=True)) / n.masked_fill(n == 0, 1)
-    t, n, c, q = _scaled(s, squash_scale)
+        t, n, zero, largest = _by_largest(s)
+        v = t / n
+        return ((grad - v * (v * grad).sum(-1, keepdim=True)) / n / largest).masked_fill(zero, 0)
+    t, n, c, q, zero = _scaled(s, squash_scale)
     w = c + n * n
-    along = (t * grad).sum(-1, keepdim=True) / n.masked_fill(n == 0, 1)
-    return (grad * (n / w) + t * ((c - n * n) / w / w * along)) / q
+    along = (t * grad).sum(-1, keepdim=True) / n
+    return ((grad * (n / w) + t * ((c - n * n) / w / w * along)) / q).masked_fill(zero, 0)
 
 
 def couplings(logits: Tensor, leaky: bool, dim: int = -1) -> Tensor:
@@ -153,11 +153,21 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
-def _scaled(s: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return t = s/q, |t|, c/q^2 and q = max(1, |s|_inf), with which squash(s; c) = squash(t; c/q^2) overflows nowhere.
+def _scaled(s: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return t = s/q, |t|, c/q^2, q = max(1, |s|_inf): squash(s; c) = squash(t; c/q^2), where no square overflows.
 
-    q counts as a constant: its true derivative cancels. The norm's gradient is 0 at 0.
+    q counts as a constant: its true derivative cancels. Zero vectors, told by the last tensor, are replaced by ones,
+    as the norm's second derivative is NaN at zero.
     """
-    q = s.detach().abs().amax(-1, keepdim=True).clamp_min(1)
-    t = s / q
-    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), scale / q / q, q
+    largest = s.detach().abs().amax(-1, keepdim=True)
+    zero, q = largest == 0, largest.clamp_min(1)
+    t = (s / q).masked_fill(zero, 1)
+    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), scale / q / q, q, zero
+
+
+def _by_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return t = s/|s|_inf, |t|, where s is zero (t is one there), and |s|_inf: short vectors too keep all digits."""
+    largest = s.detach().abs().amax(-1, keepdim=True)
+    zero, largest = largest == 0, largest.clamp_min(torch.finfo(s.dtype).tiny)
+    t = (s / largest).masked_fill(zero, 1)
+    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), zero, largest
