@@ -21,7 +21,7 @@ SHORT = {
 }
 # Shown, and not run here: they reach for the network or for another environment. Their form is tested.
 FORMS = {
-    "git clone": r"git clone https://\S+( \S+)?",
+    "git clone": r"git clone \S+( \S+)?",
     "cd": r"cd \S+",
     "make": r"make (demo|test|help|clean)",
     "venv": r"(python3? -m venv \.venv|\. \.venv/bin/activate|source \.venv/bin/activate)",

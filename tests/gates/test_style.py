@@ -1,5 +1,6 @@
 """Ruff over the whole tree, and what a published repository must not contain."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -45,3 +46,22 @@ def test_no_file_names_a_place_on_someones_machine():
 def test_every_test_file_has_a_name_of_its_own():
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names))
+
+
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*_*.py") if path.name != "__init__.py")
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_short_and_starts_from_main(name):
+    text = (ROOT / "recipes" / name).read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    assert len(text.splitlines()) < 150
+    assert ast.get_docstring(tree)
+    (main,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+    assert [argument.arg for argument in main.args.args] == ["argv"]
+    part = name.split("_")[0]
+    assert (ROOT / "lightning_plugins" / part).is_dir(), f"{name} does not begin with a part's name"
