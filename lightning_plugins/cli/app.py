@@ -4,11 +4,12 @@ import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule
 from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -18,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import lightning_plugins
 from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.commands import command_parsers
+from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
@@ -32,8 +34,6 @@ def run(argv: Sequence[str]) -> None:
     """Parse ``argv`` and run its sub-command, with every public name of the package at hand."""
     for name in lightning_plugins._PUBLIC:
         getattr(lightning_plugins, name)  # loads the class, so that its short name is known
-    if any(word.startswith("--print_completion") for word in argv):
-        set_parsing_settings(add_print_completion_argument=True)
     PluginsCLI(list(argv))
 
 
@@ -112,6 +112,8 @@ class PluginsCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
         """Parse twice: with defaults, and without them to know what the user said."""
+        if args[0].startswith("--print_completion"):
+            print_completion(parser, args)
         self.config = parser.parse_args(args)
         self.explicit = parser.parse_args(args, defaults=False)[self.config.subcommand]
 
@@ -181,7 +183,10 @@ class PluginsCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         started = time.time()
         try:
-            super()._run_subcommand(subcommand)
+            with warnings.catch_warnings():
+                if subcommand != "fit":  # each run has its own folder, and only fit goes on saving checkpoints
+                    warnings.filterwarnings("ignore", "The dirpath has changed")
+                super()._run_subcommand(subcommand)
         except RuntimeError as error:
             if "in loading state_dict" not in str(error):
                 raise
