@@ -24,6 +24,9 @@ class RandomState(Callback):
       after the checkpoint, so that its random numbers must not move those of training.
     - Numbers that a module draws in ``on_train_start`` come after the restoring, so that they move those of an epoch
       resumed in its middle: draw them from a ``torch.Generator`` of their own.
+    - From a checkpoint written at the last batch of an epoch (``every_n_train_steps``) Lightning resumes with the next
+      epoch's first batch and calls no ``on_train_epoch_end`` and ``on_train_epoch_start`` in between: draw no numbers
+      in them, or write checkpoints at the end of epochs.
 
     Raises:
         ValueError: on resuming with another number of processes.
@@ -65,7 +68,7 @@ class RandomState(Callback):
         if self._to_restore is not None:
             set_random_state(self._to_restore, trainer.strategy.root_device)
 
-    # A checkpoint from the end of an epoch resumes here: restore again, other hooks named on_train_start may have drawn.
+    # A checkpoint from the end of an epoch resumes here: restore again, other on_train_start hooks may have drawn.
     on_train_epoch_start = on_train_start
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

@@ -59,20 +59,23 @@ def every(folder, steps):
     return [ModelCheckpoint(folder, "{step}", every_n_train_steps=steps, save_top_k=-1)]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    seed_everything(1, verbose=False)
+    return fit(tmp_path_factory.mktemp("whole"), Linear(), digits(), enable_checkpointing=False)
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("step", [3, 12, 17, 24])
-def test_interrupted_run_equals_uninterrupted(tmp_path, num_workers, step):
+def test_interrupted_run_equals_uninterrupted(tmp_path, uninterrupted, num_workers, step):
     """Steps 3 and 17 are in mid-epoch, 12 and 24 the last batch of an epoch."""
-    seed_everything(1, verbose=False)
-    whole = fit(tmp_path, Linear(), digits(), enable_checkpointing=False)
-
     seed_everything(1, verbose=False)
     with pytest.raises(SystemExit):  # Lightning's answer to KeyboardInterrupt
         fit(tmp_path, Linear(fail_at=step + 2), digits(num_workers), callbacks=every(tmp_path, step))
 
     path = tmp_path / f"step={step}.ckpt"
     resumed = fit(tmp_path, Linear(), digits(num_workers), path, callbacks=every(tmp_path, step))
-    assert_same_end(whole, resumed, first=step)
+    assert_same_end(uninterrupted, resumed, first=step)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -103,7 +106,7 @@ def test_validation_in_mid_epoch_and_accumulation(tmp_path):
 
     seed_everything(1, verbose=False)
     whole = fit(tmp_path, Linear(), digits(), **settings())
-    for step in (2, 4, 6, 8):
+    for step in (2, 6, 8):
         resumed = fit(tmp_path, Linear(), digits(), tmp_path / f"step={step}.ckpt", **settings())
         assert_same_end(whole, resumed, first=2 * step)
 
