@@ -10,7 +10,8 @@ Two rearrangements of the papers' loop:
   summed element by element has D numbers per pair instead of K.
 
 Blocks are laid out ``(J, I, D, B)``, the batch last, so that softmax and sums run over contiguous memory. For shared
-transforms ``h`` does not depend on i, and I is 1 there. Only u, W and the R sums (B,J,K) are saved for backward.
+transforms ``h`` does not depend on i: routing is attention of J queries ``h`` to the inputs, normalised over the
+queries. Only u, W and the R sums (B,J,K) are saved for backward.
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from lightning_plugins.capsnet.agreement import compute_votes, couplings, next_centres, next_centres_vjp, vote_sums
 
-# numbers in one (J, I, D, B) block: a few such blocks fit a CPU core's cache; a GPU wants fewer, larger launches
+# numbers in one block: a few such blocks fit a CPU core's cache; a GPU wants fewer, larger launches
 _CPU_BLOCK = 2**18
 _GPU_BLOCK = 2**24
 
@@ -160,15 +161,16 @@ def _uniform_sum_vjp(ds: Tensor, u: Tensor, W: Tensor, leaky: bool, du: Tensor, 
 
 def _coupled_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
     """Return ``sum_i softmax_j(<votes_ij, a_j>) votes_ij``, ``(B, J, K)``."""
+    if W.dim() == 3:
+        return _shared_sum(u, W, centres, leaky)
     a = centres.permute(1, 2, 0).contiguous()  # (J, K, B)
     s = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
-    scratch_h, scratch_x = _scratch(u, W, of_transforms=True), _scratch(u, W)
+    h_all, x_all = (_scratch(u, W) for _ in range(2))
     for _, u_b, W_b in _blocks(u, W):
-        x = scratch_x[:, : len(u_b)]
-        h = _fold(W_b, a, scratch_h)
+        x, h = x_all[:, : len(u_b)], _fold(W_b, a, h_all)
         c = couplings(torch.mul(h, u_b, out=x).sum(2), leaky, dim=0)  # (J, I, B)
         torch.mul(c.unsqueeze(2), u_b, out=x)
-        s.baddbmm_(_rows(x, W).transpose(1, 2), W_b)
+        s.baddbmm_(x.flatten(1, 2).transpose(1, 2), W_b)
     return s.transpose(0, 1)
 
 
@@ -176,23 +178,24 @@ def _coupled_sum_vjp(
     ds: Tensor, u: Tensor, W: Tensor, centres: Tensor, leaky: bool, last: bool, du: Tensor, dW: Tensor
 ) -> Tensor:
     """Add the gradients of :func:`_coupled_sum` to du and dW; return that of the centres (zero with ``last``)."""
+    if W.dim() == 3:
+        return _shared_sum_vjp(ds, u, W, centres, leaky, last, du, dW)
     a, g = (x.permute(1, 2, 0).contiguous() for x in (centres, ds))  # (J, K, B)
-    ag = torch.cat([g] if last else [g, a], 2).transpose(1, 2)  # (J, 2B, K)
+    ga = torch.cat([g] if last else [g, a], 2).transpose(1, 2)  # (J, 2B, K)
     B = len(u)
-    da = torch.zeros_like(ag[:, :B])  # (J, B, K)
-    scratch_h, scratch_g = _scratch(u, W, of_transforms=True), _scratch(u, W, of_transforms=True)
-    scratch_x, scratch_y = _scratch(u, W, 1 if last else 2), _scratch(u, W)
+    da = torch.zeros_like(ga[:, :B])  # (J, B, K)
+    h_all, dx_all, y_all, x_all = (_scratch(u, W, copies) for copies in (1, 1, 1, 1 if last else 2))
     for block, u_b, W_b in _blocks(u, W):
-        x, y = scratch_x[:, : len(u_b)], scratch_y[:, : len(u_b)]
-        h, dx = _fold(W_b, a, scratch_h), _fold(W_b, g, scratch_g)  # dx is the gradient of c u
+        x, y = x_all[:, : len(u_b)], y_all[:, : len(u_b)]
+        h, dx = _fold(W_b, a, h_all), _fold(W_b, g, dx_all)  # dx is the gradient of c u
         c = couplings(torch.mul(h, u_b, out=y).sum(2), leaky, dim=0)  # (J, I, B)
         torch.mul(c.unsqueeze(2), u_b, out=x[..., :B])
         if not last:
             dc = torch.mul(dx, u_b, out=y).sum(2)
             dlogits = c * (dc - (c * dc).sum(0))
             torch.mul(dlogits.unsqueeze(2), u_b, out=x[..., B:])
-        rows = _rows(x, W)
-        _by_output(dW, block).baddbmm_(rows, ag)
+        rows = x.flatten(1, 2)
+        _by_output(dW, block).baddbmm_(rows, ga)
         du_b = torch.mul(dx, c.unsqueeze(2), out=y)
         if not last:
             da.baddbmm_(rows[..., B:].transpose(1, 2), W_b)
@@ -201,39 +204,67 @@ def _coupled_sum_vjp(
     return da.transpose(0, 1)
 
 
-def _block_size(u: Tensor, W: Tensor) -> int:
-    B, N, _ = u.shape
-    return min(N, max(1, (_CPU_BLOCK if u.is_cpu else _GPU_BLOCK) // (B * W.shape[-3:-1].numel())))
+def _block_size(u: Tensor, numbers: int) -> int:
+    """Inputs in a block, of which each takes ``numbers`` per sample."""
+    return min(u.shape[1], max(1, (_CPU_BLOCK if u.is_cpu else _GPU_BLOCK) // (len(u) * numbers)))
 
 
 def _blocks(u: Tensor, W: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Cut the inputs into blocks of about equal memory: the slice, ``u`` as ``(I, D, B)``, ``W`` by output."""
-    size = _block_size(u, W)
+    """Cut the inputs into blocks: the slice, ``u`` as ``(I, D, B)``, ``W`` by output."""
+    size = _block_size(u, W.shape[1] * W.shape[2])
     for i in range(0, u.shape[1], size):
         block = slice(i, min(i + size, u.shape[1]))
         yield block, u[:, block].permute(1, 2, 0).contiguous(), _by_output(W, block)
 
 
-def _scratch(u: Tensor, W: Tensor, copies: int = 1, of_transforms: bool = False) -> Tensor:
-    """Memory ``(J, I, D, B)`` that every block uses again: fresh pages would cost as much as the arithmetic."""
-    B, _, D = u.shape
-    inputs = 1 if of_transforms and W.dim() == 3 else _block_size(u, W)
-    return u.new_empty(W.shape[-2], inputs, D, copies * B)
+def _scratch(u: Tensor, W: Tensor, copies: int = 1) -> Tensor:
+    """Memory ``(J, I, D, copies B)`` that every block uses again: fresh pages would cost as much as the arithmetic."""
+    _, D, J, _ = W.shape
+    return u.new_empty(J, _block_size(u, D * J), D, copies * len(u))
 
 
 def _by_output(W: Tensor, block: slice) -> Tensor:
-    """View a block's transforms as J matrices ``(J, I D, K)``; shared ones are ``(J, D, K)`` for every block."""
-    W = W if W.dim() == 3 else W[block].view(-1, *W.shape[2:])
-    return W.transpose(0, 1)
+    """View a block's transforms as J matrices ``(J, I D, K)``."""
+    return W[block].view(-1, *W.shape[2:]).transpose(0, 1)
 
 
 def _fold(W_b: Tensor, a: Tensor, scratch: Tensor) -> Tensor:
-    """Take centres ``(J, K, B)`` to the inputs' side: ``h`` ``(J, I, D, B)``, with I = 1 when W is shared."""
+    """Take centres ``(J, K, B)`` to the inputs' side: ``h`` ``(J, I, D, B)``, written to scratch."""
     h = scratch[:, : W_b.shape[1] // scratch.shape[2]]
     torch.bmm(W_b, a, out=h.flatten(1, 2))
     return h
 
 
-def _rows(x: Tensor, W: Tensor) -> Tensor:
-    """Arrange ``(J, I, D, B)`` as the rows that meet :func:`_by_output`: ``(J, I D, B)``, shared ``(J, D, B)``."""
-    return x.sum(1) if W.dim() == 3 else x.flatten(1, 2)
+def _shared_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
+    """:func:`_coupled_sum` for shared transforms ``(D, J, K)``."""
+    h = torch.einsum("djk,bjk->bjd", W, centres)
+    x = torch.zeros_like(h)  # sum_i c_ij u_i
+    for _, u_b in _shared_blocks(u, W):
+        x.baddbmm_(couplings(h @ u_b.mT, leaky, dim=1), u_b)
+    return torch.einsum("bjd,djk->bjk", x, W)
+
+
+def _shared_sum_vjp(
+    ds: Tensor, u: Tensor, W: Tensor, centres: Tensor, leaky: bool, last: bool, du: Tensor, dW: Tensor
+) -> Tensor:
+    """:func:`_coupled_sum_vjp` for shared transforms ``(D, J, K)``."""
+    h, dx = torch.einsum("djk,bjk->bjd", W, centres), torch.einsum("djk,bjk->bjd", W, ds)
+    x, dh = torch.zeros_like(h), torch.zeros_like(h)
+    for block, u_b in _shared_blocks(u, W):
+        c = couplings(h @ u_b.mT, leaky, dim=1)  # (B, J, I)
+        x.baddbmm_(c, u_b)
+        du[:, block].baddbmm_(c.mT, dx)
+        if not last:
+            dc = dx @ u_b.mT
+            dlogits = c * (dc - (c * dc).sum(1, keepdim=True))
+            dh.baddbmm_(dlogits, u_b)
+            du[:, block].baddbmm_(dlogits.mT, h)
+    dW += torch.einsum("bjd,bjk->djk", x, ds) + torch.einsum("bjd,bjk->djk", dh, centres)
+    return torch.einsum("bjd,djk->bjk", dh, W)
+
+
+def _shared_blocks(u: Tensor, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    size = _block_size(u, u.shape[2] + W.shape[1])
+    for i in range(0, u.shape[1], size):
+        block = slice(i, min(i + size, u.shape[1]))
+        yield block, u[:, block]

@@ -202,7 +202,8 @@ def temporaries(inputs, shared, last):
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_memory_does_not_grow_with_the_inputs(shared, last):
+def test_memory_does_not_grow_with_the_inputs(shared, last, monkeypatch):
+    monkeypatch.setattr(streaming, "_CPU_BLOCK", 2**16)  # several blocks also at the smaller size
     small, large = temporaries(1152, shared, last), temporaries(4608, shared, last)
     for few, many in zip(small, large, strict=True):
         assert 0 < few < 8 * 4 * streaming._CPU_BLOCK  # eight blocks of float32
