@@ -134,9 +134,11 @@ class PluginsCLI(LightningCLI):
             return
         path = Path(ckpt)
         hparams = checkpoint.read_hyperparameters(path)
-        if not hparams:
-            return  # the model is then the one of the command line
         given = config.get("model")
+        if not hparams and given is None:
+            raise UsageError(f"{ckpt!r} holds no hyperparameters: add --model with the arguments it was made with.")
+        if not hparams:
+            return
         model = checkpoint.model_config(path, hparams, given)
         with reading(ckpt):
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
@@ -184,8 +186,9 @@ class PluginsCLI(LightningCLI):
         started = time.time()
         try:
             with warnings.catch_warnings():
-                if subcommand != "fit":  # each run has its own folder, and only fit goes on saving checkpoints
+                if subcommand != "fit":  # these two tell of callbacks of the training, which is over
                     warnings.filterwarnings("ignore", "The dirpath has changed")
+                    warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
                 super()._run_subcommand(subcommand)
         except RuntimeError as error:
             if "in loading state_dict" not in str(error):

@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, error: Exception) -> list[str]:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
-    if zipped and "central directory" in str(error):
+    if zipped and not zipfile.is_zipfile(path):
         return [f"checkpoint {str(path)!r} is truncated: the run that wrote it was cut off. Use an earlier one."]
     if zipped and (match := re.search(r"GLOBAL (\S+)", str(error))):
         return [f"checkpoint {str(path)!r} holds an object of {match[1]}; only plain values can be loaded safely."]

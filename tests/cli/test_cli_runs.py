@@ -129,7 +129,9 @@ def test_same_seed_same_weights(cli, project):
 # Checkpoints
 
 
-def test_checkpoint_alone_describes_the_model(cli, trained, project, capsys):
+def test_checkpoint_alone_describes_the_model(cli, project, capsys):
+    cli("fit", *TOY, *SAVE_LAST, "--trainer.callbacks.every_n_train_steps=2")
+    trained = project / "lightning_logs/version_0/checkpoints/last.ckpt"
     for command in ("validate", "test"):
         cli(command, f"--ckpt_path={trained}", "--data=my_package.ToyData")
     assert "test/accuracy" in capsys.readouterr().out

@@ -1,0 +1,36 @@
+import os
+
+import torch
+
+from lightning_plugins.cli.outputs import join_batches, picture_lines
+
+
+def test_join_batches():
+    joined = join_batches(
+        [{"a": torch.ones(2, 3), "n": torch.tensor(1)}, {"a": torch.zeros(1, 3), "n": torch.tensor(2)}]
+    )
+    assert joined["a"].tolist() == [[1.0] * 3] * 2 + [[0.0] * 3]
+    assert joined["n"].tolist() == [1, 2]
+    ragged = [torch.ones(1, 3), torch.ones(1, 4)]
+    assert join_batches(ragged) == ragged
+    assert join_batches(["a", "b"]) == ["a", "b"]
+    assert join_batches([]) == []
+
+
+def test_pictures_one_line_each_kind_newest_first_seen_only(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("images/val/sweep/000001.png", "images/val/sweep/000007.png", "images/old/000001.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "images/old/000001.png", (1, 1))
+    assert picture_lines(tmp_path / "images", since=1000) == ["images/val/sweep/000007.png  (and 1 earlier)"]
+
+
+def test_many_kinds_of_pictures_take_twelve_lines_at_most(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for kind in range(30):
+        (tmp_path / f"images/{kind:02}").mkdir(parents=True)
+        (tmp_path / f"images/{kind:02}/1.png").touch()
+    lines = picture_lines(tmp_path / "images", since=0)
+    assert lines[0] == "images/00/1.png"
+    assert lines[10:] == ["and 20 more kinds in images"]
