@@ -251,14 +251,14 @@ class CapsuleDecoder(nn.Module):
         self.num_capsules, self.image_shape = num_capsules, tuple(image_shape)
         widths = [num_capsules * dim, *hidden]
         hidden_layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
-        self.layers = nn.Sequential(*hidden_layers, nn.Linear(widths[-1], math.prod(image_shape)), nn.Sigmoid())
+        self.layers = nn.Sequential(*hidden_layers, nn.Linear(widths[-1], math.prod(image_shape)))
 
     def forward(self, poses: Tensor, labels: Tensor) -> Tensor:
         """Rebuild from ``(B, J, K)``: labels ``(B,)`` give ``(B, C, H, W)``, labels ``(B, L)`` ``(B, L, C, H, W)``."""
         chosen = F.one_hot(labels, self.num_capsules).to(poses.dtype).unsqueeze(-1)  # (B, [L,] J, 1)
         if labels.ndim == 2:
             poses = poses.unsqueeze(1)
-        return self.layers((poses * chosen).flatten(-2)).unflatten(-1, self.image_shape)
+        return self.layers((poses * chosen).flatten(-2)).unflatten(-1, self.image_shape).sigmoid()
 
 
 def margin_loss(

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
 
@@ -182,6 +183,27 @@ class CapsNet(LightningModule):
         """The network from poses ``(B, J, K)`` and labels to images; built only when reconstruction is trained."""
         return CapsuleDecoder(self.num_classes, self.preset.capsule_dim, self.image_shape, self.decoder_hidden)
 
+    def configure_model(self) -> None:
+        """Shard the parts under ``ModelParallelStrategy`` (FSDP2); no effect otherwise.
+
+        Raises:
+            ValueError: the strategy asks for tensor parallelism, which the capsules are not written for.
+        """
+        if self.device_mesh is None or isinstance(self, FSDPModule):
+            return
+        if (size := self.device_mesh["tensor_parallel"].size()) > 1:
+            raise ValueError(
+                f"CapsNet has no tensor parallelism, got tensor_parallel_size={size}: shard it over data-parallel "
+                "processes, ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)."
+            )
+        mesh = self.device_mesh["data_parallel"]
+        for part in (self.features, self.capsules, self.decoder):
+            if part is not None:
+                fully_shard(part, mesh=mesh)
+        fully_shard(self, mesh=mesh)  # parameters that a subclass added
+        register_fsdp_forward_method(self.capsules, "trace")
+        register_fsdp_forward_method(self, "routing_trace")
+
     @torch.no_grad()
     def _capsule_shape(self) -> tuple[int, int]:
         """Number and dimensions of the input capsules, from one blank image."""
@@ -297,11 +319,12 @@ class CapsNet(LightningModule):
         poses = self(batch["image"])
         terms = self.loss(batch, poses)
         loss = torch.stack([*terms.values()]).sum()
-        size, on_epoch = len(poses), stage != "train"
+        on_epoch = stage != "train"
+        size = len(poses) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
         self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=on_epoch)
         if len(terms) > 1:
             named = {f"{stage}/{name}": term for name, term in terms.items()}
-            self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=on_epoch)
+            self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         metrics = self.metrics[f"{stage}_metrics"]
         metrics.update(*self._scores(poses.detach(), batch["label"]))
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)
