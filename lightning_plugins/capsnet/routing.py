@@ -109,7 +109,7 @@ def route(
         W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
         routing: which of the four kinds.
         iterations: ``>= 1`` computations of couplings, the uniform first one included. This is Sabour's r (3 in the
-            paper); su's "r iterations after the uniform start" is r + 1 here.
+            paper); Su's "r iterations after the uniform start" is r + 1 here.
         gradient: ``"full"`` through all iterations, as in the papers' code; ``"last"`` takes the couplings of the last
             iteration as constants, which is cheaper and a different training algorithm.
         squash_scale: ``c`` of :func:`squash`.
