@@ -17,6 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_plugins
+from lightning_plugins.callbacks import SaveOnSigterm
 from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
@@ -58,6 +59,7 @@ class PluginsCLI(LightningCLI):
                 "allow_abbrev": False,
                 "dump_header": [f"lightning_plugins=={lightning_plugins.__version__} lightning=={lightning_version}"],
             },
+            trainer_defaults={"callbacks": [SaveOnSigterm()]},
             save_config_kwargs={"overwrite": True},  # without a logger all runs share one folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -119,6 +121,10 @@ class PluginsCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         self.checkpoint_arguments: dict[str, Any] = {}
+        trainer = self.config[self.config.subcommand].trainer
+        if not isinstance(trainer, Namespace):
+            given = "nothing" if trainer is None else repr(trainer)
+            raise UsageError(f"trainer: has its settings below it, such as max_epochs: 3, not {given}.")
         self._take_model_from_checkpoint()
         self._require_model_and_data()
 
@@ -178,7 +184,7 @@ class PluginsCLI(LightningCLI):
             error = _unwrap(wrapped)
             if isinstance(error, (ValueError, OSError, MisconfigurationException)):
                 raise UsageError(*_sentence(error)) from error
-            raise error from None
+            raise error from error.__cause__  # without the parser's wrapping
 
     # Running
 

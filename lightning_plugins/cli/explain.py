@@ -1,6 +1,5 @@
 """The parser's own error text, often fifty lines long, read and told again in a sentence with the closest names."""
 
-import ast
 import importlib
 import inspect
 import re
@@ -12,7 +11,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
 import lightning_plugins
-from lightning_plugins.cli.messages import UsageError, did_you_mean, join_or
+from lightning_plugins.cli.messages import UsageError, closest, did_you_mean, join_or
 
 _UNIVERSAL = ("LightningModule", "LightningDataModule")
 
@@ -92,12 +91,11 @@ def _explain_complaint(c: _Complaint) -> UsageError:
         hint = did_you_mean(name, _names_in(module)) if "has no attribute" in c.reason else ""
         where = "Looked in the current folder and in the installed packages."
         return UsageError(f"{c.key}: cannot import {c.class_path!r} ({c.reason}).", hint, where)
-    if match := re.search(r"Literal\[(.*?)\]", c.reason):
-        choices = re.findall(r"Literal\[(.*?)\]", c.types or c.reason)
-        names = [name.strip(" '\"") for group in choices for name in group.split(",")]
-        return UsageError(
-            f"{c.key} has no choice {c.value!r}.", did_you_mean(c.value, names), f"Choices: {', '.join(names)}"
-        )
+    if "Literal[" in c.reason:
+        groups = re.findall(r"Literal\[(.*?)\]", c.types or c.reason)
+        names = list(dict.fromkeys(name.strip(" '\"") for group in groups for name in group.split(",")))
+        hints = did_you_mean(c.value, names), f"Choices: {', '.join(names)}"
+        return UsageError(f"{c.key} has no choice {c.value!r}.", *hints)
     if match := re.match(r"Expected an? (.*)", c.reason):
         kinds = [_kind(kind) for kind in re.split(r", (?![^\[]*\])", c.types)] if c.types else [_kind(match[1])]
         return UsageError(f"{c.key} takes {join_or(dict.fromkeys(kinds))}, not {c.value!r}.")
@@ -117,7 +115,8 @@ def _unknown_argument(c: _Complaint, name: str) -> UsageError:
             first = c.key.split(".")[0]
             return UsageError(f"--{c.key}.{name} comes before the class is known: give --{first} or --config first.")
         words = ("class_path", "init_args", "dict_kwargs")
-        wrong = next((key for key in ast.literal_eval(c.value) if key not in words), name)
+        top = re.sub(r"\{.*\}", "", c.value[1:-1])  # without what stands under init_args
+        wrong = next((key for key in re.findall(r"'(\w+)': ", top) if key not in words), name)
         hint = did_you_mean(wrong, words) or f"Arguments such as {wrong!r} stand under init_args."
         return UsageError(f"{c.key} has class_path and init_args, not {wrong!r}.", hint)
     names = argument_names(c.class_path)
@@ -145,8 +144,7 @@ def _unknown_option(option: str, parser: ArgumentParser) -> UsageError:
     if word.split(".")[0] not in {name.split(".")[0] for name in options}:  # a wrong first word: the rest says nothing
         option, word = option.split(".")[0], word.split(".")[0]
     full = {**{name.rpartition(".")[2]: name for name in reversed(options)}, **{name: name for name in options}}
-    close = re.findall(r"[\w.]+", did_you_mean(word, full).removeprefix("Did you mean ").replace(" or ", " "))
-    meant = list(dict.fromkeys(f"--{full[name]}" for name in close))
+    meant = list(dict.fromkeys(f"--{full[name]}" for name in closest(word, full)))
     hint = f"Did you mean {join_or(meant)}?" if meant else ""
     return UsageError(f"{command} has no option {option!r}.", hint, f"All options: lightning-plugins {command} --help")
 

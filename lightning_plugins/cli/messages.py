@@ -26,15 +26,24 @@ class UsageError(Exception):
         sys.exit(2)
 
 
+def closest(word: str, names: Iterable[str]) -> list[str]:
+    """The names close to ``word``: three at most, and none much farther than the closest.
+
+    >>> closest("max_epoch", ["max_epochs", "min_epochs", "max_steps", "devices"])
+    ['max_epochs']
+    """
+    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.7)
+    distance = [1 - difflib.SequenceMatcher(None, name, word).ratio() for name in close]
+    return [name for name, far in zip(close, distance, strict=True) if far < distance[0] + 0.1]
+
+
 def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """A question with the names close to ``word``, three at most and none much farther than the closest, or nothing.
+    """A question with the names close to ``word``, or nothing.
 
     >>> did_you_mean("capsnet/digts", ["capsnet/digits", "eae/faces"])
     'Did you mean capsnet/digits?'
     """
-    close = difflib.get_close_matches(word, list(names), n=3, cutoff=0.7)
-    distance = [1 - difflib.SequenceMatcher(None, name, word).ratio() for name in close]
-    close = [name for name, far in zip(close, distance, strict=True) if far < distance[0] + 0.1]
+    close = closest(word, names)
     return f"Did you mean {join_or(close)}?" if close else ""
 
 

@@ -1,6 +1,5 @@
 """The argument parser: short errors, and ``--config`` by shipped name."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,7 +29,7 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Leave with status 2, or raise where the caller tries several types in turn."""
-        if not self.exit_on_error or "JSONARGPARSE_DEBUG" in os.environ:
+        if not self.exit_on_error:
             super().error(message, ex)
         error = explain(message, self)
         if config := _reading.get():

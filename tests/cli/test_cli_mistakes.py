@@ -38,6 +38,8 @@ FILES = {
     "trainer.yaml": "model: CapsNet\ndata: Digits\ntrainer: {max_epoch: 3}\n",
     "forgot.yaml": "model: {class_path: CapsNet, iterations: 3}\n",
     "broken.yaml": "model: CapsNet\n  data: [1,\n",
+    "number.yaml": "model: CapsNet\ndata: Digits\ntrainer: 3\n",
+    "nothing.yaml": "model: CapsNet\ndata: Digits\ntrainer:\n",
     "list.yaml": "- model\n- data\n",
     "empty.ckpt": "",
     "text.ckpt": "not a checkpoint",
@@ -95,6 +97,19 @@ column 7.
 """,
     "fit --config list.yaml": """\
 error: list.yaml: a config holds keys and values, such as `model: CapsNet`; this one is empty or a list.
+""",
+    "fit --config number.yaml": """\
+error: trainer: has its settings below it, such as max_epochs: 3, not 3.
+""",
+    "fit --config nothing.yaml": """\
+error: trainer: has its settings below it, such as max_epochs: 3, not nothing.
+""",
+    "fit --model CapsNet --data IdxImages": """\
+error: data: the following arguments are required: folder
+""",
+    "fit --model CapsNet --data IdxImages --data.folder /nowhere": """\
+Seed set to 0
+error: IdxImages: folder='/nowhere' is not a folder.
 """,
     "fit --model CapsNt": """\
 error: no LightningModule is called 'CapsNt' (model).
