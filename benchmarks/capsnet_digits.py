@@ -71,9 +71,10 @@ def train(model: str, seed: int) -> dict[str, float]:
         os.environ["COLUMNS"] = "80"
         start = time.perf_counter()
         cli(
-            f"fit --config capsnet/digits --seed_everything {seed} --data.seed {seed} "
-            f"--trainer.default_root_dir {folder} --trainer.enable_progress_bar false --trainer.logger.class_path CSVLogger "
-            f"--trainer.logger.save_dir {folder} --model.pictures_every_n_epochs 0 {model}".split()
+            f"fit --config capsnet/digits --seed_everything {seed} --data.seed {seed} {model} "
+            f"--trainer.default_root_dir {folder} --trainer.enable_progress_bar false "
+            f"--model.pictures_every_n_epochs 0 "
+            f"--trainer.logger.class_path CSVLogger --trainer.logger.save_dir {folder}".split()
         )
         seconds = time.perf_counter() - start
         rows = next(Path(folder).rglob("metrics.csv")).read_text().splitlines()

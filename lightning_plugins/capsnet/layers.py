@@ -222,9 +222,10 @@ def exponential_squash(s: Tensor) -> Tensor:
 
     The zero vector stays zero with a finite gradient.
     """
-    norm = torch.linalg.vector_norm(s.to(torch.promote_types(s.dtype, torch.float32)), dim=-1, keepdim=True)
-    gain = torch.where(norm > 0, -torch.expm1(-norm) / norm.clamp_min(torch.finfo(norm.dtype).tiny), 1.0)
-    return (s * gain).to(s.dtype)
+    wide = s.to(torch.promote_types(s.dtype, torch.float32))
+    zero = (wide == 0).all(-1, keepdim=True)
+    norm = torch.linalg.vector_norm(wide.masked_fill(zero, 1), dim=-1, keepdim=True)  # no derivative is NaN at ones
+    return (wide * (-torch.expm1(-norm) / norm).masked_fill(zero, 1)).to(s.dtype)
 
 
 class CapsuleDecoder(nn.Module):

@@ -1,6 +1,7 @@
 """CapsNet as a LightningModule. Shapes: B images, L labels per image, J classes, K pose dimensions."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,7 @@ from lightning_plugins.capsnet.layers import (
 )
 from lightning_plugins.capsnet.networks import (
     EfficientFeatures,
+    Preset,
     PresetName,
     SabourFeatures,
     SuFeatures,
@@ -117,28 +119,11 @@ class CapsNet(LightningModule):
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
+        arguments = locals()
         super().__init__()
         save_plain_hyperparameters(self)
-        self.preset = resolve_preset(
-            preset,
-            routing=routing,
-            iterations=iterations,
-            squash_scale=squash_scale,
-            share_weights=share_weights,
-            leaky=leaky,
-            channels=channels,
-            kernel_size=kernel_size,
-            num_types=num_types,
-            primary_dim=primary_dim,
-            capsule_dim=capsule_dim,
-            downweight=downweight,
-            margin_weight=margin_weight,
-            reconstruction_weight=reconstruction_weight,
-            lr=lr,
-            lr_decay=lr_decay,
-            lr_decay_steps=lr_decay_steps,
-            lr_min=lr_min,
-        )
+        overrides = {field.name: arguments[field.name] for field in fields(Preset) if field.name in arguments}
+        self.preset = resolve_preset(preset, **overrides)
         if not 1 <= num_labels < num_classes:
             raise ValueError(f"num_labels={num_labels} must lie between 1 and num_classes - 1 = {num_classes - 1}.")
         self.image_shape, self.num_classes, self.num_labels = tuple(image_shape), num_classes, num_labels

@@ -121,7 +121,7 @@ class SabourFeatures(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images ``(B, C, H, W)`` to capsules ``(B, N, D)``."""
-        return self.primary(_channels_last(self.conv(x).relu()))
+        return self.primary(_channels_last(self.conv(x)).relu())
 
 
 class SuFeatures(nn.Module):

@@ -72,10 +72,7 @@ def plot_pose_dimensions(sweep: Tensor, values: Tensor, label: int) -> "Figure":
     K, V = sweep.shape[:2]
     figure = _figure(0.55 * V + 1.0, 0.55 * K + 0.9)
     axes = figure.add_subplot()
-    _show_mosaic(axes, sweep)
-    height, width = (size + 1 for size in sweep.shape[-2:])
-    axes.set_xticks([(i + 0.5) * width for i in range(V)], [f"{value:+.2f}" for value in values.tolist()], fontsize=7)
-    axes.set_yticks([(i + 0.5) * height for i in range(K)], [f"dim {i}" for i in range(K)], fontsize=7)
+    _show_mosaic(axes, sweep, [f"dim {k}" for k in range(K)], [f"{value:+.2f}" for value in values.tolist()])
     axes.set_title(f"Capsule of class {label}: reconstruction as one pose dimension changes", fontsize=10)
     axes.set_xlabel("added to the dimension", fontsize=8)
     return figure
@@ -93,18 +90,16 @@ def plot_couplings(images: Tensor, trace: RoutingTrace, grid: Sequence[int], lab
     couplings = trace.couplings[-1].float().unflatten(1, tuple(grid)).mean(1)  # (B, H', W', J)
     lengths = trace.poses[-1].float().norm(dim=-1)  # (B, J)
     B, J = lengths.shape
-    figure = _figure(0.95 * (J + 1) + 0.9, 1.2 * B + 0.7)
-    cells = figure.subplots(B, J + 1, squeeze=False)
-    low, high = couplings.min().item(), couplings.max().item()
-    for b, row in enumerate(cells):
-        _show_mosaic(row[0], images[b : b + 1, None])
-        row[0].set_title(f"label {_join(labels[b])}", fontsize=8)
-        for j, axes in enumerate(row[1:]):
-            map_ = axes.imshow(couplings[b, ..., j].cpu().numpy(), vmin=low, vmax=high, cmap="viridis")
-            axes.set_title(f"{j}: |v|={lengths[b, j]:.2f}", fontsize=7)
-            axes.set_xticks([])
-            axes.set_yticks([])
-    figure.colorbar(map_, ax=cells, fraction=0.012, label="coupling")
+    figure = _figure(0.95 * (J + 1) + 0.9, 1.05 * B + 0.9)
+    left, right = figure.subplots(1, 2, width_ratios=[1, J])
+    _show_mosaic(left, images[:, None], [f"label {_join(row)}" for row in labels], ["input"])
+    maps = _show_mosaic(right, couplings.permute(0, 3, 1, 2)[:, :, None], [""] * B, [f"class {j}" for j in range(J)])
+    height, width = (size + 1 for size in couplings.shape[1:3])
+    for b, j in ((b, j) for b in range(B) for j in range(J)):
+        place = (j * width - 0.3, b * height - 0.2)
+        right.text(*place, f"|v|={lengths[b, j]:.2f}", fontsize=7, color="white", va="top")
+    maps.set(cmap="viridis", clim=(couplings.min().item(), couplings.max().item()))
+    figure.colorbar(maps, ax=right, fraction=0.012, label="coupling")
     figure.suptitle("Coupling of each place of the image with each class, last iteration, mean over types", fontsize=10)
     return figure
 
@@ -171,33 +166,31 @@ def _figure(width: float, height: float) -> "Figure":
 def _image_table(title: str, rows: dict[str, Tensor], titles: Sequence[str], right: Tensor) -> "Figure":
     """Rows of images ``(B, C, H, W)`` with a title over each column, red where ``right`` is False."""
     figure = _figure(0.95 * len(titles) + 1.2, 0.95 * len(rows) + 0.8)
-    cells = figure.subplots(len(rows), len(titles), squeeze=False)
-    for line, (name, images) in zip(cells, rows.items(), strict=True):
-        for column, axes in enumerate(line):
-            _show_mosaic(axes, images[column : column + 1, None])
-        line[0].set_ylabel(name, fontsize=8)
-    for axes, text, good in zip(cells[0], titles, right.tolist(), strict=True):
-        axes.set_title(text, fontsize=8, color="black" if good else "red")
-    figure.suptitle(title, fontsize=10)
+    axes = figure.add_subplot()
+    colours = max(images.shape[1] for images in rows.values())
+    table = torch.stack([images.expand(-1, colours, -1, -1) for images in rows.values()])
+    _show_mosaic(axes, table, list(rows), titles)
+    for text, good in zip(axes.get_xticklabels(), right.tolist(), strict=True):
+        text.set_color("black" if good else "red")
+    axes.set_title(title, fontsize=10)
     return figure
 
 
-def _show_mosaic(axes: Any, images: Tensor) -> None:
-    """Draw images ``(rows, columns, C, H, W)`` edge to edge with a line of one pixel between them."""
-    images = images.detach().float().cpu().clamp(0, 1)
+def _show_mosaic(axes: Any, images: Tensor, row_names: Sequence[str], column_names: Sequence[str]) -> Any:
+    """Draw images ``(rows, columns, C, H, W)`` with a line of one pixel between them, named at the left and on top."""
+    images = images.detach().float().cpu()
     if images.shape[2] == 2:
         images = images.mean(2, keepdim=True)  # two channels have no colours
     rows, columns, C, H, W = images.shape
-    canvas = torch.full((rows * (H + 1) - 1, columns * (W + 1) - 1, C), 0.5)
-    for r in range(rows):
-        for c in range(columns):
-            top, left = r * (H + 1), c * (W + 1)
-            canvas[top : top + H, left : left + W] = images[r, c].permute(1, 2, 0)
-    axes.imshow(
-        (canvas[..., 0] if C == 1 else canvas[..., :3]).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
-    )
-    axes.set_xticks([])
-    axes.set_yticks([])
+    framed = torch.nn.functional.pad(images, (0, 1, 0, 1), value=0.5)  # a line below and to the right of each
+    canvas = framed.permute(0, 3, 1, 4, 2).reshape(rows * (H + 1), columns * (W + 1), C)[:-1, :-1, :3].clamp(0, 1)
+    shown = axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set_xticks([(c + 0.5) * (W + 1) - 1 for c in range(columns)], column_names, fontsize=8)
+    axes.set_yticks([(r + 0.5) * (H + 1) - 1 for r in range(rows)], row_names, fontsize=8)
+    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return shown
 
 
 def _join(labels: Tensor) -> str:

@@ -91,6 +91,9 @@ def test_exponential_squash_is_finite_everywhere(dtype):
         v.sum().backward()
         assert v.dtype == dtype and v.isfinite().all() and s.grad.isfinite().all()
         assert v.float().norm() <= 1.01
+    zero = torch.zeros(1, 3, dtype=torch.double, requires_grad=True)
+    (grad,) = torch.autograd.grad(exponential_squash(zero).sum(), zero, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), zero)[0].isfinite().all()
     torch.testing.assert_close(exponential_squash(torch.tensor([3.0, 4.0])).norm(), torch.tensor(1 - math.exp(-5)))
 
 

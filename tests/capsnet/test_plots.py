@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_plugins.capsnet import CapsNet, plots
+from lightning_plugins.capsnet import CapsNet, RoutingTrace, plots
 
 
 def test_overlay_colours():
@@ -18,23 +18,37 @@ def test_figure_four_has_the_papers_values():
     torch.testing.assert_close(plots.perturbation_values(), expected)
 
 
+def names(figure):
+    return [label.get_text() for label in figure.axes[0].get_xticklabels()]
+
+
 def test_mosaic_puts_every_image_in_its_cell():
     from matplotlib.figure import Figure
 
     images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 1, 4, 5) / 6
     axes = Figure().add_subplot()
-    plots._show_mosaic(axes, images)
+    plots._show_mosaic(axes, images, ["a", "b"], ["x", "y", "z"])
     canvas = axes.images[0].get_array()
     assert canvas.shape == (9, 17)
     assert [[canvas[5 * r, 6 * c].item() for c in range(3)] for r in range(2)] == images[:, :, 0, 0, 0].tolist()
+    assert (canvas[4] == 0.5).all() and (canvas[:, 5] == 0.5).all()
 
 
 def test_wrong_readings_are_red():
     images = torch.rand(3, 1, 8, 8)
     figure = plots.plot_reconstructions(images, images, torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3]))
-    top = figure.axes[:3]
-    assert [axes.get_title() for axes in top] == ["1 read 1", "2 read 5", "3 read 3"]
-    assert [axes.title.get_color() for axes in top] == ["black", "red", "black"]
+    assert names(figure) == ["1 read 1", "2 read 5", "3 read 3"]
+    assert [label.get_color() for label in figure.axes[0].get_xticklabels()] == ["black", "red", "black"]
+
+
+def test_coupling_maps_are_of_their_class():
+    """One type on a 2 x 3 grid: the map of class j holds column j of the couplings, in the order of the grid."""
+    couplings = torch.rand(1, 1, 6, 4)
+    trace = RoutingTrace(couplings, torch.rand(1, 1, 4, 8), torch.zeros(1, 1), torch.zeros(1, 1))
+    figure = plots.plot_couplings(torch.rand(1, 1, 8, 8), trace, (1, 2, 3), torch.tensor([2]))
+    canvas = figure.axes[1].images[0].get_array()
+    for j in range(4):
+        assert canvas[:2, 4 * j : 4 * j + 3].ravel().tolist() == couplings[0, 0, :, j].tolist()
 
 
 def test_two_digit_parts_meet_their_capsule():
@@ -44,8 +58,7 @@ def test_two_digit_parts_meet_their_capsule():
     read = model.predict_labels(model(batch["image"])).flip(1)  # labels in descending order, all read rightly
     with torch.no_grad():
         figures = plots.capsnet_figures(model, batch | {"label": read})
-    titles = [axes.get_title() for axes in figures["reconstructions"].axes[:3]]
-    assert titles == [f"{a}+{b} read {a}+{b}" for a, b in read.tolist()]
+    assert names(figures["reconstructions"]) == [f"{a}+{b} read {a}+{b}" for a, b in read.tolist()]
 
 
 def test_figures_that_a_network_cannot_have_are_left_out():
