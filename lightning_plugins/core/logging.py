@@ -35,6 +35,8 @@ def log_dir(trainer: Trainer) -> Path:
 def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
     """Write a picture to ``<log_dir>/images/<tag>/<step>.png`` and show it in every logger that can.
 
+    Under ``fast_dev_run``, which leaves no logs, nothing is written.
+
     Args:
         trainer: the running trainer, with any loggers or none.
         tag: the picture's name, such as ``"val/reconstructions"``.
@@ -47,6 +49,8 @@ def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
     if not trainer.is_global_zero:
         return
     pixels = _to_uint8(tag, image)
+    if trainer.fast_dev_run:
+        return
     path = _file(trainer, "images", tag, step, "png")
     from PIL import Image
 
@@ -57,6 +61,8 @@ def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
 
 def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     """Write a table to ``<log_dir>/tables/<tag>/<step>.csv`` and show it in every logger that can.
+
+    Under ``fast_dev_run``, which leaves no logs, nothing is written.
 
     Args:
         trainer: the running trainer, with any loggers or none.
@@ -73,6 +79,8 @@ def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"Table {tag!r} has {len(columns)} columns, but a row of {len(row)} cells: {list(row)}.")
+    if trainer.fast_dev_run:
+        return
     path = _file(trainer, "tables", tag, step, "csv")
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([columns, *rows])

@@ -23,6 +23,13 @@ def trainer_with(logger, tmp_path):
     )
 
 
+def test_fast_dev_run_leaves_nothing(tmp_path):
+    trainer = Trainer(fast_dev_run=1, default_root_dir=tmp_path, accelerator="cpu")
+    log_image(trainer, "x", torch.rand(1, 4, 4), 0)
+    log_table(trainer, "x", ["a"], [[1]], 0)
+    assert list(tmp_path.rglob("*.*")) == []
+
+
 def read(path):
     return np.asarray(Image.open(path))
 
