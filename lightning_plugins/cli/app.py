@@ -5,7 +5,6 @@ import sys
 import time
 import traceback
 import warnings
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
