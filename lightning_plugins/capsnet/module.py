@@ -201,9 +201,9 @@ class CapsNet(LightningModule):
 
     def _build_metrics(self) -> None:
         if self.num_labels == 1:
-            metric = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro")}
+            metric = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
         else:
-            metric = {"accuracy": MultilabelExactMatch(self.num_classes)}
+            metric = {"accuracy": MultilabelExactMatch(self.num_classes, validate_args=False)}
         self.metrics = nn.ModuleDict(
             {f"{stage}_metrics": MetricCollection(metric, prefix=f"{stage}/").clone() for stage in _STAGES}
         )
