@@ -6,9 +6,9 @@ convolutional network, five heads, three seeds, under a minute on two cores:
     lightning-plugins copy capsnet_one_to_two_digits .
     python capsnet_one_to_two_digits.py
 
-What to expect: every capsule head reads most pairs, the CNN head fewer than half, and hardly any with both scores
-above one half. But look at the ``uniform`` row: summing votes, a transform for each class, vector lengths and the
-margin loss do nearly all of it; iterating the routing adds little.
+Every capsule head reads most pairs, the CNN head fewer than half, and hardly any with both scores above one half. But
+look at the ``uniform`` row: summing votes, a transform for each class, vector lengths and the margin loss do nearly
+all of it; iterating the routing adds little.
 """
 
 import argparse
@@ -71,13 +71,12 @@ class Reader(CapsNet):
         )
 
     def build_capsules(self, num_inputs: int, in_dim: int) -> nn.Module:
-        """The CNN's head, or routed capsules."""
-        if self.head == "cnn":
-            return PooledHead(in_dim, self.num_classes)
-        return super().build_capsules(num_inputs, in_dim)
+        """The head."""
+        pooled = self.head == "cnn"
+        return PooledHead(in_dim, self.num_classes) if pooled else super().build_capsules(num_inputs, in_dim)
 
     def configure_optimizers(self) -> dict:
-        """Adam under one cycle of the rate, which is what makes so few epochs enough."""
+        """Adam under one cycle of the rate: eleven epochs are then enough."""
         optimizer = torch.optim.Adam(self.parameters())
         cycle = OneCycleLR(optimizer, max_lr=8e-3, total_steps=self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}

@@ -19,7 +19,7 @@ class Slow(ToyNet):
 
 WORDS = (
     "fit --model slow.Slow --data ToyData --trainer.max_epochs 1000 --trainer.enable_progress_bar false "
-    "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true --trainer.callbacks.save_on_exception=true"
+    "--trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true --trainer.callbacks.every_n_train_steps=1"
 )
 
 
