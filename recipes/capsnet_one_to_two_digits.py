@@ -1,10 +1,9 @@
 """Train on single digits, read two side by side: what a capsule head can do and a pooled CNN cannot.
 
-Su's experiment (kexue.fm/archives/4819 and 5112) on the 1,797 real 8 x 8 digits that ship with the package. One
-convolutional network, five heads, three seeds, under a minute on two cores:
+Su's experiment (kexue.fm/archives/4819 and 5112) on the 1,797 real 8 x 8 digits that ship with the package: one
+convolutional network, five heads, three seeds, under a minute on two cores.
 
-    lightning-plugins copy capsnet_one_to_two_digits .
-    python capsnet_one_to_two_digits.py
+    lightning-plugins copy capsnet_one_to_two_digits . && python capsnet_one_to_two_digits.py
 
 Every capsule head reads most pairs, the CNN head fewer than half, and hardly any with both scores above one half. But
 look at the ``uniform`` row: summing votes, a transform for each class, vector lengths and the margin loss do nearly
