@@ -296,3 +296,20 @@ def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
     """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``."""
     rows = labels.reshape(len(labels), -1)
     return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)
+
+
+def align_labels(predictions: Tensor, labels: Tensor) -> Tensor:
+    """Reorder predicted classes ``(B, L)`` so that each right one stands where it stands in ``labels`` ``(B, L)``.
+
+    Example:
+        >>> align_labels(torch.tensor([[1, 5], [3, 5]]), torch.tensor([[5, 3], [3, 5]]))
+        tensor([[5, 1],
+                [3, 5]])
+    """
+    same = predictions.unsqueeze(2) == labels.unsqueeze(1)  # (B, predicted, true)
+    L = labels.shape[1]
+    place = torch.where(same.any(2), same.int().argmax(2), L)  # of each prediction among the labels; L: wrong
+    free = torch.where(same.any(1), torch.arange(L, device=labels.device), L)  # of each label; L: was not read
+    return torch.empty_like(predictions).scatter_(
+        1, free.argsort(dim=1, stable=True), predictions.gather(1, place.argsort(dim=1, stable=True))
+    )

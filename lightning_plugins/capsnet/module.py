@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
 
@@ -17,6 +17,7 @@ from lightning_plugins.capsnet.layers import (
     CapsuleDecoder,
     RoutingCapsules,
     SelfAttentionRouting,
+    align_labels,
     margin_loss,
     multi_hot,
 )
@@ -30,6 +31,7 @@ from lightning_plugins.capsnet.networks import (
     resolve_preset,
 )
 from lightning_plugins.capsnet.routing import RoutingKind, RoutingTrace
+from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.core.optimizers import exponential_decay
@@ -174,20 +176,9 @@ class CapsNet(LightningModule):
         Raises:
             ValueError: the strategy asks for tensor parallelism, which the capsules are not written for.
         """
-        if self.device_mesh is None or isinstance(self, FSDPModule):
-            return
-        if (size := self.device_mesh["tensor_parallel"].size()) > 1:
-            raise ValueError(
-                f"CapsNet has no tensor parallelism, got tensor_parallel_size={size}: shard it over data-parallel "
-                "processes, ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)."
-            )
-        mesh = self.device_mesh["data_parallel"]
-        for part in (self.features, self.capsules, self.decoder):
-            if part is not None:
-                fully_shard(part, mesh=mesh)
-        fully_shard(self, mesh=mesh)  # parameters that a subclass added
-        register_fsdp_forward_method(self.capsules, "trace")
-        register_fsdp_forward_method(self, "routing_trace")
+        if shard_parts(self, self.features, self.capsules, self.decoder):
+            register_fsdp_forward_method(self.capsules, "trace")
+            register_fsdp_forward_method(self, "routing_trace")
 
     @torch.no_grad()
     def _capsule_shape(self) -> tuple[int, int]:
@@ -283,8 +274,8 @@ class CapsNet(LightningModule):
         poses = self(batch["image"]) if poses is None else poses
         terms = {"margin": self.preset.margin_weight * self._margin_loss(poses, batch["label"])}
         if self.decoder is not None:
-            labels = batch["label"] if self.training else self.predict_labels(poses)
-            terms["reconstruction"] = self.preset.reconstruction_weight * self._reconstruction_sse(poses, labels, batch)
+            sse = self._reconstruction_sse(poses, batch)
+            terms["reconstruction"] = self.preset.reconstruction_weight * sse
         return terms
 
     def _margin_loss(self, poses: Tensor, labels: Tensor) -> Tensor:
@@ -295,9 +286,16 @@ class CapsNet(LightningModule):
             )
         return margin_loss(poses.float().norm(dim=-1), labels, downweight=self.preset.downweight)
 
-    def _reconstruction_sse(self, poses: Tensor, labels: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+    def _reconstruction_sse(self, poses: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Squared error summed over an image (and over its parts), averaged over the batch."""
-        target = batch["image"] if self.num_labels == 1 else batch["parts"]
+        labels, target = batch["label"], batch["image"] if self.num_labels == 1 else batch.get("parts")
+        if target is None:
+            raise ValueError(
+                "A CapsNet with num_labels > 1 and a decoder needs batches with 'parts', the clean images."
+            )
+        if not self.training:
+            predictions = self.predict_labels(poses)
+            labels = predictions if self.num_labels == 1 else align_labels(predictions, labels)
         return (self.decoder(poses, labels).float() - target.float()).square().sum() / len(poses)
 
     def _step(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.capsnet.layers import align_labels
 from lightning_plugins.capsnet.routing import RoutingTrace
 
 if TYPE_CHECKING:
@@ -140,9 +141,7 @@ def capsnet_figures(model: Any, batch: dict[str, Tensor]) -> dict[str, "Figure"]
         if model.num_labels == 1:
             figures["reconstructions"] = plot_reconstructions(images, reconstructions, labels, predictions)
         elif model.num_labels == 2:
-            # each read capsule beside the part it should show, so that the colours agree where it is right
-            swap = (predictions[:, 0] == labels[:, 1]) | (predictions[:, 1] == labels[:, 0])
-            order = torch.where(swap[:, None], predictions.flip(1), predictions)
+            order = align_labels(predictions, labels)  # so that the colours agree where the reading is right
             figures["reconstructions"] = plot_two_digits(
                 images, batch["parts"], model.reconstruct(images, order), labels, order
             )

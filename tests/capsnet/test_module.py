@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from lightning_plugins.capsnet import PRESETS, CapsNet
 
+TWO_LABELS = {"image": torch.rand(2, 1, 14, 14), "label": torch.tensor([[0, 1], [2, 3]])}
 SMALL = {"image_shape": (1, 14, 14), "channels": 8, "kernel_size": 3, "num_types": 2, "decoder_hidden": (16,)}
 
 
@@ -86,6 +87,13 @@ def test_two_labels_reconstruct_both_parts():
         (model.decoder(poses, batch["label"][:, i]) - batch["parts"][:, i]).square().flatten(1).sum(1) for i in (0, 1)
     )
     torch.testing.assert_close(model.loss(batch)["reconstruction"], 0.0005 * both.mean())
+
+    read = model.predict_labels(poses)  # evaluation decodes what was read, each beside its own part
+    batch["label"] = read.flip(1)
+    read_rightly = sum(
+        (model.decoder(poses, read[:, 1 - i]) - batch["parts"][:, i]).square().flatten(1).sum(1) for i in (0, 1)
+    )
+    torch.testing.assert_close(model.eval().loss(batch)["reconstruction"], 0.0005 * read_rightly.mean())
 
 
 def test_exact_set_accuracy():
@@ -281,6 +289,7 @@ def test_pictures_are_drawn_on_their_cadence(tmp_path):
         (lambda: small(features=torch.nn.Flatten()), "features must give capsules of shape (B, N, D), got (1, 196)"),
         (lambda: small()(torch.rand(2, 1, 28, 28)), "built for image_shape=(1, 14, 14), got images (1, 28, 28)."),
         (lambda: small(reconstruction_weight=0.0).reconstruct(torch.rand(2, 1, 14, 14)), "has no decoder"),
+        (lambda: small(num_labels=2).loss(TWO_LABELS), "needs batches with 'parts'"),
         (lambda: small().loss(next(iter(loader(num_labels=2)))), "num_labels=1 but the batch has labels of shape"),
     ],
 )
