@@ -11,8 +11,6 @@ import argparse
 import contextlib
 import io
 import json
-import os
-import platform
 import sys
 import tempfile
 import time
@@ -20,6 +18,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent))  # for the command line, and for the sibling below
+from capsnet_step import cpu_model
 
 from lightning_plugins import CapsNet
 from lightning_plugins.cli import main as cli
@@ -42,7 +43,10 @@ class PlainCNN(CapsNet):
 
     def build_capsules(self, num_inputs: int, in_dim: int) -> nn.Module:
         """Dense layers with about the parameters of the config's capsules and decoder."""
-        reference = CapsNet(**(dict(self.hparams) | {"reconstruction_weight": 0.0005}))
+        p = self.preset
+        reference = CapsNet(
+            image_shape=self.image_shape, channels=p.channels, kernel_size=p.kernel_size, num_types=p.num_types
+        )
         budget = sum(p.numel() for part in (reference.capsules, reference.decoder) for p in part.parameters())
         hidden = (budget - self.num_classes) // (in_dim + 1 + self.num_classes)
         return DenseHead(in_dim, hidden, self.num_classes)
@@ -68,7 +72,6 @@ class DenseHead(nn.Module):
 def train(model: str, seed: int) -> dict[str, float]:
     """One run of the shipped config in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        os.environ["COLUMNS"] = "80"
         start = time.perf_counter()
         cli(
             f"fit --config capsnet/digits --seed_everything {seed} --data.seed {seed} {model} "
@@ -90,15 +93,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
     models = {
         "CapsNet": "",
         "CapsNet, kmeans": "--model.routing kmeans",
-        "CapsNet, 1 iteration": "--model.iterations 1",
         "CNN": "--model.class_path capsnet_digits.PlainCNN --model.reconstruction_weight 0",
     }
     results = {name: [train(words, seed) for seed in range(args.seeds)] for name, words in models.items()}
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print(f"{cpu_model()}, {torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print("| model | parameters | test accuracy, mean | per seed | seconds per run |\n|---|---|---|---|---|")
     for name, runs in results.items():
         mean = sum(run["accuracy"] for run in runs) / len(runs)

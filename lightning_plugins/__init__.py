@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_plugins.callbacks import RandomState
+    from lightning_plugins.callbacks import RandomState, SaveOnSigterm
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST
 
@@ -21,9 +21,10 @@ _PUBLIC = {
     "IdxImages": "lightning_plugins.data",
     "MultiMNIST": "lightning_plugins.data",
     "RandomState": "lightning_plugins.callbacks",
+    "SaveOnSigterm": "lightning_plugins.callbacks",
 }
 
-__all__ = ["CapsNet", "Digits", "HFImages", "IdxImages", "MultiMNIST", "RandomState"]
+__all__ = ["CapsNet", "Digits", "HFImages", "IdxImages", "MultiMNIST", "RandomState", "SaveOnSigterm"]
 
 
 def __getattr__(name: str) -> type:

@@ -16,6 +16,7 @@ from lightning_plugins.capsnet.routing import (
     GradientKind,
     RoutingKind,
     RoutingTrace,
+    check_options,
     kmeans_objective,
     route,
     routing_trace,
@@ -133,6 +134,7 @@ class RoutingCapsules(nn.Module):
         leaky: bool = False,
     ) -> None:
         super().__init__()
+        check_options(routing, iterations, gradient)
         self.num_inputs = num_inputs
         self.routing, self.iterations, self.gradient = routing, iterations, gradient
         self.squash_scale, self.leaky = squash_scale, leaky

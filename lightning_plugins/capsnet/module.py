@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torchmetrics import MetricCollection
@@ -48,31 +48,36 @@ class CapsNet(LightningModule):
     the decoder sees the true classes' capsules in training and the predicted ones otherwise.
 
     Args:
-        preset: the network and its constants; every ``None`` below is the preset's value. ``sabour2017_paper``,
-            ``sabour2017_official`` (the authors' released code: loss scale, initialisation, biases and decay of its
-            own), ``su2018`` (kexue.fm/archives/5112) or ``efficient`` (Efficient-CapsNet, Mazzia et al. 2021).
+        preset: the network and its constants; every ``None`` below is the preset's value, given in brackets.
+            ``sabour2017_paper``, ``sabour2017_official`` (the authors' released code: loss scale, initialisation,
+            biases and lowest rate of its own), ``su2018`` (kexue.fm/archives/5112) or ``efficient``
+            (Efficient-CapsNet, Mazzia et al. 2021; its batch norm makes DDP differ from one process).
         image_shape: ``(C, H, W)`` of the images.
         num_classes: classes J.
         num_labels: different classes shown in one image, L; 2 for MultiMNIST. Accuracy is then of the exact set.
-        routing: ``dynamic``, ``kmeans``, ``kmeans_squash`` or ``uniform``; ``self_attention`` in ``efficient`` only.
-        iterations: coupling computations, the uniform first one included (3 in Sabour et al. 2017).
+        routing: ``dynamic``, ``kmeans``, ``kmeans_squash`` or ``uniform``; ``self_attention`` in ``efficient`` only
+            [``dynamic``; su2018 ``kmeans``; efficient ``self_attention``].
+        iterations: coupling computations, the uniform first one included [3; 1 for self-attention].
         gradient: through all routing iterations (``full``) or the last weighted sum only (``last``).
-        share_weights: one vote transform for all input capsules in place of one for each pair.
-        squash_scale: ``c`` in :math:`\|s\|^2 / (c + \|s\|^2)`; 1 in the paper, 0.5 in kexue.fm/archives/5112.
-        leaky: let an input capsule vote for no class (CIFAR-10 in Sabour et al. 2017).
-        channels: width of the first convolution.
-        kernel_size: of the first and the primary convolution.
-        num_types: primary capsule types T.
-        primary_dim: dimensions of a primary capsule.
-        capsule_dim: dimensions K of a class capsule.
-        decoder_hidden: widths of the decoder's hidden layers.
-        downweight: :math:`\lambda`, weight of the absent classes in the margin loss.
-        margin_weight: :math:`w_m`; 1 in the paper, 0.05 in the released code.
-        reconstruction_weight: :math:`w_r` on the summed squared error of an image; 0 builds no decoder.
-        lr: Adam's rate.
-        lr_decay: factor on the rate every ``lr_decay_steps`` steps, applied smoothly; 1 for none.
-        lr_decay_steps: optimiser steps per factor.
-        lr_min: lowest rate.
+        share_weights: one vote transform for all input capsules in place of one for each pair [no; su2018 yes].
+        squash_scale: ``c`` in :math:`\|s\|^2 / (c + \|s\|^2)` [1; su2018 0.5].
+        leaky: let an input capsule vote for no class (CIFAR-10 in Sabour et al. 2017) [no].
+        channels: width of the first convolution [256; su2018 64; efficient 32].
+        kernel_size: of the first and the primary convolution [9]; of all four in su2018 [3], of the depthwise one in
+            efficient [9].
+        num_types: primary capsule types T [32; su2018 1; efficient 16].
+        primary_dim: dimensions D of a primary capsule [8; su2018 128].
+        capsule_dim: dimensions K of a class capsule [16].
+        decoder_hidden: widths of the decoder's hidden layers (Sabour et al. 2017, figure 2).
+        downweight: :math:`\lambda`, weight of the absent classes in the margin loss [0.5; su2018 0.25].
+        margin_weight: :math:`w_m` [1; official 0.05].
+        reconstruction_weight: :math:`w_r` on the summed squared error of an image [0.0005; su2018 0]; 0 builds no
+            decoder.
+        lr: Adam's rate [1e-3; efficient 5e-4].
+        lr_decay: factor on the rate every ``lr_decay_steps`` steps, applied smoothly; 1 for none [0.96; su2018 1;
+            efficient 0.97].
+        lr_decay_steps: optimiser steps per factor [2000; efficient 3750].
+        lr_min: lowest rate [0; official 1e-6].
         pictures_every_n_epochs: log pictures after every so many validation epochs; 0 for none.
         features: a network of your own from images to capsules ``(B, N, D)``, in place of the preset's.
         optimizer: replaces Adam (``lr`` and the decay are then ignored).
@@ -87,6 +92,8 @@ class CapsNet(LightningModule):
         8215568
         >>> model(torch.zeros(2, 1, 28, 28)).shape
         torch.Size([2, 10, 16])
+
+    A subclass that overrides a ``build_*`` method sets what that method reads before ``super().__init__()``.
 
     Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
     """
@@ -125,7 +132,11 @@ class CapsNet(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         overrides = {field.name: arguments[field.name] for field in fields(Preset) if field.name in arguments}
-        self.preset = resolve_preset(preset, **overrides)
+        self.preset = resolve_preset(preset, gradient=gradient, **overrides)
+        if pictures_every_n_epochs < 0:
+            raise ValueError(f"pictures_every_n_epochs={pictures_every_n_epochs} must be 0 (none) or more.")
+        if len(image_shape) != 3:
+            raise ValueError(f"image_shape={tuple(image_shape)} must be (C, H, W).")
         if not 1 <= num_labels < num_classes:
             raise ValueError(f"num_labels={num_labels} must lie between 1 and num_classes - 1 = {num_classes - 1}.")
         self.image_shape, self.num_classes, self.num_labels = tuple(image_shape), num_classes, num_labels
@@ -133,11 +144,12 @@ class CapsNet(LightningModule):
         self.pictures_every_n_epochs = pictures_every_n_epochs
         self._optimizer, self._scheduler = optimizer, scheduler
 
-        self.features = features or self.build_features()
+        self.features = self.build_features() if features is None else features
         self.capsules = self.build_capsules(*self._capsule_shape())
         self.decoder = self.build_decoder() if self.preset.reconstruction_weight > 0 else None
         if self.preset.official_init:
-            initialize_as_official([self.features, self.capsules, self.decoder])
+            own = self.features if isinstance(self.features, SabourFeatures) else None  # the user's keep their weights
+            initialize_as_official(own, self.capsules, self.decoder)
         self._build_metrics()
         self._shown: dict[str, Tensor] | None = None  # the images whose pictures are drawn
 
@@ -149,7 +161,7 @@ class CapsNet(LightningModule):
         return kinds[self.preset.network](self.image_shape, self.preset)
 
     def build_capsules(self, num_inputs: int, in_dim: int) -> nn.Module:
-        """The layer from input capsules to class capsules ``(B, J, K)``."""
+        """The layer from input capsules to class capsules ``(B, J, K)``; coupling pictures need its ``trace(u)``."""
         p = self.preset
         if p.routing == "self_attention":
             return SelfAttentionRouting(in_dim, self.num_classes, p.capsule_dim, num_inputs)
@@ -177,8 +189,9 @@ class CapsNet(LightningModule):
             ValueError: the strategy asks for tensor parallelism, which the capsules are not written for.
         """
         if shard_parts(self, self.features, self.capsules, self.decoder):
-            register_fsdp_forward_method(self.capsules, "trace")
             register_fsdp_forward_method(self, "routing_trace")
+            if hasattr(self.capsules, "trace"):
+                register_fsdp_forward_method(self.capsules, "trace")
 
     @torch.no_grad()
     def _capsule_shape(self) -> tuple[int, int]:
@@ -241,7 +254,7 @@ class CapsNet(LightningModule):
         values = plots.perturbation_values() if values is None else values
         B, J, K = poses.shape
         labels = poses.norm(dim=-1).argmax(-1) if labels is None else labels
-        deltas = torch.eye(K, device=poses.device)[:, None] * values.to(poses)[:, None]  # (K, V, K)
+        deltas = torch.eye(K, dtype=poses.dtype, device=poses.device)[:, None] * values.to(poses)[:, None]  # (K, V, K)
         moved = poses[:, None, None] + deltas[None, :, :, None]  # (B, K, V, J, K); the decoder masks the others
         rows = labels.repeat_interleave(K * len(values))
         return decoder(moved.reshape(-1, J, K), rows).unflatten(0, (B, K, len(values)))
@@ -260,6 +273,15 @@ class CapsNet(LightningModule):
         if tuple(image.shape[1:]) != self.image_shape:
             raise ValueError(
                 f"CapsNet was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}."
+            )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        """Once per epoch, as it waits for the device; a wrong class would end in an assertion of a kernel."""
+        low, high = labels.aminmax()
+        if low < 0 or high >= self.num_classes:
+            raise ValueError(
+                f"num_classes={self.num_classes} but a batch has labels from {low} to {high}; they must be "
+                f"0 to {self.num_classes - 1}."
             )
 
     # Training.
@@ -321,6 +343,8 @@ class CapsNet(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them."""
+        if batch_idx == 0:
+            self._check_labels(batch["label"])
         return self._step(batch, "train")[0]
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
@@ -332,6 +356,8 @@ class CapsNet(LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+        if batch_idx == 0:
+            self._check_labels(batch["label"])
         self._step(batch, stage)
         if batch_idx == 0:
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
@@ -350,7 +376,9 @@ class CapsNet(LightningModule):
         p = self.preset
         optimizer = self._optimizer(self.parameters()) if self._optimizer else torch.optim.Adam(self.parameters(), p.lr)
         if self._scheduler:
-            return {"optimizer": optimizer, "lr_scheduler": self._scheduler(optimizer)}
+            scheduler = self._scheduler(optimizer)
+            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
         if self._optimizer or p.lr_decay == 1:
             return optimizer
         decay = exponential_decay(optimizer, p.lr_decay, p.lr_decay_steps, p.lr_min)
@@ -372,8 +400,11 @@ class CapsNet(LightningModule):
     @torch.no_grad()
     def _log_pictures(self, stage: str) -> None:
         # Every rank computes, because a sharded forward is collective; rank zero writes.
+        if self._shown is None:  # a subclass with evaluation steps of its own
+            return
         for name, figure in plots.capsnet_figures(self, self._shown).items():
             log_image(self.trainer, f"{stage}/{name}", figure_to_image(figure), self.global_step)
+        self._shown = None
 
 
 _STAGES = ("train", "val", "test")

@@ -19,7 +19,11 @@ PresetName = Literal["sabour2017_paper", "sabour2017_official", "su2018", "effic
 
 @dataclass(frozen=True)
 class Preset:
-    """The constants of one published CapsNet; field names are those of :class:`~lightning_plugins.CapsNet`."""
+    """The constants of one published CapsNet.
+
+    ``network`` chooses the features and ``official_init`` the released code's start; the other fields are arguments of
+    :class:`~lightning_plugins.CapsNet`, where each is explained.
+    """
 
     network: Literal["sabour", "su", "efficient"] = "sabour"
     channels: int = 256
@@ -78,27 +82,43 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def resolve_preset(name: str, **overrides: Any) -> Preset:
+def resolve_preset(name: str, *, gradient: str = "full", **overrides: Any) -> Preset:
     """The preset called ``name`` with every override that is not ``None``.
 
+    An iterated routing in ``efficient`` gets the paper's three iterations if none are given.
+
     Raises:
-        ValueError: no such preset, or the overrides contradict its network.
+        ValueError: no such preset, or the overrides are out of range or contradict its routing.
     """
     if name not in PRESETS:
         raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(get_args(PresetName))}.")
-    preset = replace(PRESETS[name], **{key: value for key, value in overrides.items() if value is not None})
+    given = {key: value for key, value in overrides.items() if value is not None}
+    preset = replace(PRESETS[name], **given)
     if preset.routing == "self_attention":
-        if preset.iterations != 1:
-            raise ValueError(
-                f"iterations={preset.iterations} with routing='self_attention', which is a single pass; use 1."
-            )
         if preset.network != "efficient":
             raise ValueError(f"routing='self_attention' needs preset='efficient', got preset={name!r}.")
-    elif preset.iterations < 1:
-        raise ValueError(f"iterations={preset.iterations} must be at least 1: the first couples uniformly.")
-    if preset.reconstruction_weight < 0:
-        raise ValueError(f"reconstruction_weight={preset.reconstruction_weight} must be 0 (no decoder) or positive.")
+        idle = given.keys() & {"squash_scale", "leaky", "share_weights"}
+        if idle := idle | ({"gradient"} if gradient != "full" else set()):
+            raise ValueError(f"{', '.join(sorted(idle))} has no meaning with routing='self_attention'; leave it out.")
+        if preset.iterations != 1:
+            raise ValueError(f"iterations={preset.iterations} with routing='self_attention', a single pass; use 1.")
+    elif PRESETS[name].routing == "self_attention" and "iterations" not in given:
+        preset = replace(preset, iterations=Preset.iterations)
+    _check_ranges(preset)
     return preset
+
+
+def _check_ranges(preset: Preset) -> None:
+    lowest = {"iterations": 1, "channels": 1, "kernel_size": 1, "num_types": 1, "primary_dim": 1, "capsule_dim": 1}
+    lowest |= {"lr_decay_steps": 1, "downweight": 0, "margin_weight": 0, "reconstruction_weight": 0, "lr_min": 0}
+    for name, least in lowest.items():
+        if getattr(preset, name) < least:
+            raise ValueError(f"{name}={getattr(preset, name)} must be {least} or more.")
+    for name in ("lr", "squash_scale"):
+        if getattr(preset, name) <= 0:
+            raise ValueError(f"{name}={getattr(preset, name)} must be positive.")
+    if not 0 < preset.lr_decay <= 1:
+        raise ValueError(f"lr_decay={preset.lr_decay} must lie in (0, 1]; 1 keeps the rate constant.")
 
 
 class SabourFeatures(nn.Module):
@@ -192,13 +212,12 @@ def _check_grid(grid: Sequence[int], image_shape: Sequence[int], argument: str, 
 
 
 @torch.no_grad()
-def initialize_as_official(modules: Sequence[nn.Module | None]) -> None:
+def initialize_as_official(features: nn.Module | None, *others: nn.Module | None) -> None:
     """The released code's start: truncated normal weights (0.05 in the first convolution, else 0.1), biases 0.1."""
-    first = True
-    for module in (m for root in modules if root is not None for m in root.modules()):
+    first = None if features is None else features.conv
+    for module in (m for root in (features, *others) if root is not None for m in root.modules()):
         if isinstance(getattr(module, "weight", None), nn.Parameter):
-            std = 0.05 if first else 0.1
+            std = 0.05 if module is first else 0.1
             nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
-            first = False
         if isinstance(getattr(module, "bias", None), nn.Parameter):
             nn.init.constant_(module.bias, 0.1)

@@ -130,7 +130,7 @@ def capsnet_figures(model: Any, batch: dict[str, Tensor]) -> dict[str, "Figure"]
     """All pictures of a :class:`~lightning_plugins.CapsNet` for a few images, by name.
 
     Args:
-        model: the network; pictures that it cannot have (no decoder, no ``grid``) are left out.
+        model: the network; pictures that it cannot have (no decoder, ``trace`` or ``grid``) are left out.
         batch: a few images as the class documents them.
     """
     images, labels = batch["image"], batch["label"]
@@ -148,6 +148,8 @@ def capsnet_figures(model: Any, batch: dict[str, Tensor]) -> dict[str, "Figure"]
         chosen = predictions[:1] if model.num_labels == 1 else predictions[:1, 0]
         sweep = model.perturb(images[:1], labels=chosen)[0]
         figures["pose_dimensions"] = plot_pose_dimensions(sweep, perturbation_values(), chosen.item())
+    if not hasattr(model.capsules, "trace"):
+        return figures
     trace = model.routing_trace(images)
     figures["routing"] = plot_routing(trace)
     if grid := getattr(model.features, "grid", None):

@@ -63,7 +63,7 @@ def route_votes(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    iterations = _check_options(routing, iterations, gradient)
+    iterations = check_options(routing, iterations, gradient)
     if votes.dim() != 4:
         raise ValueError(f"votes must have shape (B, N, J, K), not {tuple(votes.shape)}; see compute_votes.")
     _check_extras(votes.shape, bias, mask)
@@ -125,7 +125,7 @@ def route(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    iterations = _check_options(routing, iterations, gradient)
+    iterations = check_options(routing, iterations, gradient)
     check_shapes(u, W)
     _check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
     result_dtype = _result_dtype(u, W)
@@ -209,7 +209,7 @@ def routing_trace(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    steps = _check_options(routing, iterations, "full")
+    steps = check_options(routing, iterations, "full")
     check_shapes(u, W)
     with torch.autocast(u.device.type, enabled=False):
         dtype = compute_dtype(u, W)
@@ -249,7 +249,7 @@ def _result_dtype(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
-def _check_options(routing: str, iterations: int, gradient: str) -> int:
+def check_options(routing: str, iterations: int, gradient: str) -> int:
     """Raise a ValueError unless all three are valid; return the number of iterations that differ from each other."""
     if routing not in get_args(RoutingKind):
         raise ValueError(f"routing must be one of {', '.join(get_args(RoutingKind))}, not {routing!r}.")

@@ -26,6 +26,7 @@ from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
 from lightning_plugins.core.logging import log_dir
+from lightning_plugins.data import ImageData
 
 LINKS = ("image_shape", "num_classes", "num_labels")
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -198,6 +199,10 @@ class PluginsCLI(LightningCLI):
                     warnings.filterwarnings("ignore", "The dirpath has changed")
                     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
                 super()._run_subcommand(subcommand)
+        except (ValueError, OSError, MisconfigurationException) as error:
+            if not (_raised_here(error) or isinstance(error, MisconfigurationException)):
+                raise  # no sentence of ours or of Lightning's: the traceback is needed
+            raise UsageError(str(error)) from error
         except RuntimeError as error:
             if "in loading state_dict" not in str(error):
                 raise
@@ -218,6 +223,11 @@ class PluginsCLI(LightningCLI):
         hint = f"Go on with the same command and --ckpt_path {shorten(found[0])}" if any(found) else ""
         sys.stderr.write(f"\nInterrupted. {hint}".rstrip() + "\n")
         sys.exit(status)
+
+    def before_fit(self) -> None:
+        """Look for the test images before hours of training, if they are wanted after it."""
+        if self.config.fit.test_after_fit and isinstance(self.datamodule, ImageData):
+            self.datamodule.require("test")
 
     def after_fit(self) -> None:
         """Test the trained model if the user asked for it."""
@@ -257,10 +267,15 @@ def _unwrap(error: Exception) -> Exception:
     return error
 
 
+def _raised_here(error: Exception) -> bool:
+    """Whether the error was raised by this package's own code."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
+
+
 def _sentence(error: Exception) -> list[str]:
     """The error's text, with the place in the user's own code if it comes from there."""
     last = traceback.extract_tb(error.__traceback__)[-1]
-    ours = last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
     foreign = "site-packages" in last.filename
-    where = "" if ours or foreign else f"Raised in {shorten(last.filename)}, line {last.lineno}"
+    where = "" if _raised_here(error) or foreign else f"Raised in {shorten(last.filename)}, line {last.lineno}"
     return [str(error), where]

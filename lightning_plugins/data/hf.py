@@ -123,12 +123,13 @@ class HFImages(ImageData):
     def _raw(self) -> "datasets.DatasetDict":
         import datasets
 
+        path = str(Path(self.path).expanduser())
         try:
-            if self.path.endswith(".parquet"):
-                return datasets.load_dataset("parquet", data_files={self.split_names["train"]: self.path})
-            return datasets.load_dataset(str(Path(self.path).expanduser()), self.name)
+            if path.endswith(".parquet"):
+                return datasets.load_dataset("parquet", data_files={self.split_names["train"]: path})
+            return datasets.load_dataset(path, self.name)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = str(error).strip().splitlines()[0].rstrip(".")
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise FileNotFoundError(
                 f"HFImages cannot read path={self.path!r}: {reason}. Give a dataset id of the Hub (its first use "
                 "needs the network), a folder with one folder of images for each class, or a parquet file."

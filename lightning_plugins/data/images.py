@@ -146,7 +146,7 @@ class ImageData(LightningDataModule):
         """The split, or one sentence if there is none."""
         data = self.images(split)
         if data is None:
-            raise ValueError(f"{type(self).__name__} has no {split} images.")
+            raise ValueError(f"{type(self).__name__} has no {split} images; set val_size above 0.")
         return data
 
     def dataset(self, split: str) -> Dataset:

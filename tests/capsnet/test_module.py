@@ -5,13 +5,16 @@ import functools
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
 
-from lightning_plugins.capsnet import PRESETS, CapsNet
+from lightning_plugins.capsnet import PRESETS, CapsNet, squash
+from lightning_plugins.data import MultiMNIST
 
 TWO_LABELS = {"image": torch.rand(2, 1, 14, 14), "label": torch.tensor([[0, 1], [2, 3]])}
+WRONG_LABEL = {"image": torch.rand(2, 1, 14, 14), "label": torch.tensor([0, 12])}
 SMALL = {"image_shape": (1, 14, 14), "channels": 8, "kernel_size": 3, "num_types": 2, "decoder_hidden": (16,)}
 
 
@@ -158,6 +161,61 @@ def test_predict_step_of_one_and_two_labels():
     assert "reconstruction" not in small(reconstruction_weight=0.0).predict_step(batch, 0)
 
 
+def test_two_overlapping_digits_of_36_px():
+    data = MultiMNIST("digits", batch_size=8)
+    model = CapsNet(image_shape=data.image_shape, num_labels=data.num_labels, channels=8, num_types=2)
+    batch = next(iter(data.train_dataloader()))
+    sum(model.loss(batch).values()).backward()
+    assert model.reconstruct(batch["image"], batch["label"]).shape == (8, 2, 1, 36, 36)
+
+
+class PlainHead(torch.nn.Module):
+    """A user's own head, without a trace."""
+
+    def forward(self, u):
+        return u.mean(1, keepdim=True).expand(-1, 4, -1)
+
+
+class OwnHead(CapsNet):
+    """A user's subclass without reconstruction, with a head and a validation of its own."""
+
+    def build_capsules(self, num_inputs, in_dim):
+        return PlainHead()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/longest", self(batch["image"]).norm(dim=-1).max())
+
+
+def test_own_head_and_own_validation_draw_what_they_can(tmp_path):
+    torch.manual_seed(0)
+    model = OwnHead(**SMALL, num_classes=4, reconstruction_weight=0.0)
+    run = trainer(tmp_path)
+    run.fit(model, loader(), loader())
+    run.test(model, loader(), verbose=False)
+    assert list(tmp_path.rglob("*.png")) == []
+
+
+def test_official_start_leaves_own_features_alone():
+    features = torch.nn.Sequential(torch.nn.Conv2d(1, 8, 3), torch.nn.Flatten(2))
+    before = features[0].weight.clone()
+    model = small(preset="sabour2017_official", features=features)
+    assert torch.equal(model.features[0].weight, before)
+    assert (model.decoder.layers[0].bias == 0.1).all()
+
+
+def test_pictures_in_half_precision():
+    model = small().bfloat16()
+    assert model.perturb(torch.rand(1, 1, 14, 14).bfloat16()).dtype == torch.bfloat16
+
+
+def test_scheduler_that_watches_a_metric(tmp_path):
+    reduce = functools.partial(ReduceLROnPlateau, monitor="val/loss", patience=0, threshold=10.0)
+    model = small(lr=1e-3, scheduler=reduce, pictures_every_n_epochs=0)
+    run = trainer(tmp_path, max_epochs=3)
+    run.fit(model, loader(), loader())
+    assert run.optimizers[0].param_groups[0]["lr"] < 1e-3
+
+
 class TwiceTheMargin(CapsNet):
     """A user's subclass: one hook each for the network and the loss, an argument more."""
 
@@ -225,13 +283,55 @@ def test_accumulation_equals_the_joined_batch(tmp_path):
 
 def test_compiled_step_equals_eager():
     model, batch = small(), next(iter(loader()))
-    compiled = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
-    for terms in (model.loss(batch), compiled(batch)):
+    grads = []
+    for loss in (model.loss, torch.compile(model.loss, backend="aot_eager", fullgraph=True)):
         model.zero_grad()
-        sum(terms.values()).backward()
-        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
-        torch.testing.assert_close(grads, getattr(test_compiled_step_equals_eager, "expected", grads))
-        test_compiled_step_equals_eager.expected = grads
+        sum(loss(batch).values()).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(grads[0], grads[1])
+
+
+class TiledVotes(torch.nn.Module):
+    """Routing as the popular implementations have it: transforms copied for every image, all votes kept."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, u):
+        W = self.weight.permute(0, 2, 3, 1).unsqueeze(0).expand(len(u), -1, -1, -1, -1).contiguous()
+        votes = (W @ u[:, :, None, :, None]).squeeze(-1)
+        logits = torch.zeros_like(votes[..., :1])
+        for _ in range(3):
+            v = squash((logits.softmax(2) * votes).sum(1, keepdim=True))
+            logits = logits + (votes * v).sum(-1, keepdim=True)
+        return v.squeeze(1)
+
+
+def test_a_step_saves_a_tenth_of_what_tiled_votes_save():
+    torch.manual_seed(0)
+    model = CapsNet()
+    batch = {"image": torch.rand(16, 1, 28, 28), "label": torch.arange(16) % 10}
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+    def saved_bytes():
+        storages = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in parameters:
+                storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = sum(model.loss(batch).values())
+        return sum(size for size, _ in storages.values()), loss.item()
+
+    streamed, loss = saved_bytes()
+    model.capsules = TiledVotes(model.capsules.weight)
+    tiled, same_loss = saved_bytes()
+    assert loss == pytest.approx(same_loss, rel=1e-5)
+    assert streamed <= 0.1 * tiled
 
 
 def test_checkpoint_of_a_module_with_network_and_factories(tmp_path):
@@ -285,6 +385,9 @@ def test_pictures_are_drawn_on_their_cadence(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: small(pictures_every_n_epochs=-1), "pictures_every_n_epochs=-1 must be 0 (none) or more."),
+        (lambda: small(image_shape=(14, 14)), "image_shape=(14, 14) must be (C, H, W)."),
+        (lambda: small().training_step(WRONG_LABEL, 0), "num_classes=4 but a batch has labels from 0 to 12"),
         (lambda: small(num_labels=4), "num_labels=4 must lie between 1 and num_classes - 1 = 3."),
         (lambda: small(features=torch.nn.Flatten()), "features must give capsules of shape (B, N, D), got (1, 196)"),
         (lambda: small()(torch.rand(2, 1, 28, 28)), "built for image_shape=(1, 14, 14), got images (1, 28, 28)."),

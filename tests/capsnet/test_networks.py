@@ -74,19 +74,28 @@ def test_official_rate_has_a_floor():
     ("arguments", "message"),
     [
         ({"name": "sabour"}, "preset='sabour' is unknown; choose one of sabour2017_paper, sabour2017_official"),
-        ({"name": "efficient", "iterations": 3}, "iterations=3 with routing='self_attention', which is a single pass"),
+        ({"name": "efficient", "iterations": 3}, "iterations=3 with routing='self_attention', a single pass; use 1."),
+        ({"name": "efficient", "leaky": True, "gradient": "last"}, "gradient, leaky has no meaning with routing="),
+        ({"name": "su2018", "squash_scale": -1.0}, "squash_scale=-1.0 must be positive."),
+        ({"name": "su2018", "lr_decay": 2.0}, "lr_decay=2.0 must lie in (0, 1]"),
+        ({"name": "su2018", "channels": 0}, "channels=0 must be 1 or more."),
         (
             {"name": "su2018", "routing": "self_attention", "iterations": 1},
             "needs preset='efficient', got preset='su2018'",
         ),
-        ({"name": "su2018", "iterations": 0}, "iterations=0 must be at least 1"),
-        ({"name": "su2018", "reconstruction_weight": -1.0}, "reconstruction_weight=-1.0 must be 0"),
+        ({"name": "su2018", "iterations": 0}, "iterations=0 must be 1 or more."),
+        ({"name": "su2018", "reconstruction_weight": -1.0}, "reconstruction_weight=-1.0 must be 0 or more."),
     ],
 )
 def test_wrong_presets_say_what_to_do(arguments, message):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         resolve_preset(**arguments)
     assert message in str(error.value)
+
+
+def test_iterated_routing_on_the_efficient_network_iterates():
+    assert CapsNet("efficient", routing="kmeans").capsules.iterations == 3
+    assert CapsNet("efficient", routing="kmeans", iterations=1).capsules.iterations == 1
 
 
 @pytest.mark.parametrize("preset", PRESETS)

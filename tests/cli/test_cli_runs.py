@@ -1,8 +1,9 @@
 import functools
 import runpy
+import struct
 import sys
-import time
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -217,16 +218,27 @@ def test_after_fit_the_best_checkpoint_is_tested(cli, project, monkeypatch):
     assert tested == [None, str(project / "lightning_logs/version_1/checkpoints/epoch=0-step=3.ckpt")]
 
 
-def test_a_run_in_process_is_fast(cli, project):
-    cli("fit", *TOY, "--trainer.fast_dev_run=1")
-    best = min(_seconds(lambda: cli("fit", *TOY, "--trainer.fast_dev_run=1")) for _ in range(3))
-    assert best < 2  # 0.2 s on a quiet core
+def refused(cli, capsys, *words):
+    with pytest.raises(SystemExit) as stop:
+        cli(*words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
-def _seconds(job):
-    start = time.process_time()
-    job()
-    return time.process_time() - start
+def test_what_the_package_finds_wrong_in_a_run_is_a_sentence(cli, project, capsys):
+    line = refused(cli, capsys, "fit", *CAPSNET, "--data.batch_size=2000")
+    assert line.startswith("error: 1259 images are too few for one training batch: batch_size=2000 on 1 process(es)")
+
+
+def test_missing_test_images_are_told_before_training(cli, project, capsys):
+    images, labels = np.zeros((20, 28, 28), np.uint8), (np.arange(20) % 10).astype(np.uint8)
+    for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+        header = struct.pack(f">{1 + array.ndim}I", 0x0800 + array.ndim, *array.shape)
+        (project / f"train-{name}-ubyte").write_bytes(header + array.tobytes())
+    data = ["--data=IdxImages", "--data.folder=.", "--data.val_size=5"]
+    line = refused(cli, capsys, "fit", "--model=CapsNet", *data, "--test_after_fit=true")
+    assert "has no file t10k-images-idx3-ubyte or" in line
+    assert not list(project.rglob("*.ckpt"))
 
 
 def test_module_form_is_the_same_program(project, capsys, monkeypatch):

@@ -25,7 +25,8 @@ FORMS = {
     "cd": r"cd \S+",
     "make": r"make (demo|test|help|clean)",
     "venv": r"(python3? -m venv \.venv|\. \.venv/bin/activate|source \.venv/bin/activate)",
-    "pip": r"(python -m )?pip install (-c constraints\.txt )?(--\S+ \S+ )*(-e )?\S+",
+    "pip": r"(python -m )?pip install (-c \S*constraints\.txt )?(--\S+ \S+ )*(-e )?\S+",
+    "recipe": r"python \w+\.py",
     "uv": r"uvx? .*(lightning-plugins|pytest|pip install|sync).*",
     "tensorboard": r"tensorboard --logdir \S+",
 }
