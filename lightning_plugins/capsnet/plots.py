@@ -94,10 +94,11 @@ def plot_couplings(images: Tensor, trace: RoutingTrace, grid: Sequence[int], lab
     figure = _figure(0.95 * (J + 1) + 0.9, 1.05 * B + 0.9)
     left, right = figure.subplots(1, 2, width_ratios=[1, J])
     _show_mosaic(left, images[:, None], [f"label {_join(row)}" for row in labels], ["input"])
-    maps = _show_mosaic(right, couplings.permute(0, 3, 1, 2)[:, :, None], [""] * B, [f"class {j}" for j in range(J)])
-    height, width = (size + 1 for size in couplings.shape[1:3])
+    cells = torch.nn.functional.interpolate(couplings.permute(0, 3, 1, 2), images.shape[-2:])  # as large as the input
+    maps = _show_mosaic(right, cells[:, :, None], [""] * B, [f"class {j}" for j in range(J)], line=float("nan"))
+    height, width = (size + 1 for size in images.shape[-2:])
     for b, j in ((b, j) for b in range(B) for j in range(J)):
-        place = (j * width - 0.3, b * height - 0.2)
+        place = (j * width + 0.02 * width, b * height + 0.02 * height)
         right.text(*place, f"|v|={lengths[b, j]:.2f}", fontsize=7, color="white", va="top")
     maps.set(cmap="viridis", clim=(couplings.min().item(), couplings.max().item()))
     figure.colorbar(maps, ax=right, fraction=0.012, label="coupling")
@@ -177,13 +178,15 @@ def _image_table(title: str, rows: dict[str, Tensor], titles: Sequence[str], rig
     return figure
 
 
-def _show_mosaic(axes: Any, images: Tensor, row_names: Sequence[str], column_names: Sequence[str]) -> Any:
-    """Draw images ``(rows, columns, C, H, W)`` with a line of one pixel between them, named at the left and on top."""
+def _show_mosaic(
+    axes: Any, images: Tensor, row_names: Sequence[str], column_names: Sequence[str], line: float = 0.5
+) -> Any:
+    """Draw images ``(rows, columns, C, H, W)`` with lines of one pixel between them, named at the left and on top."""
     images = images.detach().float().cpu()
     if images.shape[2] == 2:
         images = images.mean(2, keepdim=True)  # two channels have no colours
     rows, columns, C, H, W = images.shape
-    framed = torch.nn.functional.pad(images, (0, 1, 0, 1), value=0.5)  # a line below and to the right of each
+    framed = torch.nn.functional.pad(images, (0, 1, 0, 1), value=line)  # a line below and to the right of each
     canvas = framed.permute(0, 3, 1, 4, 2).reshape(rows * (H + 1), columns * (W + 1), C)[:-1, :-1, :3].clamp(0, 1)
     shown = axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
     axes.set_xticks([(c + 0.5) * (W + 1) - 1 for c in range(columns)], column_names, fontsize=8)

@@ -45,10 +45,10 @@ def test_coupling_maps_are_of_their_class():
     """One type on a 2 x 3 grid: the map of class j holds column j of the couplings, in the order of the grid."""
     couplings = torch.rand(1, 1, 6, 4)
     trace = RoutingTrace(couplings, torch.rand(1, 1, 4, 8), torch.zeros(1, 1), torch.zeros(1, 1))
-    figure = plots.plot_couplings(torch.rand(1, 1, 8, 8), trace, (1, 2, 3), torch.tensor([2]))
+    figure = plots.plot_couplings(torch.rand(1, 1, 4, 6), trace, (1, 2, 3), torch.tensor([2]))
     canvas = figure.axes[1].images[0].get_array()
     for j in range(4):
-        assert canvas[:2, 4 * j : 4 * j + 3].ravel().tolist() == couplings[0, 0, :, j].tolist()
+        assert canvas[:4:2, 7 * j : 7 * j + 6 : 2].ravel().tolist() == couplings[0, 0, :, j].tolist()
 
 
 def test_two_digit_parts_meet_their_capsule():
