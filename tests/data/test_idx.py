@@ -61,7 +61,7 @@ def test_no_validation(folder):
     assert len(data.images("train").labels) == 40
     with pytest.raises(ValueError) as error:
         data.val_dataloader()
-    assert str(error.value) == "IdxImages has no val images."
+    assert str(error.value) == "IdxImages has no val images; set val_size above 0."
 
 
 def test_multimnist_reads_the_folder(folder):
