@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from torchmetrics import MetricCollection
@@ -387,9 +388,10 @@ class CapsNet(LightningModule):
     # Pictures.
 
     def on_validation_epoch_end(self) -> None:
-        """Draw the pictures on their cadence."""
+        """Draw the pictures on their cadence, and whenever validation was asked for by itself."""
         every = self.pictures_every_n_epochs
-        if every and (self.current_epoch + 1) % every == 0 and not self.trainer.sanity_checking:
+        alone = self.trainer.state.fn == TrainerFn.VALIDATING
+        if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
             self._log_pictures("val")
 
     def on_test_epoch_end(self) -> None:

@@ -382,6 +382,11 @@ def test_pictures_are_drawn_on_their_cadence(tmp_path):
     assert images == expected
 
 
+def test_validation_by_itself_draws(tmp_path):
+    trainer(tmp_path).validate(small(pictures_every_n_epochs=3), loader(), verbose=False)
+    assert len(list((tmp_path / "images/val").rglob("*.png"))) == 4
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
