@@ -123,7 +123,7 @@ def _unknown_argument(c: _Complaint, name: str) -> UsageError:
     return UsageError(
         f"{short} has no argument {name!r} ({c.key}.{name}).",
         did_you_mean(name, names),
-        f"All of them: {', '.join(names)}" if len(names) <= 8 else f"All of them: --{c.key}.help {short}",
+        f"All of them: {', '.join(names) or 'none'}" if len(names) <= 8 else f"All of them: --{c.key}.help {short}",
     )
 
 
