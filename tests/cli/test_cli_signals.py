@@ -7,8 +7,10 @@ import pytest
 import torch
 
 SLOW = """
-import time
+import signal, time
 from my_package import ToyData, ToyNet
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs start with Ctrl-C ignored
 
 class Slow(ToyNet):
     def training_step(self, batch, index):
@@ -33,7 +35,10 @@ def test_interrupted_run_ends_cleanly_and_says_how_to_go_on(name, status, projec
         while "step 4" not in (project / "out.txt").read_text() and time.monotonic() < deadline:
             time.sleep(0.1)
         run.send_signal(getattr(signal, name))
-        assert run.wait(timeout=60) == status
+        try:
+            assert run.wait(timeout=60) == status
+        finally:
+            run.kill()
     text = (project / "out.txt").read_text()
     assert "Traceback" not in text
     path = "lightning_logs/version_0/checkpoints/last.ckpt"
