@@ -321,7 +321,9 @@ class CapsNet(LightningModule):
             labels = predictions if self.num_labels == 1 else align_labels(predictions, labels)
         return (self.decoder(poses, labels).float() - target.float()).square().sum() / len(poses)
 
-    def _step(self, batch: Mapping[str, Tensor], stage: str) -> tuple[Tensor, Tensor]:
+    def _step(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> Tensor:
+        if batch_idx == 0:
+            self._check_labels(batch["label"])
         poses = self(batch["image"])
         terms = self.loss(batch, poses)
         loss = torch.stack([*terms.values()]).sum()
@@ -334,7 +336,7 @@ class CapsNet(LightningModule):
         metrics = self.metrics[f"{stage}_metrics"]
         metrics.update(*self._scores(poses.detach(), batch["label"]))
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)
-        return loss, poses
+        return loss
 
     def _scores(self, poses: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         predicted = self.predict_labels(poses)
@@ -344,9 +346,7 @@ class CapsNet(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them."""
-        if batch_idx == 0:
-            self._check_labels(batch["label"])
-        return self._step(batch, "train")[0]
+        return self._step(batch, batch_idx, "train")
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Log the loss and the accuracy; keep the first images for the pictures."""
@@ -357,9 +357,7 @@ class CapsNet(LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
-        if batch_idx == 0:
-            self._check_labels(batch["label"])
-        self._step(batch, stage)
+        self._step(batch, batch_idx, stage)
         if batch_idx == 0:
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
 

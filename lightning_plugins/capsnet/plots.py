@@ -137,14 +137,16 @@ def capsnet_figures(model: Any, batch: dict[str, Tensor]) -> dict[str, "Figure"]
     images, labels = batch["image"], batch["label"]
     figures: dict[str, Figure] = {}
     if model.decoder is not None:
-        predictions = model.predict_labels(model(images))
-        reconstructions = model.reconstruct(images, predictions)
+        poses = model(images)
+        predictions = model.predict_labels(poses)
         if model.num_labels == 1:
-            figures["reconstructions"] = plot_reconstructions(images, reconstructions, labels, predictions)
+            figures["reconstructions"] = plot_reconstructions(
+                images, model.decoder(poses, predictions), labels, predictions
+            )
         elif model.num_labels == 2:
             order = align_labels(predictions, labels)  # so that the colours agree where the reading is right
             figures["reconstructions"] = plot_two_digits(
-                images, batch["parts"], model.reconstruct(images, order), labels, order
+                images, batch["parts"], model.decoder(poses, order), labels, order
             )
         chosen = predictions[:1] if model.num_labels == 1 else predictions[:1, 0]
         sweep = model.perturb(images[:1], labels=chosen)[0]
