@@ -1,14 +1,13 @@
 """Random states in the checkpoint, so that a resumed run draws the numbers that the interrupted one would have."""
 
-import random
 from typing import Any
 
-import numpy as np
-import torch
 import torch.distributed
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_plugins.core.random_state import get_random_state, set_random_state
 
 _KEY = "random_state"
 
@@ -88,35 +87,3 @@ class RandomState(Callback):
         if self._before_validation is not None:
             set_random_state(self._before_validation, trainer.strategy.root_device)
             self._before_validation = None
-
-
-def get_random_state(device: torch.device) -> dict[str, Any]:
-    """The random states of this process, as values that ``torch.load(weights_only=True)`` reads.
-
-    Args:
-        device: the process's device; its generator is included if it is a GPU.
-
-    Returns:
-        ``{"python", "numpy", "torch"}`` and ``"cuda"`` on a GPU.
-    """
-    version, numbers, gauss = random.getstate()
-    name, words, *rest = np.random.get_state()
-    state = {
-        "python": [version, list(numbers), gauss],
-        "numpy": [name, torch.from_numpy(words.astype(np.int64)), *rest],
-        "torch": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Undo :func:`get_random_state`; a GPU's state is restored where there is a GPU."""
-    version, numbers, gauss = state["python"]
-    random.setstate((version, tuple(numbers), gauss))
-    name, words, *rest = state["numpy"]
-    np.random.set_state((name, words.cpu().numpy().astype(np.uint32), *rest))
-    torch.set_rng_state(state["torch"].cpu())
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"].cpu(), device)

@@ -25,6 +25,7 @@ from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
+from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
 from lightning_plugins.data import ImageData
 
@@ -38,6 +39,7 @@ def run(argv: Sequence[str]) -> None:
     warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
     for name in lightning_plugins._PUBLIC:
         getattr(lightning_plugins, name)  # loads the class, so that its short name is known
+    close_process_group_at_exit()
     PluginsCLI(list(argv))
 
 

@@ -1,5 +1,8 @@
-"""Several processes: sharding a module's parts (FSDP2)."""
+"""Several processes: sharding a module's parts (FSDP2), and a clean end."""
 
+import atexit
+
+import torch.distributed
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -33,3 +36,18 @@ def shard_parts(module: LightningModule, *parts: nn.Module | None) -> bool:
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)  # parameters outside the parts, such as a subclass's
     return True
+
+
+def close_process_group_at_exit() -> None:
+    """End this process's communication threads before Python ends, whatever the backend.
+
+    Lightning does so for NCCL alone. A gloo thread that is still alive then may abort the process ("terminate called
+    without an active exception"), and with it a run that was finished.
+    """
+    atexit.unregister(_close_process_group)
+    atexit.register(_close_process_group)
+
+
+def _close_process_group() -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

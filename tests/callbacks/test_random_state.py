@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_plugins.callbacks import RandomState
-from lightning_plugins.callbacks.random_state import get_random_state, set_random_state
+from lightning_plugins.core.random_state import get_random_state, set_random_state
 from lightning_plugins.data import Digits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")

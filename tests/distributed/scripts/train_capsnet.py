@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_plugins import CapsNet, Digits, MultiMNIST, RandomState
+from lightning_plugins.core.distributed import close_process_group_at_exit
 
 GLOBAL_BATCH = 64
 SMALL = {"channels": 8, "kernel_size": 3, "num_types": 2, "decoder_hidden": (16,), "pictures_every_n_epochs": 0}
@@ -102,6 +103,7 @@ def run(name, folder, processes=1, ckpt_path=None):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    close_process_group_at_exit()
     root = Path(sys.argv[1])
     for case in CASES:
         run(case, root / case, processes=2)
