@@ -1,0 +1,201 @@
+"""The loss of an accumulation window as a function of the parameters: its gradient and Hessian-vector products.
+
+Everything is computed by replaying the window's training steps (:mod:`lightning_plugins.core.replay`), so it works for
+any module, and leaves no trace.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lightning_plugins.core.replay import Call, StepRecorder, without_trace
+from lightning_plugins.core.vectors import displaced, mean_over_ranks_, norm
+
+Difference = Literal["forward", "central"]
+
+# Displacement over the norm of the parameters that was measured best for each precision of the forward pass: about
+# the square root (forward) and the cube root (central) of its unit roundoff.
+_RELATIVE_STEPS: dict[str, dict[Difference, float]] = {
+    "float64": {"forward": 1e-7, "central": 1e-5},
+    "float32": {"forward": 1e-4, "central": 1e-3},
+    "float16": {"forward": 1e-2, "central": 3e-2},
+    "bfloat16": {"forward": 3e-2, "central": 1e-1},
+}
+
+
+class WindowLoss:
+    r"""The loss that the gradients of one accumulation window belong to, at any parameters.
+
+    .. math:: L(\theta) = \frac{1}{k} \sum_{i=1}^{n} \ell_i(\theta), \quad \text{averaged over ranks}
+
+    with ``k = accumulate_grad_batches`` and ``n`` micro-batches (fewer than ``k`` at the end of an epoch), which is
+    what Lightning accumulates. Gradients are unscaled and unclipped. Every rank must call the same methods.
+
+    Args:
+        trainer: the running trainer.
+        module: whose ``training_step`` was recorded.
+        recorder: holds the calls of the window.
+        params: the parameters to differentiate by.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, params: Sequence[nn.Parameter]
+    ) -> None:
+        self.params = list(params)
+        self._module, self._recorder, self._calls = module, recorder, list(recorder.calls)
+        self._device = trainer.strategy.root_device
+        self._reduces = isinstance(trainer.strategy, DDPStrategy)  # FSDP2 averages within its own backward
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._scale = scaler.scale(torch.ones((), device=self._device)) if scaler is not None else 1.0
+        self._share = 1 / trainer.accumulate_grad_batches
+
+    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """Mean of the micro-batches' losses over this rank, and ``dL/dtheta`` over all."""
+        with without_trace(self._module, self._device):
+            loss = self._accumulate(self._calls)
+            return loss, self._collect()
+
+    def product(
+        self,
+        direction: Sequence[Tensor],
+        step: float,
+        difference: Difference = "forward",
+        gradient: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        r"""Hessian-vector product by finite differences of gradients.
+
+        .. math::
+            H v \approx \frac{\nabla L(\theta + h v) - \nabla L(\theta)}{h} \quad\text{or}\quad
+            \frac{\nabla L(\theta + h v) - \nabla L(\theta - h v)}{2 h}
+
+        Args:
+            direction: ``v``, shaped like the parameters.
+            step: ``h > 0``, see :func:`step_along`.
+            difference: ``"forward"`` runs the window once, ``"central"`` twice.
+            gradient: the gradient here, for ``"forward"``.
+
+        Returns:
+            ``H v``, shaped like the parameters.
+        """
+        with without_trace(self._module, self._device), displaced(self.params, direction) as move:
+            move(step)
+            self._accumulate(self._calls)
+            if difference == "central":
+                move(-step)
+                self._accumulate(self._calls, -1.0)
+            product = self._collect()
+        return _quotient(product, step, difference, gradient)
+
+    def exact_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """Hessian-vector product by differentiating twice."""
+        products = [torch.zeros_like(param) for param in self.params]
+        with without_trace(self._module, self._device):
+            for call in self._calls:
+                loss = self._recorder.replay(call) * self._scale * self._share
+                for total, part in zip(products, second_derivative(loss, self.params, direction), strict=True):
+                    if part is not None:
+                        total += part / self._scale
+        return self._reduced(products)
+
+    def micro_batches(self) -> "list[WindowLoss]":
+        """Each micro-batch of this rank alone: ``L = l_i``, not averaged over ranks."""
+        parts = []
+        for call in self._calls:
+            part = object.__new__(WindowLoss)
+            part.__dict__ |= self.__dict__ | {"_calls": [call], "_share": 1.0, "_reduces": False}
+            parts.append(part)
+        return parts
+
+    def _accumulate(self, calls: Sequence[Call], factor: float = 1.0) -> Tensor:
+        """Add ``factor`` times the scaled gradient to the parameters' grads; the mean of the losses."""
+        total = torch.zeros((), device=self._device)
+        for call in calls:
+            loss = self._recorder.replay(call)
+            self._module.backward(loss * (factor * self._share) * self._scale)
+            total += loss.detach() * call.sign / len(calls)  # the sign squared is one
+        return total
+
+    def _collect(self) -> list[Tensor]:
+        """The accumulated gradients, unscaled and averaged."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        if isinstance(self._scale, Tensor):
+            for grad in grads:
+                grad /= self._scale
+        return self._reduced(grads)
+
+    def _reduced(self, grads: list[Tensor]) -> list[Tensor]:
+        if self._reduces:
+            mean_over_ranks_(grads)
+        return grads
+
+
+def second_derivative(
+    loss: Tensor, params: Sequence[Tensor], direction: Sequence[Tensor], retain_graph: bool | None = None
+) -> list[Tensor | None]:
+    """``d/dtheta <dloss/dtheta, direction>``; ``None`` where the loss does not depend on a parameter to second order.
+
+    Args:
+        loss: with a graph that can be differentiated twice.
+        params: the parameters.
+        direction: held constant.
+        retain_graph: keep the loss's graph for another backward pass.
+    """
+    first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+    pairs = [(g, v) for g, v in zip(first, direction, strict=True) if g is not None and g.requires_grad]
+    if not pairs:
+        return [None] * len(params)
+    grads, vectors = zip(*pairs, strict=True)
+    return list(torch.autograd.grad(grads, params, vectors, retain_graph=retain_graph, allow_unused=True))
+
+
+def _quotient(
+    change: list[Tensor], step: float, difference: Difference, gradient: Sequence[Tensor] | None
+) -> list[Tensor]:
+    with torch.no_grad():
+        for index, tensor in enumerate(change):
+            if difference == "forward":
+                tensor -= gradient[index]
+                tensor /= step
+            else:
+                tensor /= 2 * step
+    return change
+
+
+def step_along(params: Sequence[Tensor], direction: Sequence[Tensor], relative_step: float) -> float | None:
+    """The step ``h`` with ``|h v| = relative_step * |theta|`` (parameters that are all zero count as of norm one).
+
+    Returns:
+        ``None`` if there is no direction: its norm is zero or not finite.
+    """
+    length = norm(direction).item()
+    if length == 0 or not torch.isfinite(torch.tensor(length)):
+        return None
+    return relative_step * (norm(params).item() or 1.0) / length
+
+
+def relative_step(trainer: Trainer, module: nn.Module, difference: Difference) -> float:
+    """The best relative displacement for finite differences at the precision of the forward pass.
+
+    TF32, which is what GPUs use for convolutions in fp32 unless told otherwise, counts as fp16: its mantissa is as
+    short.
+    """
+    precision = str(trainer.precision)
+    if precision.startswith("bf16"):
+        kind = "bfloat16"
+    elif precision.startswith("16") or _uses_tf32(module, trainer.strategy.root_device):
+        kind = "float16"
+    else:
+        dtypes = {param.dtype for param in module.parameters() if param.requires_grad}
+        kind = "float64" if dtypes == {torch.float64} else "float32"
+    return _RELATIVE_STEPS[kind][difference]
+
+
+def _uses_tf32(module: nn.Module, device: torch.device) -> bool:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())
+    return torch.get_float32_matmul_precision() != "highest" or (convolves and torch.backends.cudnn.allow_tf32)

@@ -1,0 +1,236 @@
+"""Run a training_step again on the same batch without a trace.
+
+:class:`StepRecorder` remembers how ``training_step`` was called since the last optimizer step: arguments, random
+states and buffers at its entry. A replay starts from these, and leaves random states, buffers (batch-norm statistics),
+torchmetrics states, gradients and logs as it found them.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_plugins.core.random_state import get_random_state, set_random_state
+
+_depth = 0
+
+
+def is_replaying() -> bool:
+    """Whether ``training_step`` is being run again by a callback.
+
+    What such a run logs, counts or draws is undone. What it prints, sends or pushes to a queue of your own is not:
+    leave that out with ``if not is_replaying():``.
+
+    Example:
+        >>> is_replaying()
+        False
+    """
+    return _depth > 0
+
+
+@dataclass
+class Call:
+    """One call of ``training_step``.
+
+    Attributes:
+        args: positional arguments.
+        kwargs: keyword arguments.
+        random_state: of the process, at entry.
+        buffers: of the module, at entry.
+        sign: factor of this loss in the objective that is trained, +1 or -1 (Flooding).
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    random_state: dict[str, Any]
+    buffers: "Buffers"
+    sign: Tensor | float = 1.0
+
+
+class StepRecorder:
+    """The calls of ``training_step`` since the last optimizer step; one for a module, shared by its callbacks.
+
+    Attributes:
+        calls: those kept for a replay, oldest first.
+        losses: the loss that each call returned, as it was, detached; also of calls that are not kept.
+    """
+
+    _attached: "WeakKeyDictionary[LightningModule, StepRecorder]" = WeakKeyDictionary()
+
+    def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls: list[Call] = []
+        self.losses: list[Tensor] = []
+        self._trainer, self._module = trainer, pl_module
+        self._owners: dict[Any, bool] = {}
+        self._window: int | None = None
+        self._overridden = pl_module.__dict__.get("training_step")  # torch.compile's, for one
+        self._step: Callable[..., Any] = pl_module.training_step
+        pl_module.training_step = functools.wraps(self._step)(self._recorded)
+
+    @classmethod
+    def attach(cls, trainer: Trainer, pl_module: LightningModule, owner: Any) -> "StepRecorder":
+        """The module's recorder, which stays until every owner has detached; call it in ``on_train_start``."""
+        if pl_module not in cls._attached:
+            cls._attached[pl_module] = cls(trainer, pl_module)
+        recorder = cls._attached[pl_module]
+        recorder._owners[owner] = False
+        return recorder
+
+    def detach(self, owner: Any) -> None:
+        """``owner`` is done; after the last one ``training_step`` is the module's own again."""
+        if self._owners.pop(owner, None) is None or self._owners:
+            return
+        del self._attached[self._module]
+        del self._module.training_step
+        if self._overridden is not None:
+            self._module.training_step = self._overridden
+        self.calls, self.losses = [], []
+
+    def keep(self, owner: Any, wanted: bool) -> None:
+        """Whether ``owner`` wants the next calls kept for replay: batches and buffers stay in memory until then."""
+        self._owners[owner] = wanted
+
+    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
+        if is_replaying():
+            return self._step(*args, **kwargs)
+        if self._trainer.global_step != self._window:  # the first call after a step
+            self.calls, self.losses = [], []
+            self._window = self._trainer.global_step
+        call = None
+        if any(self._owners.values()):
+            state = get_random_state(self._trainer.strategy.root_device)
+            call = Call(args, kwargs, state, Buffers(self._module))
+        output = self._step(*args, **kwargs)
+        loss = loss_of(output)
+        if loss is not None:  # else Lightning leaves this batch out
+            self.losses.append(loss.detach().clone())
+            if call is not None:
+                self.calls.append(call)
+        return output
+
+    def replay(self, call: Call) -> Tensor:
+        """Run one call again; use it inside :func:`without_trace`.
+
+        Returns:
+            The loss with its graph, times the call's sign.
+        """
+        set_random_state(call.random_state, self._trainer.strategy.root_device)
+        call.buffers.restore()
+        with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():
+            loss = loss_of(self._step(*call.args, **call.kwargs))
+        if loss is None:
+            raise RuntimeError(
+                f"training_step of {type(self._module).__name__} returned a loss at first, but None when it was run "
+                "again on the same batch: it depends on something that a replay does not restore."
+            )
+        return loss * call.sign
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned."""
+    return output.get("loss") if isinstance(output, Mapping) else output
+
+
+@contextmanager
+def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Undo, on leaving, what running the module leaves behind.
+
+    Args:
+        module: its buffers, gradients, torchmetrics states and ``self.log`` (of a LightningModule) are protected.
+        device: the process's; the random state of a GPU is restored with that of Python, NumPy and torch.
+    """
+    global _depth
+    random_state = get_random_state(device)
+    buffers = Buffers(module)
+    with ExitStack() as stack:
+        stack.callback(set_random_state, random_state, device)
+        stack.callback(buffers.restore)
+        stack.enter_context(_grads_aside(module))
+        for part in module.modules():
+            if isinstance(part, Metric):
+                stack.enter_context(_metric_aside(part))
+            if isinstance(part, LightningModule):
+                stack.enter_context(_mute(part))
+        _depth += 1
+        try:
+            yield
+        finally:
+            _depth -= 1
+
+
+class Buffers:
+    """The buffers of a module at one time: the tensors themselves and their values."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._saved = [
+            (part._buffers, name, buffer, _version(buffer), buffer.clone())
+            for part in module.modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Put them back; what has not been written to since is left alone."""
+        with torch.no_grad():
+            for index, (owner, name, buffer, version, value) in enumerate(self._saved):
+                owner[name] = buffer
+                if _version(buffer) != version or version is None:
+                    buffer.copy_(value)
+                    self._saved[index] = (owner, name, buffer, _version(buffer), value)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Counts the writes to a tensor; those made in inference mode are not counted."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _grads_aside(module: nn.Module) -> Iterator[None]:
+    params = [param for param in module.parameters() if param.requires_grad]
+    grads = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    try:
+        yield
+    finally:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+
+
+@contextmanager
+def _metric_aside(metric: Metric) -> Iterator[None]:
+    """Let a metric work on copies of its states: others may hold references to the states themselves."""
+    before = dict(metric.__dict__)
+    for name in metric._defaults:
+        state = getattr(metric, name)
+        setattr(metric, name, state.clone() if isinstance(state, Tensor) else list(state))
+    try:
+        yield
+    finally:
+        metric.__dict__.clear()
+        metric.__dict__.update(before)
+
+
+@contextmanager
+def _mute(module: LightningModule) -> Iterator[None]:
+    names = ("log", "log_dict")
+    before = {name: module.__dict__[name] for name in names if name in module.__dict__}
+    for name in names:
+        module.__dict__[name] = _no_log
+    try:
+        yield
+    finally:
+        for name in names:
+            del module.__dict__[name]
+        module.__dict__.update(before)
+
+
+def _no_log(*args: Any, **kwargs: Any) -> None:
+    """In the place of ``self.log`` during a replay."""

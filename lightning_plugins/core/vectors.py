@@ -1,0 +1,120 @@
+"""Lists of tensors (parameters, gradients) as one long vector, sharded or not.
+
+Sums over a list are global: shards of FSDP2 (``DTensor``) are summed over the processes that hold them, so that every
+rank gets the same number.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_BUCKET = 2**23  # elements that travel together, 32 MB in fp32
+
+
+def local(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """This process's shards, which share their storage with ``tensors``."""
+    return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """``sum_i <x_i, y_i>`` over all tensors and shards.
+
+    Args:
+        xs: tensors of any shapes, at least one.
+        ys: tensors of the same shapes, sharded in the same way.
+
+    Returns:
+        0-dim float64 tensor on the first tensor's device.
+    """
+    parts = [torch.sum(x * y) for x, y in zip(local(xs), local(ys), strict=True)]
+    return _global_sum(xs, parts)
+
+
+def norm(xs: Sequence[Tensor]) -> Tensor:
+    """Euclidean norm over all tensors and shards: a 0-dim float64 tensor; a sum of squares does not overflow fp32."""
+    return _global_sum(xs, [torch.linalg.vector_norm(x).double() ** 2 for x in local(xs)]).sqrt()
+
+
+def _global_sum(xs: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    device = parts[0].device
+    sums: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+    for x, part in zip(xs, parts, strict=True):
+        groups = _shard_groups(x)
+        sums[groups] = sums.get(groups, 0.0) + part.detach().to(device, torch.float64)
+    for groups, total in sums.items():
+        for group in groups:
+            dist.all_reduce(total, group=group)
+    return torch.stack(list(sums.values())).sum()
+
+
+def _shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of processes that hold different shards of ``x``."""
+    if not isinstance(x, DTensor):
+        return ()
+    return tuple(x.device_mesh.get_group(dim) for dim, place in enumerate(x.placements) if place.is_shard())
+
+
+def mean_over_ranks_(tensors: Sequence[Tensor]) -> None:
+    """Average plain tensors over all processes in place, many of them in one message; nothing on one process."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for bucket in (bucket for kind in kinds.values() for bucket in _buckets(kind)):
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        if bucket and sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET:
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def displaced(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[float], None]]:
+    """Move parameters along ``direction``; on leaving they have their old values again, bit for bit.
+
+    Costs one copy of the parameters.
+
+    Yields:
+        A function of ``step`` that sets the parameters to ``theta + step * direction``.
+
+    Example:
+        >>> theta = torch.nn.Parameter(torch.ones(2))
+        >>> with displaced([theta], [torch.tensor([1.0, 2.0])]) as move:
+        ...     move(0.5)
+        ...     theta.tolist()
+        [1.5, 2.0]
+        >>> theta.tolist()
+        [1.0, 1.0]
+    """
+    params, direction = local(params), local(direction)
+    with torch.no_grad():
+        saved = [param.clone() for param in params]
+
+    def move(step: float) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(params, saved)
+            torch._foreach_add_(params, direction, alpha=step)
+        torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
+
+    try:
+        yield move
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, saved)
+        torch.clear_autocast_cache()
