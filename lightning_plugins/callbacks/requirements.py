@@ -1,0 +1,89 @@
+"""What our callbacks ask of a run: each rule is one sentence that is raised before training.
+
+The rules name what would otherwise train something else without a word.
+"""
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.distributed.fsdp import FSDPModule
+
+STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+
+
+def require_automatic_optimization(name: str, pl_module: LightningModule, cure: str) -> None:
+    """Refuse manual optimization: the callback sees neither which loss nor which step is meant."""
+    if not pl_module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} works with automatic optimization, but {type(pl_module).__name__} has "
+            f"automatic_optimization=False: {cure}."
+        )
+
+
+def require_strategy(name: str, trainer: Trainer) -> None:
+    """Refuse strategies whose gradients are not those in ``param.grad`` (DeepSpeed) or that no test runs."""
+    if type(trainer.strategy) not in STRATEGIES:
+        raise MisconfigurationException(
+            f"{name} does not know how gradients are kept under {type(trainer.strategy).__name__}: use a single device, "
+            "strategy='ddp' or ModelParallelStrategy (FSDP2)."
+        )
+
+
+def require_plain_optimizers(name: str, trainer: Trainer) -> None:
+    """Refuse optimizers that evaluate the closure several times, or that step within the backward pass."""
+    for optimizer in trainer.optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            raise MisconfigurationException(
+                f"{name} needs one gradient for each optimizer step, and LBFGS evaluates several: use an optimizer "
+                "such as SGD or AdamW."
+            )
+        if any(p._post_accumulate_grad_hooks for group in optimizer.param_groups for p in group["params"]):
+            raise MisconfigurationException(
+                f"{name} changes gradients before the optimizer step, but parameters have hooks that run as soon as a "
+                "gradient is there (an optimizer in the backward pass): remove them."
+            )
+
+
+def is_sharded(pl_module: LightningModule) -> bool:
+    """Whether a part of the module is sharded by FSDP2."""
+    return any(isinstance(part, FSDPModule) for part in pl_module.modules())
+
+
+def put_in_order(trainer: Trainer) -> None:
+    """Let Flooding, GradientPenalty and ODEDiagnostics run in this order, whatever order the user gave.
+
+    Other callbacks keep their places. A class says its place by ``gradient_order``, an integer.
+    """
+    places = [index for index, callback in enumerate(trainer.callbacks) if hasattr(callback, "gradient_order")]
+    ours = sorted((trainer.callbacks[index] for index in places), key=lambda callback: callback.gradient_order)
+    callbacks = list(trainer.callbacks)
+    for index, callback in zip(places, ours, strict=True):
+        callbacks[index] = callback
+    trainer.callbacks = callbacks  # a new list: Lightning is going through the old one
+
+
+class OneGradientPerStep:
+    """Notices an optimizer that evaluates its closure several times in a step (SAM and its kin).
+
+    Args:
+        name: of the callback, for the sentence.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._last: tuple[int, int] | None = None
+
+    def check(self, trainer: Trainer, batch_idx: int) -> None:
+        """Call it in ``on_before_optimizer_step``.
+
+        Raises:
+            MisconfigurationException: it was called before in this batch.
+        """
+        here = (trainer.current_epoch, batch_idx)
+        if self._last == here:
+            raise MisconfigurationException(
+                f"{self._name} needs one gradient for each optimizer step, and this optimizer evaluates several "
+                "(as SAM does): use a plain one."
+            )
+        self._last = here
