@@ -12,6 +12,8 @@ from lightning_plugins.data.keys import hash_keys
 
 # of each class, in hash order: the first fifth is for testing, the next tenth for validation
 _TEST, _VAL = 0.2, 0.1
+_NUM_TRAIN = 1259
+_CHOICE = -3  # stream of random numbers: the order in which num_train takes images
 
 
 class Digits(ImageData):
@@ -26,9 +28,14 @@ class Digits(ImageData):
         num_workers: processes that prepare batches; 0 is the fastest here.
         seed: of the order and the augmentation.
         shift: training images move by up to this many px, on zeros. One px of the original is ``image_size / 8``.
+        label_noise: share r in [0, 1] of training and validation labels that are wrong, uniform over the nine other
+            digits, so that r = 0.9 leaves no information. Fixed by ``seed`` and the image; test labels are clean.
+        num_train: train on so many images: a random choice, the same whatever the seed, and part of every larger one.
+            Default: all 1,259.
 
     Raises:
-        ValueError: ``image_size`` below 8, ``batch_size`` below 1, or a negative number.
+        ValueError: ``image_size`` below 8, ``batch_size`` below 1, a negative number, ``label_noise`` outside [0, 1],
+            or ``num_train`` outside 1..1259.
 
     Source: Alpaydin and Kaynak 1998, UCI Machine Learning Repository, https://doi.org/10.24432/C50P49 (CC BY 4.0).
 
@@ -44,11 +51,20 @@ class Digits(ImageData):
     """
 
     def __init__(
-        self, image_size: int = 28, batch_size: int = 128, num_workers: int = 0, seed: int = 0, shift: int = 0
+        self,
+        image_size: int = 28,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        shift: int = 0,
+        label_noise: float = 0.0,
+        num_train: int | None = None,
     ) -> None:
-        super().__init__(batch_size, num_workers, seed, shift)
+        super().__init__(batch_size, num_workers, seed, shift, label_noise=label_noise)
         at_least("image_size", image_size, 8)
-        self.image_size = image_size
+        if num_train is not None and not 1 <= num_train <= _NUM_TRAIN:
+            raise ValueError(f"num_train={num_train} must lie in 1..{_NUM_TRAIN}, the training images there are.")
+        self.image_size, self.num_train = image_size, num_train
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -64,6 +80,8 @@ class Digits(ImageData):
         """One of the three fixed parts."""
         images, labels = embedded_digits()
         index = _split_indices(labels)[split]
+        if split == "train" and self.num_train is not None:
+            index = index[hash_keys(index, seed=0, stream=_CHOICE).argsort()[: self.num_train]].sort().values
         pixels = images[index, None].float() * (255 / 16)
         if self.image_size != 8:
             pixels = F.interpolate(pixels, size=self.image_size, mode="bilinear", align_corners=False)

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from lightning_plugins.data.keys import KeyBatches, KeyLoader, random_integers
 
 _SHIFT_Y, _SHIFT_X, _FLIP = range(3)  # streams of random numbers, one for each use
+_NOISE = {"train": (20, 21), "val": (22, 23)}  # which labels are wrong, and what they say; test labels stay clean
+_RESOLUTION = 2**30  # of a probability
 
 
 class Pixels(Protocol):
@@ -87,6 +89,34 @@ class KeyedImages(Dataset):
         return random_integers(keys, 2 * self.shift + 1, self.seed, stream) - self.shift
 
 
+def symmetric_noise(labels: Tensor, rate: float, num_classes: int, seed: int, streams: tuple[int, int]) -> Tensor:
+    r"""Replace labels by wrong ones, uniform over the other classes.
+
+    .. math:: P(\tilde y = y) = 1 - r, \qquad P(\tilde y = j) = \frac{r}{J - 1} \quad (j \ne y)
+
+    Args:
+        labels: ``(N,)`` int64 true classes y.
+        rate: r in [0, 1], the expected share of wrong labels. Where a paper draws the new label from all J classes at
+            rate r', it means :math:`r = r' (J - 1) / J`.
+        num_classes: J, 2 or more.
+        seed: with the place in ``labels`` it decides everything.
+        streams: two streams of random numbers: which labels, and what they become.
+
+    Returns:
+        ``(N,)`` int64.
+
+    Source: Ghosh, Kumar, Sastry 2017, arXiv 1712.09482, section 2 (symmetric or uniform noise).
+
+    Example:
+        >>> symmetric_noise(torch.zeros(8, dtype=torch.int64), 0.5, 3, seed=0, streams=(0, 1))
+        tensor([2, 0, 0, 2, 0, 0, 2, 0])
+    """
+    index = torch.arange(len(labels))
+    wrong = random_integers(index, _RESOLUTION, seed, streams[0]) < rate * _RESOLUTION
+    step = 1 + random_integers(index, num_classes - 1, seed, streams[1])
+    return torch.where(wrong, (labels + step) % num_classes, labels)
+
+
 def to_float(images: Tensor) -> Tensor:
     """Bytes 0..255 as float32 in [0, 1]."""
     return images.float().div_(255)
@@ -102,19 +132,31 @@ class ImageData(LightningDataModule):
         seed: of the order, the augmentation and random splits.
         shift: training images move by up to this many px, on zeros.
         flip: training images are mirrored left to right at random.
+        label_noise: share of training and validation labels that are wrong, see :func:`symmetric_noise`. Fixed by
+            ``seed`` and the image's place in its split: the same for every epoch, worker and process. Test labels are
+            clean.
     """
 
     num_labels: int = 1
     """Classes in one image."""
 
     def __init__(
-        self, batch_size: int = 128, num_workers: int = 0, seed: int = 0, shift: int = 0, flip: bool = False
+        self,
+        batch_size: int = 128,
+        num_workers: int = 0,
+        seed: int = 0,
+        shift: int = 0,
+        flip: bool = False,
+        label_noise: float = 0.0,
     ) -> None:
         super().__init__()
         at_least("batch_size", batch_size, 1)
         at_least("num_workers", num_workers, 0)
         at_least("shift", shift, 0)
+        if not 0 <= label_noise <= 1:
+            raise ValueError(f"label_noise={label_noise} must lie in [0, 1]: the share of wrong labels.")
         self.batch_size, self.num_workers, self.seed, self.shift, self.flip = batch_size, num_workers, seed, shift, flip
+        self.label_noise = label_noise
         self._splits: dict[str, LabelledImages | None] = {}
 
     @property
@@ -132,9 +174,13 @@ class ImageData(LightningDataModule):
         raise NotImplementedError
 
     def images(self, split: str) -> LabelledImages | None:
-        """The split as read, in memory after the first call."""
+        """The split as read, with noise on its labels if wanted; in memory after the first call."""
         if split not in self._splits:
-            self._splits[split] = self.read(split)
+            data = self.read(split)
+            if data is not None and self.label_noise and split in _NOISE:
+                labels = symmetric_noise(data.labels, self.label_noise, self.num_classes, self.seed, _NOISE[split])
+                data = LabelledImages(data.pixels, labels)
+            self._splits[split] = data
         return self._splits[split]
 
     def setup(self, stage: str) -> None:
