@@ -25,8 +25,8 @@ def require_strategy(name: str, trainer: Trainer) -> None:
     """Refuse strategies whose gradients are not those in ``param.grad`` (DeepSpeed) or that no test runs."""
     if type(trainer.strategy) not in STRATEGIES:
         raise MisconfigurationException(
-            f"{name} does not know how gradients are kept under {type(trainer.strategy).__name__}: use a single device, "
-            "strategy='ddp' or ModelParallelStrategy (FSDP2)."
+            f"{name} does not know how gradients are kept under {type(trainer.strategy).__name__}: use a single "
+            "device, strategy='ddp' or ModelParallelStrategy (FSDP2)."
         )
 
 
@@ -72,18 +72,17 @@ class OneGradientPerStep:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._last: tuple[int, int] | None = None
+        self._last: int | None = None
 
-    def check(self, trainer: Trainer, batch_idx: int) -> None:
+    def check(self, trainer: Trainer) -> None:
         """Call it in ``on_before_optimizer_step``.
 
         Raises:
-            MisconfigurationException: it was called before in this batch.
+            MisconfigurationException: it was called before in this step.
         """
-        here = (trainer.current_epoch, batch_idx)
-        if self._last == here:
+        if self._last == trainer.global_step:
             raise MisconfigurationException(
                 f"{self._name} needs one gradient for each optimizer step, and this optimizer evaluates several "
                 "(as SAM does): use a plain one."
             )
-        self._last = here
+        self._last = trainer.global_step

@@ -1,6 +1,7 @@
 """Numbers that change during training, described by plain data."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 Points = Sequence[Sequence[float]]
 
@@ -14,7 +15,7 @@ def check_points(name: str, points: Points | None) -> None:
     if points is None:
         return
     steps = [point[0] for point in points if len(point) == 2]
-    if not steps or len(steps) != len(points) or any(a >= b for a, b in zip(steps, steps[1:], strict=False)):
+    if not steps or len(steps) != len(points) or any(a >= b for a, b in pairwise(steps)):
         raise ValueError(
             f"{name} must be pairs [step, value] with growing steps, such as [[0, 0.0], [500, 1.0]], got {points}."
         )
