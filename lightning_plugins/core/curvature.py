@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
-from lightning_plugins.core.replay import Call, StepRecorder, without_trace
+from lightning_plugins.core.replay import Call, without_trace
 from lightning_plugins.core.vectors import displaced, mean_over_ranks_, norm
 
 Difference = Literal["forward", "central"]
@@ -37,16 +37,16 @@ class WindowLoss:
 
     Args:
         trainer: the running trainer.
-        module: whose ``training_step`` was recorded.
-        recorder: holds the calls of the window.
+        module: the module that is trained.
+        calls: those of the window, ``StepRecorder.calls``.
         params: the parameters to differentiate by.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, params: Sequence[nn.Parameter]
+        self, trainer: Trainer, module: LightningModule, calls: Sequence[Call], params: Sequence[nn.Parameter]
     ) -> None:
         self.params = list(params)
-        self._module, self._recorder, self._calls = module, recorder, list(recorder.calls)
+        self._module, self._calls = module, list(calls)
         self._device = trainer.strategy.root_device
         self._reduces = isinstance(trainer.strategy, DDPStrategy)  # FSDP2 averages within its own backward
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -95,8 +95,9 @@ class WindowLoss:
         products = [torch.zeros_like(param) for param in self.params]
         with without_trace(self._module, self._device):
             for call in self._calls:
-                loss = self._recorder.replay(call) * self._scale * self._share
-                for total, part in zip(products, second_derivative(loss, self.params, direction), strict=True):
+                loss = call.replay() * self._scale * self._share
+                first = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
+                for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
                     if part is not None:
                         total += part / self._scale
         return self._reduced(products)
@@ -114,7 +115,7 @@ class WindowLoss:
         """Add ``factor`` times the scaled gradient to the parameters' grads; the mean of the losses."""
         total = torch.zeros((), device=self._device)
         for call in calls:
-            loss = self._recorder.replay(call)
+            loss = call.replay()
             self._module.backward(loss * (factor * self._share) * self._scale)
             total += loss.detach() * call.sign / len(calls)  # the sign squared is one
         return total
@@ -134,17 +135,19 @@ class WindowLoss:
 
 
 def second_derivative(
-    loss: Tensor, params: Sequence[Tensor], direction: Sequence[Tensor], retain_graph: bool | None = None
+    first: Sequence[Tensor | None],
+    params: Sequence[Tensor],
+    direction: Sequence[Tensor],
+    retain_graph: bool | None = None,
 ) -> list[Tensor | None]:
-    """``d/dtheta <dloss/dtheta, direction>``; ``None`` where the loss does not depend on a parameter to second order.
+    """``d/dtheta <first, direction>``; ``None`` where there is no dependence.
 
     Args:
-        loss: with a graph that can be differentiated twice.
+        first: the loss's derivatives, with a graph.
         params: the parameters.
         direction: held constant.
-        retain_graph: keep the loss's graph for another backward pass.
+        retain_graph: keep the graph for another backward pass.
     """
-    first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
     pairs = [(g, v) for g, v in zip(first, direction, strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return [None] * len(params)

@@ -37,21 +37,38 @@ def is_replaying() -> bool:
 
 @dataclass
 class Call:
-    """One call of ``training_step``.
+    """One evaluation of a loss that can be repeated.
 
     Attributes:
-        args: positional arguments.
-        kwargs: keyword arguments.
+        run: evaluates it; returns what ``training_step`` may return.
+        device: the process's.
         random_state: of the process, at entry.
         buffers: of the module, at entry.
         sign: factor of this loss in the objective that is trained, +1 or -1 (Flooding).
     """
 
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    run: Callable[[], Any]
+    device: torch.device
     random_state: dict[str, Any]
     buffers: "Buffers"
     sign: Tensor | float = 1.0
+
+    def replay(self) -> Tensor:
+        """Evaluate it again at the present parameters; use it inside :func:`without_trace`.
+
+        Returns:
+            The loss with its graph, times the sign.
+        """
+        set_random_state(self.random_state, self.device)
+        self.buffers.restore()
+        with torch.enable_grad():
+            loss = loss_of(self.run())
+        if loss is None:
+            raise RuntimeError(
+                "training_step returned a loss at first, but None when it was run again on the same batch: it depends "
+                "on something that a replay does not restore."
+            )
+        return loss * self.sign
 
 
 class StepRecorder:
@@ -105,8 +122,9 @@ class StepRecorder:
             self._window = self._trainer.global_step
         call = None
         if any(self._owners.values()):
-            state = get_random_state(self._trainer.strategy.root_device)
-            call = Call(args, kwargs, state, Buffers(self._module))
+            device = self._trainer.strategy.root_device
+            run = functools.partial(self._run_again, args, kwargs)
+            call = Call(run, device, get_random_state(device), Buffers(self._module))
         output = self._step(*args, **kwargs)
         loss = loss_of(output)
         if loss is not None:  # else Lightning leaves this batch out
@@ -115,22 +133,9 @@ class StepRecorder:
                 self.calls.append(call)
         return output
 
-    def replay(self, call: Call) -> Tensor:
-        """Run one call again; use it inside :func:`without_trace`.
-
-        Returns:
-            The loss with its graph, times the call's sign.
-        """
-        set_random_state(call.random_state, self._trainer.strategy.root_device)
-        call.buffers.restore()
-        with torch.enable_grad(), self._trainer.precision_plugin.train_step_context():
-            loss = loss_of(self._step(*call.args, **call.kwargs))
-        if loss is None:
-            raise RuntimeError(
-                f"training_step of {type(self._module).__name__} returned a loss at first, but None when it was run "
-                "again on the same batch: it depends on something that a replay does not restore."
-            )
-        return loss * call.sign
+    def _run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with self._trainer.precision_plugin.train_step_context():
+            return self._step(*args, **kwargs)
 
 
 def loss_of(output: Any) -> Tensor | None:
