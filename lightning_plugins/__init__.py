@@ -5,29 +5,47 @@ so that importing the package costs nothing: neither torch nor a Hugging Face li
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_plugins.callbacks import RandomState, SaveOnSigterm
+    from lightning_plugins.callbacks import GradientPenalty, RandomState, SaveOnSigterm, gradient_penalty_backward
     from lightning_plugins.capsnet import CapsNet
+    from lightning_plugins.core.replay import is_replaying
     from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST
+    from lightning_plugins.optim import NormRMSprop
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "CapsNet": "lightning_plugins.capsnet",
     "Digits": "lightning_plugins.data",
+    "GradientPenalty": "lightning_plugins.callbacks",
     "HFImages": "lightning_plugins.data",
     "IdxImages": "lightning_plugins.data",
     "MultiMNIST": "lightning_plugins.data",
+    "NormRMSprop": "lightning_plugins.optim",
     "RandomState": "lightning_plugins.callbacks",
     "SaveOnSigterm": "lightning_plugins.callbacks",
+    "gradient_penalty_backward": "lightning_plugins.callbacks",
+    "is_replaying": "lightning_plugins.core.replay",
 }
 
-__all__ = ["CapsNet", "Digits", "HFImages", "IdxImages", "MultiMNIST", "RandomState", "SaveOnSigterm"]
+__all__ = [
+    "CapsNet",
+    "Digits",
+    "GradientPenalty",
+    "HFImages",
+    "IdxImages",
+    "MultiMNIST",
+    "NormRMSprop",
+    "RandomState",
+    "SaveOnSigterm",
+    "gradient_penalty_backward",
+    "is_replaying",
+]
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; its names are {', '.join(_PUBLIC)}.")
     return getattr(import_module(_PUBLIC[name]), name)

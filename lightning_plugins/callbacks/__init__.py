@@ -1,6 +1,8 @@
 """Callbacks that work with any LightningModule."""
 
+from lightning_plugins.callbacks.gradient_penalty import GradientPenalty
+from lightning_plugins.callbacks.manual_penalty import gradient_penalty_backward
 from lightning_plugins.callbacks.random_state import RandomState
 from lightning_plugins.callbacks.save_on_sigterm import SaveOnSigterm
 
-__all__ = ["RandomState", "SaveOnSigterm"]
+__all__ = ["GradientPenalty", "RandomState", "SaveOnSigterm", "gradient_penalty_backward"]

@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
 from lightning_plugins.core.replay import Call, without_trace
-from lightning_plugins.core.vectors import displaced, mean_over_ranks_, norm
+from lightning_plugins.core.vectors import displaced, local, mean_over_ranks_, norm
 
 Difference = Literal["forward", "central"]
 
@@ -123,10 +123,20 @@ class WindowLoss:
     def _collect(self) -> list[Tensor]:
         """The accumulated gradients, unscaled and averaged."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-        if isinstance(self._scale, Tensor):
-            for grad in grads:
-                grad /= self._scale
+        self.unscale_(grads)
         return self._reduced(grads)
+
+    def unscale_(self, grads: Sequence[Tensor]) -> None:
+        """Divide by the GradScaler's present scale, if there is one."""
+        if isinstance(self._scale, Tensor):
+            for grad in local(grads):
+                grad /= self._scale
+
+    def scale_(self, grads: Sequence[Tensor]) -> None:
+        """Multiply by the GradScaler's present scale, if there is one."""
+        if isinstance(self._scale, Tensor):
+            for grad in local(grads):
+                grad *= self._scale
 
     def _reduced(self, grads: list[Tensor]) -> list[Tensor]:
         if self._reduces:

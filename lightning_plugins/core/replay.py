@@ -61,8 +61,7 @@ class Call:
         """
         set_random_state(self.random_state, self.device)
         self.buffers.restore()
-        with torch.enable_grad():
-            loss = loss_of(self.run())
+        loss = loss_of(self.run())
         if loss is None:
             raise RuntimeError(
                 "training_step returned a loss at first, but None when it was run again on the same batch: it depends "
@@ -89,7 +88,12 @@ class StepRecorder:
         self._window: int | None = None
         self._overridden = pl_module.__dict__.get("training_step")  # torch.compile's, for one
         self._step: Callable[..., Any] = pl_module.training_step
-        pl_module.training_step = functools.wraps(self._step)(self._recorded)
+
+        @functools.wraps(self._step)  # Lightning looks at the signature
+        def recorded(*args: Any, **kwargs: Any) -> Any:
+            return self._recorded(*args, **kwargs)
+
+        pl_module.training_step = recorded
 
     @classmethod
     def attach(cls, trainer: Trainer, pl_module: LightningModule, owner: Any) -> "StepRecorder":
@@ -155,6 +159,7 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
     random_state = get_random_state(device)
     buffers = Buffers(module)
     with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
         stack.callback(set_random_state, random_state, device)
         stack.callback(buffers.restore)
         stack.enter_context(_grads_aside(module))

@@ -1,0 +1,135 @@
+"""The gradient penalty inside a training_step of one's own (manual optimization)."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks.penalty_rules import check_choices, explain, why_not_exact
+from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
+from lightning_plugins.callbacks.requirements import require_strategy
+from lightning_plugins.core.curvature import Difference, WindowLoss, second_derivative
+from lightning_plugins.core.curvature import relative_step as best_step
+from lightning_plugins.core.random_state import get_random_state
+from lightning_plugins.core.replay import Buffers, Call
+from lightning_plugins.core.vectors import local, mean_over_ranks_
+from lightning_plugins.core.vectors import norm as length_of
+
+_NAME = "gradient_penalty_backward"
+
+
+def gradient_penalty_backward(
+    module: LightningModule,
+    loss_fn: Callable[[], Tensor],
+    coefficient: float,
+    params: Iterable[nn.Parameter] | None = None,
+    norm: PenaltyNorm = "squared",
+    engine: Literal["finite_difference", "exact"] = "finite_difference",
+    difference: Difference = "forward",
+    relative_step: float | Literal["auto"] = "auto",
+) -> Tensor:
+    r"""``manual_backward`` of a loss plus a penalty on the norm of its gradient.
+
+    .. math:: L + c \|\nabla_{\theta} L\|^2 \quad\text{or}\quad L + c \|\nabla_{\theta} L\|
+
+    with ``L`` the mean over ranks. Gradients are added to those that are there already, so that several losses may
+    share a step. See :class:`GradientPenalty` for the meaning of the arguments, their defaults and cost.
+
+    Args:
+        module: with ``automatic_optimization = False``.
+        loss_fn: computes the loss, a scalar; it is called again at displaced parameters, with the same random numbers
+            and buffers, and must use the same data each time.
+        coefficient: ``c >= 0``; 0 is ``manual_backward(loss_fn())``.
+        params: ``theta``, such as one optimizer's; all trainable parameters by default. Others get the loss's gradient.
+        norm: ``"squared"`` or ``"norm"``.
+        engine: ``"finite_difference"`` or ``"exact"``.
+        difference: ``"forward"`` or ``"central"``.
+        relative_step: displacement over ``|theta|``.
+
+    Returns:
+        The loss, without the penalty, detached.
+
+    Raises:
+        ValueError: an argument out of range.
+        MisconfigurationException: a strategy under which the gradients would be wrong.
+
+    Example:
+        A generator's step within ``training_step``::
+
+            optimizer.zero_grad()
+            gradient_penalty_backward(self, lambda: self.generator_loss(noise), 0.1, self.generator.parameters())
+            optimizer.step()
+    """
+    check_choices(norm=norm, engine=engine, difference=difference)
+    if not 0 <= coefficient < float("inf"):
+        raise ValueError(f"coefficient must be a finite number of at least 0, got {coefficient}.")
+    if module.automatic_optimization:
+        raise ValueError(
+            f"{_NAME} is for manual optimization, but {type(module).__name__} has automatic_optimization=True: add "
+            "the callback GradientPenalty to the trainer instead."
+        )
+    require_strategy(_NAME, module.trainer)
+    params = [p for p in (module.parameters() if params is None else params) if p.requires_grad]
+    device = module.trainer.strategy.root_device
+    call = Call(loss_fn, device, get_random_state(device), Buffers(module))
+    loss = loss_fn()
+    if coefficient == 0:
+        module.manual_backward(loss)
+    elif engine == "exact":
+        _exact(module, loss, params, Penalty(norm, True, difference, 0.0), coefficient)
+    else:
+        step = best_step(module.trainer, module, difference) if relative_step == "auto" else relative_step
+        _by_replay(module, loss, call, params, Penalty(norm, False, difference, step), coefficient)
+    return loss.detach()
+
+
+def _exact(
+    module: LightningModule, loss: Tensor, params: list[nn.Parameter], penalty: Penalty, coefficient: float
+) -> None:
+    """Differentiate twice; hooks scale the result as the loss is scaled, and DDP averages the sum."""
+    if reason := why_not_exact(module.trainer, module):
+        raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
+    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
+    scaled = loss if scaler is None else scaler.scale(loss)
+    unscale = 1.0 if scaler is None else 1 / scaler.scale(torch.ones((), device=loss.device))
+    try:
+        first = torch.autograd.grad(scaled, params, create_graph=True, allow_unused=True)
+        gradient = [
+            torch.zeros_like(p) if g is None else g.detach() * unscale for g, p in zip(first, params, strict=True)
+        ]
+        mean_over_ranks_(gradient)
+        scale(gradient, penalty.weight(coefficient, length_of(gradient)))
+        extras = second_derivative(first, params, gradient, retain_graph=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
+    handles = [
+        param.register_hook(lambda grad, extra=extra: grad + extra)
+        for param, extra in zip(params, extras, strict=True)
+        if extra is not None
+    ]
+    module.manual_backward(loss)
+    for handle in handles:
+        handle.remove()
+
+
+def _by_replay(
+    module: LightningModule, loss: Tensor, call: Call, params: list[nn.Parameter], penalty: Penalty, coefficient: float
+) -> None:
+    before = [param.grad for param in params]
+    for param in params:
+        param.grad = None
+    module.manual_backward(loss)
+    trained = [param for param in params if param.grad is not None]
+    if trained:
+        window = WindowLoss(module.trainer, module, [call], trained)
+        gradient = [param.grad for param in trained]
+        window.unscale_(gradient)
+        extra = penalty.of_window(window, gradient, coefficient, share=1.0).gradient
+        if extra is not None:
+            torch._foreach_add_(local(gradient), local(extra))
+        window.scale_(gradient)
+    for param, old in zip(params, before, strict=True):
+        if old is not None:
+            param.grad = old if param.grad is None else old.add_(param.grad)
