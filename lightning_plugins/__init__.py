@@ -8,7 +8,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_plugins.callbacks import GradientPenalty, RandomState, SaveOnSigterm, gradient_penalty_backward
+    from lightning_plugins.callbacks import (
+        Flooding,
+        GradientPenalty,
+        RandomState,
+        SaveOnSigterm,
+        flood,
+        gradient_penalty_backward,
+    )
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.core.replay import is_replaying
     from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST
@@ -19,6 +26,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CapsNet": "lightning_plugins.capsnet",
     "Digits": "lightning_plugins.data",
+    "Flooding": "lightning_plugins.callbacks",
     "GradientPenalty": "lightning_plugins.callbacks",
     "HFImages": "lightning_plugins.data",
     "IdxImages": "lightning_plugins.data",
@@ -26,6 +34,7 @@ _PUBLIC = {
     "NormRMSprop": "lightning_plugins.optim",
     "RandomState": "lightning_plugins.callbacks",
     "SaveOnSigterm": "lightning_plugins.callbacks",
+    "flood": "lightning_plugins.callbacks",
     "gradient_penalty_backward": "lightning_plugins.callbacks",
     "is_replaying": "lightning_plugins.core.replay",
 }
@@ -33,6 +42,7 @@ _PUBLIC = {
 __all__ = [
     "CapsNet",
     "Digits",
+    "Flooding",
     "GradientPenalty",
     "HFImages",
     "IdxImages",
@@ -40,6 +50,7 @@ __all__ = [
     "NormRMSprop",
     "RandomState",
     "SaveOnSigterm",
+    "flood",
     "gradient_penalty_backward",
     "is_replaying",
 ]

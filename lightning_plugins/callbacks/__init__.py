@@ -1,8 +1,10 @@
 """Callbacks that work with any LightningModule."""
 
+from lightning_plugins.callbacks.flood_loss import flood
+from lightning_plugins.callbacks.flooding import Flooding
 from lightning_plugins.callbacks.gradient_penalty import GradientPenalty
 from lightning_plugins.callbacks.manual_penalty import gradient_penalty_backward
 from lightning_plugins.callbacks.random_state import RandomState
 from lightning_plugins.callbacks.save_on_sigterm import SaveOnSigterm
 
-__all__ = ["GradientPenalty", "RandomState", "SaveOnSigterm", "gradient_penalty_backward"]
+__all__ = ["Flooding", "GradientPenalty", "RandomState", "SaveOnSigterm", "flood", "gradient_penalty_backward"]

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_plugins.callbacks.flooding import Flooding
 from lightning_plugins.callbacks.matching import implicit_coefficient, require_sgd
 from lightning_plugins.callbacks.penalty_rules import check_arguments, explain, refuse_setup, why_not_exact
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, PenaltyTerm, scale
@@ -124,7 +125,7 @@ class GradientPenalty(Callback):
         self._exact = self.engine != "finite_difference" and not reason
         auto = relative_step(trainer, pl_module, self.difference)
         self._relative_step = auto if self.relative_step == "auto" else self.relative_step
-        self._flooded = any(getattr(c, "gradient_order", None) == 0 and c.scope == "step" for c in trainer.callbacks)
+        self._flooded = any(isinstance(c, Flooding) and c.scope == "step" for c in trainer.callbacks)
         self._checked = self.check == "off"
         self._proven = self.engine == "exact"  # "auto" may yet find that it cannot differentiate twice
         self._latest: tuple[PenaltyTerm, Tensor, float] | None = None
@@ -244,7 +245,8 @@ class GradientPenalty(Callback):
                 term = self._term(trainer, window, gradient)
             self._add(trainer, gradient, term)
             self._remember(term)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0 and self._latest is not None:
+        logs_now = trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+        if logs_now and self._latest is not None:
             self._log()
 
     def extra_gradient(self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]) -> list[Tensor]:
