@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif words[0] == "--version":
             print(f"lightning-plugins {__version__}")
-        elif words[0] in ("list", "copy"):
+        elif words[0] in ("list", "copy", "plot"):
             run_command(words[0], words[1:])
         elif words[0] in COMMANDS or words[0].startswith("--print_completion"):
             _run(words)

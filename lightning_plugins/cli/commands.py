@@ -1,4 +1,4 @@
-"""``list`` and ``copy``: what ships with the package. Nothing heavy is imported, so both answer at once."""
+"""``list`` and ``copy``: what ships with the package; ``plot``: a run's picture. Heavy imports are left to ``plot``."""
 
 import ast
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
+from shtab import FILE
 
 import lightning_plugins
 from lightning_plugins.cli.messages import UsageError, did_you_mean
@@ -19,6 +20,7 @@ COMMANDS = {
     "predict": "write the predictions to a file",
     "list": "parts, configs and recipes, one line each",
     "copy": "copy a shipped config or recipe, to change it",
+    "plot": "a page of pictures from a run with ODEDiagnostics",
 }
 
 
@@ -34,22 +36,31 @@ def command_parsers() -> dict[str, ArgumentParser]:
     copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
     copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
     copy_parser.add_argument("dest", type=str, help="File or folder to copy to; an existing file is never replaced.")
-    return {"list": list_parser, "copy": copy_parser}
+    plot_parser = _LightParser(prog="lightning-plugins plot", description=COMMANDS["plot"], allow_abbrev=False)
+    log = "The run's folder or one above it (the newest run counts), its metrics.csv or its TensorBoard events file."
+    picture = "File to write, in the format of its ending: .png, .pdf, .svg. Beside the log by default."
+    run = plot_parser.add_argument("run", type=str, help=log)
+    output = plot_parser.add_argument("--output", type=str, help=picture)
+    run.complete = output.complete = FILE
+    return {"list": list_parser, "copy": copy_parser, "plot": plot_parser}
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:
-    """Run ``list`` or ``copy`` with the words after its name."""
+    """Run a command of this file with the words after its name."""
     options: Any = command_parsers()[name].parse_args(argv)
     if name == "list":
         list_parts()
-    else:
+    elif name == "copy":
         copy(options.name, options.dest)
+    else:
+        plot(options.run, options.output)
 
 
 def list_parts() -> None:
     """Print parts, configs and recipes, one line each."""
     sections = {
-        "Parts (--model, --data, --trainer.callbacks+=)": dict(_parts()),
+        "Parts (--model, --data, --trainer.callbacks+=)": dict(_parts(ast.ClassDef)),
+        "Functions (from lightning_plugins import NAME)": dict(_parts(ast.FunctionDef)),
         "Configs (--config)": {name: headline(path) for name, path in shipped("configs").items()},
         "Recipes (lightning-plugins copy NAME DEST)": {
             name: headline(path) for name, path in shipped("recipes").items()
@@ -62,14 +73,14 @@ def list_parts() -> None:
             print(f"  {name:<{width}}  {line}".rstrip())
 
 
-def _parts() -> Iterator[tuple[str, str]]:
-    """Each public class with its docstring's first line, read from the source without importing it."""
+def _parts(kind: type[ast.ClassDef | ast.FunctionDef]) -> Iterator[tuple[str, str]]:
+    """Each public class or function with its docstring's first line, read from the source without importing it."""
     root = Path(lightning_plugins.__file__).parent
     for name, module in lightning_plugins._PUBLIC.items():
         place = root.joinpath(*module.split(".")[1:])
         files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
         for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
-            if isinstance(node, ast.ClassDef) and node.name == name:
+            if isinstance(node, kind) and node.name == name:
                 yield name, (ast.get_docstring(node) or "").split("\n", 1)[0]
 
 
@@ -93,3 +104,17 @@ def copy(name: str, dest: str) -> None:
     shutil.copyfile(source, target)
     run = f"lightning-plugins fit --config {target}" if source.suffix == ".yaml" else f"python {target}"
     print(f"Copied to {target}. Run it: {run}")
+
+
+def plot(run: str, output: str | None) -> None:
+    """Draw what ODEDiagnostics logged in a run, and tell where the picture is.
+
+    Raises:
+        UsageError: the run cannot be read or holds nothing to draw, or the picture cannot be written.
+    """
+    from lightning_plugins.callbacks.ode_plots import plot_ode_diagnostics
+
+    try:
+        print(f"Picture: {plot_ode_diagnostics(run, output)}")
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise UsageError(str(error)) from error

@@ -54,7 +54,7 @@ def _offer_public_classes(parser: ArgumentParser, action: Action) -> None:
     """
     key = action.dest
     parts = {name: getattr(lightning_plugins, name) for name in lightning_plugins._PUBLIC}
-    names = [name for name, part in parts.items() if issubclass(part, _BASES[key])]
+    names = [name for name, part in parts.items() if isinstance(part, type) and issubclass(part, _BASES[key])]
     action.choices = names
     arguments = [argument for name in names for argument in argument_names(f"lightning_plugins.{name}")]
     for argument in dict.fromkeys(arguments):

@@ -155,7 +155,7 @@ def _options(parser: ArgumentParser) -> list[str]:
     for name in lightning_plugins._PUBLIC:
         part = getattr(lightning_plugins, name)
         for base, key in ((LightningModule, "model"), (LightningDataModule, "data")):
-            if issubclass(part, base):
+            if isinstance(part, type) and issubclass(part, base):
                 options += [f"{key}.{argument}" for argument in argument_names(f"lightning_plugins.{name}")]
     return list(dict.fromkeys(options))
 
