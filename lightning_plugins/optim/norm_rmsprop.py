@@ -40,8 +40,8 @@ class NormRMSprop(Optimizer):
     Args:
         params: parameters, or dicts of a group's ``params`` and options. Each group has a mean and a step of its own.
         lr: :math:`\eta \ge 0`, in the unit of the parameters. No default: the right length depends on the model.
-        alpha: :math:`\alpha` in [0, 1), memory of the mean; 0 for steps of length ``lr`` exactly. 0.99 is torch's
-            ``RMSprop``; the source leaves it open.
+        alpha: :math:`\alpha` in [0, 1), memory of the mean; 0 for steps of length ``lr`` exactly. 0.99 as torch's
+            ``RMSprop``.
         eps: :math:`\epsilon > 0` in the unit of the gradient's norm, outside the root as in torch's ``RMSprop``, whose
             1e-8 it is.
         momentum: :math:`\mu` in [0, 1).
