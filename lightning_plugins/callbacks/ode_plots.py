@@ -125,15 +125,11 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
         _draw_panel(axes, panel, {name: table[name] for name in has_value}, time)
         left = {"xytext": (-38, 5), "xycoords": "axes fraction", "textcoords": "offset points"}
         axes.annotate(letter, (0, 1), **left, fontsize=9, fontweight="bold")
-        if place.rowspan.stop == rows:
-            axes.set_xlabel(time_label, fontsize=8)
-        else:
-            axes.tick_params(labelbottom=False)
+        bottom = place.rowspan.stop == rows
+        axes.tick_params(labelbottom=bottom or len(place.colspan) == 2)  # narrow panels share the numbers at the bottom
+        axes.set_xlabel(time_label if bottom else "", fontsize=8)
     figure.align_ylabels()
-    if (
-        max(np.isfinite(table[name]).sum() for panel in panels for name in has_value & panel.curves.keys())
-        > _MAX_POINTS
-    ):
+    if any(axes.collections for axes in figure.axes):
         figure.supxlabel("Lines: medians of short intervals. Bands: least to greatest value.", fontsize=6.5)
     return figure
 
@@ -257,10 +253,12 @@ def _draw_panel(axes: "Axes", panel: _Panel, table: Mapping[str, np.ndarray], ti
     _set_scale(axes, np.concatenate(shown))
     axes.set_ylabel(panel.label, fontsize=8)
     axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_formatter("{x:g}")  # no power of ten beside the axis
+    axes.locator_params(axis="x", nbins=6)
     axes.grid(color="0.9", linewidth=0.5)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    if len(shown) > 1:  # above the axes, where no curve is
+    if any(panel.curves.values()):  # above the axes, where no curve is
         place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2, "borderpad": 0.2}
         axes.legend(**place, ncols=3, fontsize=7, frameon=False, handlelength=2.4, columnspacing=1.0, handletextpad=0.5)
 
@@ -269,7 +267,8 @@ def _draw_curve(axes: "Axes", time: np.ndarray, values: np.ndarray, style: dict[
     """A line with a few markers, shifted so that those of several curves do not hide each other."""
     if len(values) > _MAX_POINTS:
         time, low, values, high = _binned(time, values)
-        axes.fill_between(time, low, high, color=style["color"], alpha=0.15, linewidth=0)
+        if np.any(low < high):
+            axes.fill_between(time, low, high, color=style["color"], alpha=0.15, linewidth=0)
     wanted = time[0] + (time[-1] - time[0]) * (np.arange(_MAX_MARKERS) + shift) / _MAX_MARKERS
     every = np.unique(np.searchsorted(time, wanted)).tolist() if len(time) > 2 * _MAX_MARKERS else None
     axes.plot(
@@ -297,4 +296,4 @@ def _set_scale(axes: "Axes", values: np.ndarray) -> None:
         small, large = np.log10(np.quantile(size, 0.1)), np.log10(size.max())
         axes.set_yscale("symlog", linthresh=10 ** max(np.floor(small), np.ceil(large) - 3), linscale=0.5)
     else:
-        axes.yaxis.set_major_formatter("{x:g}")  # no factor above the axis, where the legend is
+        axes.yaxis.set_major_formatter("{x:g}")  # nor above it, where the legend is
