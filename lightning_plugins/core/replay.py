@@ -121,7 +121,9 @@ class StepRecorder:
     def _recorded(self, *args: Any, **kwargs: Any) -> Any:
         if is_replaying():
             return self._step(*args, **kwargs)
-        if self._trainer.global_step != self._window:  # the first call after a step
+        trainer = self._trainer
+        begins = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0  # also if the last was broken off
+        if begins or trainer.global_step != self._window:
             self.calls, self.losses = [], []
             self._window = self._trainer.global_step
         call = None
