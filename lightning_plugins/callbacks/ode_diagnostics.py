@@ -1,0 +1,418 @@
+"""Training seen as the steps of an ODE solver, for any module and the usual optimizers."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_plugins.callbacks import ode_rows
+from lightning_plugins.callbacks.ode_probe import Probe
+from lightning_plugins.callbacks.optimizer_flow import (
+    FlowTime,
+    Rule,
+    descent_sign,
+    implicit_term,
+    rule_of,
+    why_unreadable,
+)
+from lightning_plugins.callbacks.requirements import put_in_order, require_strategy
+from lightning_plugins.core.replay import StepRecorder
+from lightning_plugins.core.vectors import norm
+
+OnEdge = Literal["log", "warn"]
+_PATIENCE = 3  # probes in a row above the edge that make a warning
+
+
+@dataclass
+class _Begun:
+    """A step under way, from its gradient on.
+
+    Attributes:
+        params: those with a gradient.
+        logs: the step is logged; only then have the others values.
+        probes: the window can be run again.
+        loss: raw mean, and the mean with the calls' signs.
+        implicit: the implicit term.
+        theta: copy of the parameters, in due steps.
+        gradient: copy of the raw gradients, in due steps.
+    """
+
+    params: list[Tensor]
+    logs: bool
+    probes: bool = False
+    grad_norm: Tensor | None = None
+    loss: tuple[Tensor, Tensor] | None = None
+    implicit: Tensor | None = None
+    theta: list[Tensor] | None = None
+    gradient: list[Tensor] | None = None
+
+
+class ODEDiagnostics(Callback):
+    r"""See training as the steps of an ODE solver: flow time, local error, distance to the stability limit.
+
+    In optimizer step ``n`` with ``n`` a multiple of ``every_n_steps`` the window of batches is run once more at the new
+    parameters. With ``theta``, ``g0`` (raw, unclipped) before and ``theta + d``, ``g1`` after the step, ``h`` the
+    learning rate, ``P`` the preconditioner, ``b`` the momentum:
+
+    ======================================  ================================================  =========  ==============
+    row (``ode/...``)                       formula                                           unit       optimizers
+    ======================================  ================================================  =========  ==============
+    ``time``                                sum of the steps' flow times                      1/curv.    known
+    ``grad_norm``                           ``|g0|``                                          loss/theta all
+    ``update_norm``, ``rel_update``         ``|d|``, ``|d|/|theta|``                          theta, 1   all
+    ``cos_descent``                         ``-<d,g0>/(|d||g0|)``                             1          all
+    ``effective_lr``                        ``-<d,g0>/|g0|^2``                                lr         all
+    ``predicted_dloss``                     ``<g0,d>``                                        loss       all
+    ``clip_factor``                         norm of the clipped gradient / ``|g0|``           1          all
+    ``skipped_steps``                       steps that a GradScaler has skipped so far        steps      all
+    ``loss``                                ``L``, raw mean over the window                   loss       all
+    ``predicted2_dloss``                    ``<d,g0+g1>/2``                                   loss       known
+    ``actual_dloss``, ``dloss_ratio``       ``L1-L0``, ``(L1-L0)/<g0,d>``                     loss, 1    known
+    ``curvature_step``                      ``<d,g1-g0>/|d|^2``                               1/lr       known
+    ``edge_ratio_step``                     ``h <d,g1-g0> / <d,Pd> / limit``                  1          known
+    ``local_error``, ``rel_local_error``    ``h/2 |P^-1 (g1-g0)|``; ``/|d|``                  theta, 1   no momentum
+    ``lr_for_tol``                          ``h tol / rel_local_error``                       lr         no momentum
+    ``igr_term``, ``igr_ratio``             ``phi(h) |g0|^2``; ``/L``                         loss, 1    SGD family
+    ``sharpness``                           top eigenvalue of ``P^-1/2 H P^-1/2``             1/lr       known
+    ``edge_ratio``                          ``h sharpness / limit``                           1          known
+    ``stiffness``                           ``sharpness / |<d,g1-g0>/<d,Pd>|``                1          known
+    ``damping_ratio``                       ``(1-b)/(2 sqrt(h sharpness))``                   1          SGD momentum
+    ======================================  ================================================  =========  ==============
+
+    Known optimizers: ``torch.optim`` SGD (momentum, dampening, Nesterov), RMSprop, Adam, AdamW with any of their
+    options, and NormRMSprop; "no momentum": SGD and RMSprop. Limits, flow times, coupled and decoupled decay and groups
+    with rates of their own: :mod:`~lightning_plugins.callbacks.optimizer_flow`. ``phi(h)`` is ``h/4`` for SGD, see
+    :func:`~lightning_plugins.callbacks.matching.implicit_coefficient`. A quantity that an optimizer, a step or a
+    setting does not define is omitted, never zero; one that is not finite too.
+
+    What to keep in mind:
+
+    - All is of the window's batches, with their dropout masks: gradient noise is in it. Curvatures are secants over the
+      step; with bf16 or fp16 the gradients' rounding hides ratios below some 1e-2.
+    - ``actual_dloss`` is the change of what the gradients belong to (an epoch's incomplete window counts by its share).
+    - For RMSprop and Adam an edge ratio above one is no divergence: ``v`` grows and corrects it.
+    - ``clip_factor < 1``: the local error is that of the shortened step if the norm was clipped, and omitted if values
+      were; the implicit term is omitted; time counts the step in full. Edge ratios are of the unclipped method.
+    - Sharpness is at the new parameters, and of the loss plus coupled decay.
+    - The objective is the one that is trained. Under Flooding gradients and loss changes carry its sign. Under
+      GradientPenalty gradients include the penalty's; the loss changes, which do not, are omitted, and sharpness is
+      that of the loss.
+    - Manual optimization: rows that need neither ``L`` nor a second run of the window, as ``training_step`` steps its
+      optimizers itself. Unknown optimizers, also subclasses with a ``step`` of their own: the rows for all.
+
+    Training is never changed: weights are bit for bit those of a run without the callback. Under DDP and FSDP2
+    everything is of all ranks. Rows go to the trainer's loggers and ``callback_metrics`` in probing steps; those that
+    cost no second gradient also every ``log_every_n_steps``. Time, step and skip counts are in the checkpoint.
+
+    Cost: a probe is one more forward and backward pass and three copies of the parameters, sharpness two passes a
+    product (``sharpness_products`` says how many it took) and eight copies; other steps cost next to nothing. The very
+    first probe also runs the window at the old parameters, to see that it can be repeated.
+
+    Args:
+        every_n_steps: optimizer steps from probe to probe.
+        sharpness_every_n_steps: the same for sharpness (with a probe); ``None`` leaves out the four rows that need it.
+        tol: relative local error per step, above 0, for ``lr_for_tol``; 0.1 is a step that bends by a tenth.
+        on_edge: ``"warn"`` says once when the edge ratio was above one in three probes in a row.
+        optimizer_index: which of the module's optimizers.
+        sharpness_rtol: stop the search when the eigenvalue changes by less in each of two products.
+        sharpness_max_products: stop it there in any case.
+        picture: log one page of panels at the end of training, if the trainer has a logger.
+
+    Attributes:
+        history: one dict for each logged step of this run, by full name, with ``"step"``.
+
+    Raises:
+        ValueError: an argument out of range.
+        MisconfigurationException: a strategy whose gradients cannot be read.
+
+    Source:
+        Su, kexue.fm/archives/5655, 6234, 7787 (optimizers as flows, error control); Barrett and Dherin 2021, eq. 4
+        (implicit term); Cohen et al. 2021, https://arxiv.org/abs/2103.00065 (edge of stability).
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[ODEDiagnostics(every_n_steps=50)], logger=False, accelerator="cpu")
+    """
+
+    gradient_order = 2
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        sharpness_every_n_steps: int | None = None,
+        tol: float | None = None,
+        on_edge: OnEdge = "log",
+        optimizer_index: int = 0,
+        sharpness_rtol: float = 1e-3,
+        sharpness_max_products: int = 50,
+        picture: bool = True,
+    ) -> None:
+        counts = {"every_n_steps": every_n_steps, "sharpness_every_n_steps": sharpness_every_n_steps}
+        for name, count in (counts | {"sharpness_max_products": sharpness_max_products}).items():
+            if count is not None and count < 1:
+                raise ValueError(f"{name} must be at least 1, got {count}.")
+        for name, number in {"tol": tol, "sharpness_rtol": sharpness_rtol}.items():
+            if number is not None and not number > 0:
+                raise ValueError(f"{name} must be above 0, got {number}.")
+        if on_edge not in get_args(OnEdge):
+            raise ValueError(f"on_edge must be 'log' or 'warn', got {on_edge!r}.")
+        self.every_n_steps, self.sharpness_every_n_steps, self.tol = every_n_steps, sharpness_every_n_steps, tol
+        self.on_edge, self.optimizer_index, self.picture = on_edge, optimizer_index, picture
+        self.sharpness_rtol, self.sharpness_max_products = sharpness_rtol, sharpness_max_products
+        self.history: list[dict[str, float]] = []
+        self._loaded: dict[str, Any] | None = None
+        self._recorder: StepRecorder | None = None
+        self._probe: Probe | None = None
+        self._handles: list[Any] = []
+
+    # Before and after training
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the place after Flooding and GradientPenalty."""
+        if stage == "fit":
+            put_in_order(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the optimizer, and begin to watch its steps."""
+        require_strategy("ODEDiagnostics", trainer)
+        if not 0 <= self.optimizer_index < len(trainer.optimizers):
+            raise ValueError(
+                f"optimizer_index={self.optimizer_index}, but {type(pl_module).__name__} has "
+                f"{len(trainer.optimizers)} optimizer(s), counted from 0."
+            )
+        optimizer = self._optimizer = trainer.optimizers[self.optimizer_index]
+        self._time, self._steps, self._skipped = FlowTime(optimizer), trainer.global_step, 0
+        if self._loaded is not None:
+            self._time.load_state_dict(self._loaded["flow"])
+            self._steps, self._skipped = self._loaded["steps"], self._loaded["skipped"]
+        self._begun: _Begun | None = None
+        self._begun_at: int | None = None
+        self._depth = 0
+        self._above = {"ode/edge_ratio": 0, "ode/edge_ratio_step": 0}
+        self._warned: set[str] = set()
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if pl_module.automatic_optimization:
+            self._recorder = StepRecorder.attach(trainer, pl_module, self)
+            self._probe = Probe(trainer, pl_module, self._recorder)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._enter_step),
+            optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer)),
+        ]
+        self._explain(trainer, pl_module)
+
+    def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what is read, and warn of what cannot be."""
+        flooded = any(getattr(callback, "gradient_order", None) == 0 for callback in trainer.callbacks)
+        penalised = self._probe is not None and self._probe.penalty is not None
+        objective = "the loss" + " with Flooding's sign" * flooded + " plus GradientPenalty's term" * penalised
+        rest = "; sharpness is that of the loss without the term" * penalised
+        rank_zero_info(f"ODEDiagnostics reads the objective that is trained: {objective}{rest}.")
+        if isinstance(rule := rule_of(self._optimizer), str):
+            self._warn_once(f"{rule}. Only rows that hold for any optimizer are logged.")
+        elif self._probe is None:
+            self._warn_once(
+                f"{type(pl_module).__name__} has automatic_optimization=False, so that its training_step cannot be run "
+                "again. Rows that need the loss or a second gradient are omitted."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the picture."""
+        if self.picture and self.history and trainer.loggers and trainer.is_global_zero:
+            from lightning_plugins.callbacks.ode_plots import ode_figure
+            from lightning_plugins.core.logging import figure_to_image, log_image
+
+            rows = {row["step"]: row for row in self.history}  # of several in one batch the last
+            names = dict.fromkeys(name for row in rows.values() for name in row)
+            columns = {name: [row.get(name, math.nan) for row in rows.values()] for name in names}
+            log_image(trainer, "ode/diagnostics", figure_to_image(ode_figure(columns)), trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give ``training_step`` and the optimizer back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if self._recorder is not None:
+            self._recorder.detach(self)
+            self._recorder = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give ``training_step`` and the optimizer back."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flow time, and the counts of steps and of skipped ones."""
+        if not hasattr(self, "_time"):
+            return self._loaded or {}
+        return {"flow": self._time.state_dict(), "steps": self._steps, "skipped": self._skipped}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there when training starts."""
+        self._loaded = state_dict or None
+
+    # A step: from its gradient to the moved parameters
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch if its step will be probed."""
+        self._depth = 0
+        if self._recorder is not None:
+            self._recorder.keep(self, self._is_due(self._steps + 1) and self._can_probe())
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0 or self._finds_sharpness(step)
+
+    def _finds_sharpness(self, step: int) -> bool:
+        return self.sharpness_every_n_steps is not None and step % self.sharpness_every_n_steps == 0
+
+    def _can_probe(self) -> bool:
+        known = isinstance(rule_of(self._optimizer), Rule)
+        return known and self._probe is not None and self._probe.repeats is not False
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradient before it is clipped; of several evaluations in one step (LBFGS) at the first."""
+        if optimizer is not self._optimizer or self._begun_at == trainer.global_step:
+            return
+        self._end_without_hook(trainer)
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not params:
+            return
+        if why := why_unreadable(optimizer, self._scaler is not None, params):
+            self._warn_once(f"nothing is logged: {why}.")
+            return
+        self._steps += 1
+        self._begun_at = trainer.global_step
+        due = self._is_due(self._steps)
+        logs = trainer.loggers and trainer.log_every_n_steps and self._steps % trainer.log_every_n_steps == 0
+        self._begun = _Begun(params, bool(due or logs))
+        if self._begun.logs:
+            with torch.no_grad():
+                self._read_gradient(self._begun, due)
+
+    def _read_gradient(self, begun: _Begun, due: bool) -> None:
+        rule = rule_of(self._optimizer)
+        grads = [p.grad for p in begun.params]
+        begun.grad_norm = norm(grads)
+        if isinstance(rule, Rule) and (terms := implicit_term(self._optimizer, rule, begun.params)):
+            begun.implicit = ode_rows.implicit_sum(terms, begun.params, rule.sign)
+        if self._probe is not None:
+            begun.loss = self._probe.losses()
+            begun.probes = due and self._probe.is_complete and self._can_probe() and self._is_repeatable(begun.params)
+        if due:
+            begun.theta = [p.detach().clone() for p in begun.params]
+            begun.gradient = [g.clone() for g in grads]
+
+    def _is_repeatable(self, params: list[Tensor]) -> bool:
+        """Look once, when there is a gradient to compare with."""
+        if self._probe.repeats is None and (error := self._probe.mismatch(params)) is not None:
+            self._probe.repeats = error <= 1e-2
+            if not self._probe.repeats:
+                self._warn_once(
+                    "running training_step again on the same batch gives another gradient (relative difference "
+                    f"{error:.1e}): it edits its batch, keeps a state that is neither a buffer nor a metric, or a hook "
+                    "changes gradients. Rows that need a second run are omitted."
+                )
+        return bool(self._probe.repeats)
+
+    def _enter_step(self, *_: Any) -> None:
+        self._depth += 1  # a subclass's step that calls its parent's has the hooks called for both
+
+    def _leave_step(self, trainer: Trainer) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._finish(trainer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """A step that the GradScaler skipped calls no hook of the optimizer."""
+        self._end_without_hook(trainer)
+
+    def _end_without_hook(self, trainer: Trainer) -> None:
+        if self._begun is None:
+            return
+        if self._scaler is None:  # an optimizer that calls no hooks
+            self._finish(trainer)
+            return
+        self._skipped += 1
+        if self._begun.logs:
+            self._write(trainer, self._counts())
+        self._begun = None
+
+    def _finish(self, trainer: Trainer) -> None:
+        """The optimizer has moved the parameters."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        rule = rule_of(self._optimizer)
+        if isinstance(rule, Rule):
+            self._time.advance(self._optimizer, rule)
+        if begun.logs:
+            with torch.no_grad():
+                self._write(trainer, self._rows(begun, rule))
+
+    # The rows
+
+    def _counts(self) -> dict[str, float]:
+        known = isinstance(rule_of(self._optimizer), Rule)
+        return {"skipped_steps": self._skipped} | ({"time": self._time.time} if known else {})
+
+    def _rows(self, begun: _Begun, rule: Rule | str) -> dict[str, float]:
+        rows = self._counts() | {"grad_norm": begun.grad_norm.item()}
+        factor, turned = ode_rows.clipping(begun.gradient, rows["grad_norm"], [p.grad for p in begun.params])
+        if factor is not None:
+            rows["clip_factor"] = factor
+        if begun.loss is not None:
+            rows["loss"] = begun.loss[0].item()
+        if begun.implicit is not None and not (factor is not None and factor < 1 - 1e-6):
+            rows["igr_term"] = begun.implicit.item()
+            if rows.get("loss", 0.0) > 0:
+                rows["igr_ratio"] = rows["igr_term"] / rows["loss"]
+        if begun.theta is not None:
+            move = [p.detach() - theta for p, theta in zip(begun.params, begun.theta, strict=True)]
+            step = ode_rows.Step(begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._optimizer))
+            rows |= ode_rows.first_order_rows(step)
+            if begun.probes and isinstance(rule, Rule):
+                search = (self.sharpness_rtol, self.sharpness_max_products)
+                sharpness = search if self._finds_sharpness(self._steps) else None
+                rows |= self._probe.rows(self._optimizer, rule, begun.params, step, begun.loss[1], self.tol, sharpness)
+        return rows
+
+    def _write(self, trainer: Trainer, rows: dict[str, float]) -> None:
+        """To the loggers at once: Lightning would repeat its values of this step in later ones."""
+        found = {f"ode/{name}": float(value) for name, value in rows.items() if math.isfinite(value)}
+        lr = found.pop("ode/lr", None)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self.history.append({"step": step, **found} | ({"lr-ODEDiagnostics": lr} if lr is not None else {}))
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=step)
+        for name in self._above.keys() & found.keys():
+            self._above[name] = self._above[name] + 1 if found[name] > 1 else 0
+            if self.on_edge == "warn" and self._above[name] == _PATIENCE:
+                self._warn_once(ode_rows.edge_sentence(name, found[name], rule_of(self._optimizer)))
+
+    @property
+    def sharpness_products(self) -> int:
+        """Hessian products of the last search for the sharpness, each two runs of the window."""
+        return self._probe.products if self._probe is not None else 0
+
+    def suggest_lr(self) -> float:
+        """A learning rate for this optimizer from what was seen, for instance in a short run at a cautious rate.
+
+        Returns:
+            The median of ``lr_for_tol`` over the probes, where ``tol`` was given and the optimizer has it. Else half
+            the rate at which the edge ratio would be one, median over the probes: of ``edge_ratio``, or where
+            sharpness was not asked for of ``edge_ratio_step``, which sees one direction only and so suggests more.
+            For RMSprop and Adam the edge follows the rate, so that this says little late in training.
+
+        Raises:
+            RuntimeError: no probe has seen either.
+        """
+        return ode_rows.suggested_lr(self.history)
+
+    def _warn_once(self, sentence: str) -> None:
+        if sentence not in self._warned:
+            self._warned.add(sentence)
+            rank_zero_warn(f"ODEDiagnostics: {sentence}")

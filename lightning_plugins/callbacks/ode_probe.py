@@ -1,0 +1,151 @@
+"""The window of an optimizer step run again: gradients of the trained objective, and sharpness, for ODEDiagnostics."""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from lightning_plugins.callbacks import ode_rows
+from lightning_plugins.callbacks.optimizer_flow import Flow, Rule, read_flow
+from lightning_plugins.callbacks.sharpness import TopEigenpair, Vector, random_direction, top_eigenpair
+from lightning_plugins.core.curvature import WindowLoss, relative_step, step_along
+from lightning_plugins.core.replay import StepRecorder
+from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """What is asked of GradientPenalty."""
+
+    def coefficient_at(self, trainer: Trainer) -> float:
+        """Its factor in the step under way."""
+
+    def extra_gradient(self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]) -> list[Tensor]:
+        """The penalty's gradient at the present parameters."""
+
+
+class Probe:
+    """Evaluates the objective of the window under way at the present parameters.
+
+    Args:
+        trainer: the running trainer.
+        module: with automatic optimization.
+        recorder: of the module, keeping calls.
+
+    Attributes:
+        repeats: whether a second run gives the same gradient; ``None`` until that was seen.
+        products: Hessian products of the last search for the sharpness.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder) -> None:
+        self.repeats: bool | None = None
+        self.products = 0
+        self._trainer, self._module, self._recorder = trainer, module, recorder
+        self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
+        self._eigenvector: Vector | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every call of the window was kept."""
+        return 0 < len(self._recorder.calls) == len(self._recorder.losses)
+
+    def losses(self) -> tuple[Tensor, Tensor] | None:
+        """The window's mean loss over all ranks as it was, raw and with the calls' signs; two 0-dim tensors."""
+        if not self._recorder.losses:
+            return None
+        raw = torch.stack([loss.double().reshape(()) for loss in self._recorder.losses])
+        signed = raw
+        if self.is_complete:
+            signed = torch.stack([loss * call.sign for loss, call in zip(raw, self._recorder.calls, strict=True)])
+        means = raw.mean(), signed.mean()
+        mean_over_ranks_(means)
+        return means
+
+    def mismatch(self, params: Sequence[Tensor]) -> float | None:
+        """Run the window where its gradient was taken; the relative difference, or ``None`` if there is no gradient."""
+        grads = [param.grad for param in params]
+        length = norm(grads).item()
+        if not 0 < length < math.inf:
+            return None
+        _, again = self._gradient(self._window(params))
+        torch._foreach_sub_(local(again), local(grads))
+        return norm(again).item() / length
+
+    def rows(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        params: Sequence[Tensor],
+        step: ode_rows.Step,
+        before: Tensor,
+        tol: float | None,
+        sharpness: tuple[float, int] | None,
+    ) -> dict[str, float]:
+        """All rows that need a second gradient; call it right after the step.
+
+        Args:
+            optimizer: that made the step.
+            rule: its rule.
+            params: those that had a gradient.
+            step: the step.
+            before: signed mean loss before it.
+            tol: allowed relative local error.
+            sharpness: relative accuracy and most products of the search; ``None`` for none.
+        """
+        window = self._window(params)
+        loss, change = self._gradient(window)
+        torch._foreach_sub_(local(change), local(step.gradient))
+        rows = ode_rows.second_order_rows(step, change)
+        if not self._is_penalised():
+            mean_over_ranks_([loss])
+            share = len(self._recorder.calls) / self._trainer.accumulate_grad_batches
+            rows |= ode_rows.loss_rows(step, share * (loss - before).item())
+        flow = read_flow(optimizer, rule, params)
+        if flow.h > 0:
+            rows |= {"lr": flow.h} | ode_rows.flow_rows(step, change, flow, rule, tol)
+            if sharpness is not None:
+                del change
+                pair = self._top_eigenpair(window, flow, rule, *sharpness)
+                rows |= ode_rows.sharpness_rows(pair.value, flow, rule, rows.get("edge_ratio_step"))
+        return rows
+
+    def _window(self, params: Sequence[Tensor]) -> WindowLoss:
+        return WindowLoss(self._trainer, self._module, self._recorder.calls, params)
+
+    def _is_penalised(self) -> bool:
+        return self.penalty is not None and self.penalty.coefficient_at(self._trainer) > 0
+
+    def _gradient(self, window: WindowLoss) -> tuple[Tensor, Vector]:
+        """Signed loss of this rank, and the gradient of the objective that is trained."""
+        loss, gradient = window.gradient()
+        if self._is_penalised():
+            extra = self.penalty.extra_gradient(self._trainer, window, gradient)
+            torch._foreach_add_(local(gradient), local(extra))
+        return loss, gradient
+
+    def _top_eigenpair(
+        self, window: WindowLoss, flow: Flow, rule: Rule, rtol: float, max_products: int
+    ) -> TopEigenpair:
+        """Of ``h P^-1/2 (H + w) P^-1/2``, from the last time's eigenvector on."""
+        roots = [rate**0.5 for rate in flow.rates]
+        displacement = relative_step(self._trainer, self._module, "central")
+
+        def product(vector: Vector) -> Vector:
+            direction = [root * part for root, part in zip(roots, vector, strict=True)]
+            length = step_along(window.params, direction, displacement)
+            if length is None:
+                return [torch.zeros_like(part) for part in vector]
+            curved = window.product(direction, length, "central")
+            terms = zip(roots, curved, flow.decays, direction, strict=True)
+            return [root * (rule.sign * part + decay * moved) for root, part, decay, moved in terms]
+
+        start = self._eigenvector
+        if start is None or [part.shape for part in start] != [param.shape for param in window.params]:
+            start = ode_rows.divided(random_direction(window.params), roots)  # isotropic in the parameters
+        pair = top_eigenpair(product, start, rtol, max_products)
+        self.products = pair.products
+        self._eigenvector = pair.vector if math.isfinite(pair.value) else None
+        return pair

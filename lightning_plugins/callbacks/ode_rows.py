@@ -1,0 +1,164 @@
+"""The rows of ODEDiagnostics: formulas on one optimizer step, without any trainer."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.callbacks.optimizer_flow import Flow, Rule
+from lightning_plugins.core.vectors import dot, local, norm
+
+_SCALAR = 1e-6  # a clipped gradient that is parallel to the raw one up to this was clipped by its norm
+
+
+@dataclass
+class Step:
+    """One optimizer step from ``theta`` to ``theta + move``.
+
+    Attributes:
+        gradient: ``g0``, of the objective at ``theta``, unclipped.
+        move: ``d``.
+        start_norm: ``|theta|``.
+        clip_factor: norm of the clipped gradient over that of the raw one; ``None`` if unknown.
+        turned: clipping changed the gradient's direction too.
+        sign: -1 where the optimizer climbs.
+    """
+
+    gradient: list[Tensor]
+    move: list[Tensor]
+    start_norm: Tensor
+    clip_factor: float | None = None
+    turned: bool = False
+    sign: float = 1.0
+
+
+def clipping(
+    raw: Sequence[Tensor] | None, raw_norm: float, clipped: Sequence[Tensor | None]
+) -> tuple[float | None, bool]:
+    """Factor of the norm, ``None`` if unknown, and whether the direction has changed (where ``raw`` is given)."""
+    if not 0 < raw_norm < math.inf or any(grad is None for grad in clipped):
+        return None, False
+    clipped_norm = norm(clipped).item()
+    turned = False
+    if raw is not None and clipped_norm > 0:
+        turned = dot(raw, clipped).item() / (raw_norm * clipped_norm) < 1 - _SCALAR
+    return clipped_norm / raw_norm, turned
+
+
+def first_order_rows(step: Step) -> dict[str, float]:
+    """What the move and the gradient at its start tell, for any optimizer."""
+    length, slope = norm(step.move).item(), dot(step.gradient, step.move).item()
+    gradient = norm(step.gradient).item()
+    rows = {"grad_norm": gradient, "update_norm": length, "predicted_dloss": slope}
+    if start := step.start_norm.item():
+        rows["rel_update"] = length / start
+    if gradient > 0:
+        rows["effective_lr"] = -step.sign * slope / gradient**2
+        if length > 0:
+            rows["cos_descent"] = -step.sign * slope / (length * gradient)
+    return rows
+
+
+def second_order_rows(step: Step, change: Sequence[Tensor]) -> dict[str, float]:
+    """What the change of the gradient along the move, ``g1 - g0``, adds for any optimizer."""
+    slope, bend = dot(step.gradient, step.move).item(), dot(change, step.move).item()
+    rows = {"predicted2_dloss": slope + bend / 2}
+    if square := dot(step.move, step.move).item():
+        rows["curvature_step"] = bend / square
+    return rows
+
+
+def loss_rows(step: Step, change: float) -> dict[str, float]:
+    """The loss's change in the step, and its share of what the gradient predicted."""
+    slope = dot(step.gradient, step.move).item()
+    return {"actual_dloss": change} | ({"dloss_ratio": change / slope} if slope else {})
+
+
+def flow_rows(step: Step, change: Sequence[Tensor], flow: Flow, rule: Rule, tol: float | None) -> dict[str, float]:
+    """What is said of the step as a solver's: edge ratio along it, and for Euler steps the local error.
+
+    Args:
+        step: the step.
+        change: ``g1 - g0``.
+        flow: the optimizer's numbers in this step.
+        rule: the optimizer's rule.
+        tol: relative local error that ``lr_for_tol`` allows.
+    """
+    rows, length = {}, norm(step.move).item()
+    if not (flow.h > 0 and length > 0):
+        return rows
+    # the objective that the optimizer descends: it climbs by descending -L, and coupled decay adds w |theta|^2 / 2
+    bend = _bend(step, change, flow, step.sign)
+    inverse = divided(step.move, flow.rates)
+    rows["edge_ratio_step"] = dot(step.move, bend).item() / dot(step.move, inverse).item() / flow.limit
+    if rule.is_euler and not step.turned:
+        clipped = min(1.0, step.clip_factor or 1.0)
+        bend = _bend(step, change, flow, step.sign * clipped)
+        error = norm([rate * b for rate, b in zip(flow.rates, bend, strict=True)]).item() / 2
+        rows |= {"local_error": error, "rel_local_error": error / length}
+        if tol is not None and error > 0:
+            rows["lr_for_tol"] = flow.h * tol * length / error
+    return rows
+
+
+def _bend(step: Step, change: Sequence[Tensor], flow: Flow, factor: float) -> list[Tensor]:
+    return [factor * y + w * d for y, w, d in zip(change, flow.decays, step.move, strict=True)]
+
+
+def divided(vector: Sequence[Tensor], rates: Sequence[Tensor | float]) -> list[Tensor]:
+    """``vector / rates``; coordinates at rate zero, which do not move, as they are."""
+    return [part / (rate + (rate == 0)) for part, rate in zip(vector, rates, strict=True)]
+
+
+def implicit_sum(coefficients: Sequence[tuple[float, float]], params: Sequence[Tensor], sign: float) -> Tensor:
+    """``sum_i phi_i |sign * g_i + w_i theta_i|^2`` over parameters with gradients; 0-dim float64."""
+    parts: dict[tuple[float, float], list[Tensor]] = {}
+    for key, param in zip(coefficients, params, strict=True):
+        parts.setdefault(key, []).append(param)
+    total = torch.zeros((), dtype=torch.float64, device=local(params)[0].device)
+    for (coefficient, decay), group in parts.items():
+        gradient = [p.grad if not decay else sign * p.grad + decay * p.detach() for p in group]
+        total = total + coefficient * norm(gradient) ** 2
+    return total
+
+
+def sharpness_rows(value: float, flow: Flow, rule: Rule, along: float | None) -> dict[str, float]:
+    """What the top eigenvalue ``h lambda`` tells.
+
+    Args:
+        value: largest eigenvalue of ``rates^1/2 H rates^1/2``, that is ``h lambda``.
+        flow: the optimizer's numbers.
+        rule: the optimizer's rule.
+        along: edge ratio along the step.
+    """
+    rows = {"sharpness": value / flow.h, "edge_ratio": value / flow.limit}
+    if along:
+        rows["stiffness"] = rows["edge_ratio"] / abs(along)
+    damping = rule.damping_ratio(value)
+    return rows if damping is None else rows | {"damping_ratio": damping}
+
+
+def edge_sentence(name: str, ratio: float, rule: Rule) -> str:
+    """The warning that training stays beyond its stability limit."""
+    cure = "v adapts to it, so that this need not diverge" if rule.adaptive else "expect oscillation along it"
+    where = "in the sharpest direction" if name == "ode/edge_ratio" else "along the step"
+    return (
+        f"the learning rate stays above its stability limit {where} ({name} = {ratio:.2f}, above 1 in several probes "
+        f"in a row): {cure}. A rate {ratio:.2g} times smaller is at the limit; see suggest_lr()."
+    )
+
+
+def suggested_lr(history: Sequence[Mapping[str, float]]) -> float:
+    """See :meth:`ODEDiagnostics.suggest_lr`."""
+    if rates := [row["ode/lr_for_tol"] for row in history if "ode/lr_for_tol" in row]:
+        return median(rates)
+    for name in ("ode/edge_ratio", "ode/edge_ratio_step"):
+        if ratios := [row["lr-ODEDiagnostics"] / row[name] for row in history if row.get(name, 0.0) > 0]:
+            return median(ratios) / 2
+    raise RuntimeError(
+        "suggest_lr() needs a probe with a positive edge ratio or with lr_for_tol, and none was logged: train for more "
+        "than every_n_steps steps with SGD, RMSprop, Adam or AdamW, and give tol for a rate by accuracy."
+    )
