@@ -49,12 +49,13 @@ class WindowLoss:
         self._module, self._calls = module, list(calls)
         self._device = trainer.strategy.root_device
         self._reduces = isinstance(trainer.strategy, DDPStrategy)  # FSDP2 averages within its own backward
+        self._watched = self._reduces and _counts_hooks(trainer.strategy)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._scale = scaler.scale(torch.ones((), device=self._device)) if scaler is not None else 1.0
         self._share = 1 / trainer.accumulate_grad_batches
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
-        """Mean of the micro-batches' losses over this rank, and ``dL/dtheta`` over all."""
+        """Mean over this rank of the micro-batches' losses times their signs (float64), and ``dL/dtheta`` over all."""
         with without_trace(self._module, self._device):
             loss = self._accumulate(self._calls)
             return loss, self._collect()
@@ -112,13 +113,21 @@ class WindowLoss:
         return parts
 
     def _accumulate(self, calls: Sequence[Call], factor: float = 1.0) -> Tensor:
-        """Add ``factor`` times the scaled gradient to the parameters' grads; the mean of the losses."""
-        total = torch.zeros((), device=self._device)
+        """Add ``factor`` times the scaled gradient to the parameters' grads; the mean of the signed losses."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
         for call in calls:
             loss = call.replay()
-            self._module.backward(loss * (factor * self._share) * self._scale)
-            total += loss.detach() * call.sign / len(calls)  # the sign squared is one
+            self._backward(loss * (factor * self._share) * self._scale)
+            total += loss.detach().reshape(()) / len(calls)
         return total
+
+    def _backward(self, loss: Tensor) -> None:
+        if not self._watched:
+            self._module.backward(loss)
+            return
+        for param, grad in zip(self.params, torch.autograd.grad(loss, self.params, allow_unused=True), strict=True):
+            if grad is not None:  # it may share memory with another
+                param.grad = grad.clone() if param.grad is None else param.grad + grad
 
     def _collect(self) -> list[Tensor]:
         """The accumulated gradients, unscaled and averaged."""
@@ -142,6 +151,11 @@ class WindowLoss:
         if self._reduces:
             mean_over_ranks_(grads)
         return grads
+
+
+def _counts_hooks(strategy: DDPStrategy) -> bool:
+    """Whether DDP counts every gradient that arrives: a replay's would be taken for the next step's."""
+    return any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
 
 
 def second_derivative(
