@@ -117,7 +117,7 @@ def _exact(
 def _by_replay(
     module: LightningModule, loss: Tensor, call: Call, params: list[nn.Parameter], penalty: Penalty, coefficient: float
 ) -> None:
-    before = [param.grad for param in params]
+    before = [None if param.grad is None else param.grad.clone() for param in params]  # DDP may reuse their memory
     for param in params:
         param.grad = None
     module.manual_backward(loss)
@@ -132,4 +132,4 @@ def _by_replay(
         window.scale_(gradient)
     for param, old in zip(params, before, strict=True):
         if old is not None:
-            param.grad = old if param.grad is None else old.add_(param.grad)
+            param.grad = old if param.grad is None else param.grad.add_(old)
