@@ -89,7 +89,6 @@ def test_against_plain_python(options, foreach):
     groups = [(t, g, {**common, **o}) for t, g, o in zip(starts, grads, own, strict=True)]
     for p, expected in zip(params, plain_python(groups, 8), strict=True):
         assert numbers(p) == pytest.approx(expected, rel=1e-13)
-    gradients(first, 7)
     assert numbers([p.grad for p in first]) == grads[0][-1]  # the optimiser left .grad as it was
 
 
@@ -400,7 +399,8 @@ def test_resumed_equals_uninterrupted_bit_for_bit(route, momentum, dtype):
     assert all(mean is first[0] for mean in first) and second[0] is not first[0]
 
 
-def test_a_frozen_parameters_old_copy_of_the_mean_does_not_come_back():
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_parameters_old_copy_of_the_mean_does_not_come_back(frozen):
     """After loading, each parameter has a copy; the one that is frozen from then on must not keep a stale one."""
     params = parameters([(2,), (2,)])
     optimizer = NormRMSprop(params, lr=0.1)
@@ -408,11 +408,10 @@ def test_a_frozen_parameters_old_copy_of_the_mean_does_not_come_back():
     fresh = parameters([(2,), (2,)])
     resumed = NormRMSprop(fresh, lr=0.1)
     resumed.load_state_dict(optimizer.state_dict())
-    fresh[0].grad = None
-    fresh[1].grad = torch.ones_like(fresh[1])
+    fresh[1 - frozen].grad = torch.ones_like(fresh[1 - frozen])
     resumed.step()
     assert torch.equal(resumed.state_dict()["state"][0][MEAN], resumed.state_dict()["state"][1][MEAN])
-    assert resumed.state[fresh[0]][MEAN] != optimizer.state[params[0]][MEAN]  # and the donor's is not touched
+    assert resumed.state[fresh[frozen]][MEAN] != optimizer.state[params[0]][MEAN]  # and the donor's is not touched
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
