@@ -39,11 +39,16 @@ _PANELS = (
     _Panel("learning rate\n(1 / curvature)", {"ode/lr_for_tol": "allowed by the tolerance"}, {"lr": "used"}),
     _Panel(
         "loss change in a step\n(unit of $L$)",
-        {"ode/actual_dloss": "actual", "ode/predicted_dloss": "1st order", "ode/predicted2_dloss": "2nd order"},
+        {
+            "ode/actual_dloss": "actual",
+            "ode/predicted_dloss": "predicted, 1st order",
+            "ode/predicted2_dloss": "2nd order",
+        },
     ),
     _Panel("implicit term\n(unit of $L$)", {"ode/igr_term": ""}),
     _Panel("implicit term / $L$\n(dimensionless)", {"ode/igr_ratio": ""}),
 )
+DRAWN = tuple(name for panel in _PANELS for name in panel.curves)
 # Okabe and Ito's colours, which the colour-blind tell apart; line and marker tell them apart in grey.
 _STYLES = (
     {"color": "black", "linestyle": "-", "marker": "o", "markerfacecolor": "black"},
@@ -101,7 +106,7 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
             panels are over steps.
 
     Raises:
-        ValueError: no panel has a value, or the steps do not increase.
+        ValueError: no column of ``DRAWN`` has a value, or the steps do not increase.
     """
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
@@ -113,9 +118,8 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
     has_value = {name for name, values in table.items() if np.any(np.isfinite(values) & np.isfinite(time))}
     panels = [panel for panel in _PANELS if has_value & panel.curves.keys()]
     if not panels:
-        names = ", ".join(name for panel in _PANELS for name in panel.curves)
         cure = "Add ODEDiagnostics() to the Trainer's callbacks, and train past its first logged step."
-        raise ValueError(f"nothing to draw, for none of {names} has a value. {cure}")
+        raise ValueError(f"nothing to draw, for none of {', '.join(DRAWN)} has a value. {cure}")
     rows, odd = (len(panels) + 1) // 2, len(panels) % 2
     figure = Figure(figsize=(7.2, 0.4 + 2.05 * rows), dpi=200, layout="constrained")
     grid = figure.add_gridspec(rows, 2)
@@ -218,7 +222,7 @@ def _flow_time(table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, str]:
     """Flow time of every row, and the axis's label; NaN more than one interval before or after the known ones."""
     step, known = table["step"], np.isfinite(table.get("ode/time", np.array([])))
     if not known.any():
-        return step, "optimiser step"
+        return step, "step"
     steps, times = step[known], table["ode/time"][known]
     if len(steps) > 1:
         steps = np.concatenate([[2 * steps[0] - steps[1]], steps, [2 * steps[-1] - steps[-2]]])

@@ -292,7 +292,7 @@ def test_which_column_is_the_training_loss(names, drawn):
 def test_without_flow_time_the_panels_are_over_steps():
     figure = ode_figure({"step": [10, 20], "ode/loss": [2, 1]})
     assert curves(figure.axes[0]) == {"probed batch": [[10, 2], [20, 1]]}
-    assert figure.axes[0].get_xlabel() == "optimiser step"
+    assert figure.axes[0].get_xlabel() == "step"
 
 
 def test_with_learning_rates_of_several_optimisers_none_is_said_to_be_used():
