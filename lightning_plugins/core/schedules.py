@@ -1,7 +1,9 @@
 """Numbers that change during training, described by plain data."""
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 Points = Sequence[Sequence[float]]
 
@@ -14,11 +16,19 @@ def check_points(name: str, points: Points | None) -> None:
     """
     if points is None:
         return
-    steps = [point[0] for point in points if len(point) == 2]
-    if not steps or len(steps) != len(points) or any(a >= b for a, b in pairwise(steps)):
+    well_formed = isinstance(points, Sequence) and len(points) > 0 and all(_is_point(point) for point in points)
+    if not well_formed or any(a[0] >= b[0] for a, b in pairwise(points)):
         raise ValueError(
             f"{name} must be pairs [step, value] with growing steps, such as [[0, 0.0], [500, 1.0]], got {points}."
         )
+
+
+def _is_point(point: Any) -> bool:
+    return (
+        isinstance(point, Sequence)
+        and len(point) == 2
+        and all(isinstance(number, int | float) and not math.isnan(number) for number in point)
+    )
 
 
 def value_at(points: Points, step: int) -> float:
