@@ -278,7 +278,8 @@ class GradientPenalty(Callback):
             return
         # the scaler has looked for overflows before: what overflows in a replay would not skip the step
         if getattr(trainer.precision_plugin, "scaler", None) is not None and not torch.isfinite(norm(extra)):
-            self._warn_once("GradientPenalty: a replay overflowed in half precision; such a step goes without penalty.")
+            if torch.isfinite(norm(gradient)):  # else the scaler skips the step
+                self._warn_once("GradientPenalty: a replay overflowed in fp16; such a step goes without penalty.")
             return
         torch._foreach_add_(local(gradient), local(extra))
 

@@ -41,8 +41,10 @@ class Penalty:
     relative_step: float
 
     def weight(self, coefficient: float, length: Tensor) -> Tensor:
-        """The factor of ``H grad L`` for a gradient of this length."""
-        return 2 * coefficient * torch.ones_like(length) if self.norm == "squared" else coefficient / length
+        """The factor of ``H grad L`` for a gradient of this length; ``|grad L|`` is taken as flat where it is zero."""
+        if self.norm == "squared":
+            return torch.full_like(length, 2 * coefficient)
+        return torch.where(length > 0, coefficient / length, 0.0)
 
     def of_window(
         self, window: WindowLoss, gradient: Sequence[Tensor], coefficient: float, share: float
