@@ -5,7 +5,7 @@ rank gets the same number.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -35,7 +35,7 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm over all tensors and shards: a 0-dim float64 tensor; a sum of squares does not overflow fp32."""
+    """Euclidean norm over all tensors and shards: a 0-dim float64 tensor on the first tensor's device."""
     return _global_sum(xs, [torch.linalg.vector_norm(x).double() ** 2 for x in local(xs)]).sqrt()
 
 
@@ -112,9 +112,12 @@ def displaced(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator
             torch._foreach_add_(params, direction, alpha=step)
         torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
 
-    try:
-        yield move
-    finally:
-        with torch.no_grad():
-            torch._foreach_copy_(params, saved)
-        torch.clear_autocast_cache()
+    with ExitStack() as stack:
+        for param in params:  # a graph that is yet to be differentiated may hold them
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
+        try:
+            yield move
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, saved)
+            torch.clear_autocast_cache()
