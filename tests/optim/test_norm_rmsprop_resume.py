@@ -1,4 +1,4 @@
-"""NormRMSprop saved and resumed: through torch.save, by the parameters' names as sharded training does, by Lightning."""
+"""NormRMSprop saved and resumed: by torch.save, by the parameters' names as sharded training does, by Lightning."""
 
 import copy
 import io
