@@ -1,0 +1,121 @@
+"""Train with Flooding on one or more processes and save every rank's weights, signs and logs.
+
+``torchrun --nproc_per_node 2 train_flooding.py FOLDER``. All processes together see the same batches, however many
+there are; the losses of the two ranks lie on different sides of the level.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+from lightning_plugins.callbacks.flooding import Flooding
+from lightning_plugins.core.distributed import close_process_group_at_exit, shard_parts
+
+LEVEL, BATCH, SAMPLES, EPOCHS, LR = 0.6, 8, 24, 3, 0.3
+
+
+def sharded() -> ModelParallelStrategy:
+    """FSDP2 over two processes."""
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+
+
+# name: scope, strategy for two processes, arguments of the Trainer
+CASES = {
+    "step": ("step", "ddp", {}),
+    "microbatch": ("microbatch", "ddp", {}),
+    "step-accumulate": ("step", "ddp", {"accumulate_grad_batches": 2}),  # of 3 batches: the last window is cut short
+    "microbatch-accumulate": ("microbatch", "ddp", {"accumulate_grad_batches": 2}),
+    "step-unused": ("step", "ddp_find_unused_parameters_true", {"gradient_clip_val": 0.5}),
+    "step-views": ("step", lambda: DDPStrategy(gradient_as_bucket_view=True, static_graph=True), {}),
+    "step-sharded": ("step", sharded, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
+    "microbatch-sharded": ("microbatch", sharded, {}),
+}
+
+
+def data() -> TensorDataset:
+    """In each batch the second half's targets are larger, so its loss is."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(SAMPLES, 4, generator=generator, dtype=torch.float64)
+    size = torch.tensor([0.3, 1.5]).repeat_interleave(BATCH // 2).repeat(SAMPLES // BATCH)
+    return TensorDataset(x, x.sum(1, keepdim=True).sin() * size[:, None])
+
+
+class Net(LightningModule):
+    """Regression by an MLP of which a part may be unused, in float64 (which FSDP2 has no name for as a precision)."""
+
+    def __init__(self, unused: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        self.unused = nn.Linear(4, 4) if unused else None
+        self.double()
+
+    def configure_model(self) -> None:
+        shard_parts(self, self.net[0], self.net[2])
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), LR)
+
+
+class Seen(Callback):
+    """The sign and the logs of every step, and this rank's losses."""
+
+    def __init__(self) -> None:
+        self.signs, self.logs, self.losses = [], [], []
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: object) -> None:
+        self.signs.append(trainer.callbacks[0].sign.item())
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: dict, batch: object, batch_idx: int
+    ) -> None:
+        self.losses.append(outputs["loss"].item() * trainer.accumulate_grad_batches)
+        self.logs.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a sharded tensor."""
+    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
+
+
+def run(name: str, folder: Path) -> None:
+    """Train one case on two processes; write ``rank<r>.pt``."""
+    scope, strategy, options = CASES[name]
+    seen = Seen()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=2,
+        strategy=strategy() if callable(strategy) else strategy,
+        max_epochs=EPOCHS,
+        logger=False,
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        callbacks=[Flooding(LEVEL, scope), seen],
+        **options,
+    )
+    half = BATCH // 2
+    mine = [i for i in range(SAMPLES) if i % BATCH // half == trainer.global_rank]
+    model = Net(unused=name == "step-unused")
+    trainer.fit(model, DataLoader(Subset(data(), mine), half))
+    result = {"signs": seen.signs, "logs": seen.logs, "losses": seen.losses}
+    result["weights"] = {key: full(value) for key, value in model.named_parameters()}
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(result, folder / f"rank{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    close_process_group_at_exit()
+    for case in CASES:
+        run(case, Path(sys.argv[1]) / case)
