@@ -61,7 +61,9 @@ class NormRMSprop(Optimizer):
         >>> theta.tolist()
         [2.700000047683716, 3.5999999046325684]
 
-    Source: kexue.fm/archives/6234, its passage on a step size that varies to control the error.
+    Source:
+        The argument is that of kexue.fm/archives/6234 (adaptive rates as error control of the gradient flow); the
+        derivation above is written out for this class, not quoted from there.
     """
 
     def __init__(
