@@ -113,8 +113,12 @@ def take_turns(
     accelerator: str = "cpu",
     precision: str = "32-true",
     statistic: Callable[[list[float]], float] = statistics.median,
+    **options: Any,
 ) -> dict[str, list[float]]:
-    """Seconds of a step of each variant, one number per round: CPU time, or wall time on a GPU."""
+    """Seconds of a step of each variant, one number per round: CPU time, or wall time on a GPU.
+
+    ``options`` are the trainer's.
+    """
     times: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name, callbacks in variants.items():
@@ -125,10 +129,10 @@ def take_turns(
                 precision=precision,
                 max_steps=steps + WARM_UP + 1,
                 callbacks=[timer, *callbacks()],
-                logger=False,
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
+                **({"logger": False} | options),
             )
             trainer.fit(module, DataLoader([batch] * (steps + WARM_UP + 1), batch_size=None))
             times[name].append(statistic(timer.steps))

@@ -11,10 +11,12 @@ if TYPE_CHECKING:
     from lightning_plugins.callbacks import (
         Flooding,
         GradientPenalty,
+        ODEDiagnostics,
         RandomState,
         SaveOnSigterm,
         flood,
         gradient_penalty_backward,
+        plot_ode_diagnostics,
     )
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.core.replay import is_replaying
@@ -32,11 +34,13 @@ _PUBLIC = {
     "IdxImages": "lightning_plugins.data",
     "MultiMNIST": "lightning_plugins.data",
     "NormRMSprop": "lightning_plugins.optim",
+    "ODEDiagnostics": "lightning_plugins.callbacks",
     "RandomState": "lightning_plugins.callbacks",
     "SaveOnSigterm": "lightning_plugins.callbacks",
     "flood": "lightning_plugins.callbacks",
     "gradient_penalty_backward": "lightning_plugins.callbacks",
     "is_replaying": "lightning_plugins.core.replay",
+    "plot_ode_diagnostics": "lightning_plugins.callbacks",
 }
 
 __all__ = [
@@ -48,11 +52,13 @@ __all__ = [
     "IdxImages",
     "MultiMNIST",
     "NormRMSprop",
+    "ODEDiagnostics",
     "RandomState",
     "SaveOnSigterm",
     "flood",
     "gradient_penalty_backward",
     "is_replaying",
+    "plot_ode_diagnostics",
 ]
 
 
