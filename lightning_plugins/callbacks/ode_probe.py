@@ -2,18 +2,22 @@
 
 import math
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins.callbacks import ode_rows
 from lightning_plugins.callbacks.optimizer_flow import Flow, Rule, read_flow
+from lightning_plugins.callbacks.penalty_rules import explain, why_not_exact
 from lightning_plugins.callbacks.sharpness import TopEigenpair, Vector, random_direction, top_eigenpair
 from lightning_plugins.core.curvature import WindowLoss, relative_step, step_along
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
+
+Engine = Literal["auto", "exact", "finite_difference"]
 
 
 @runtime_checkable
@@ -34,18 +38,21 @@ class Probe:
         trainer: the running trainer.
         module: with automatic optimization.
         recorder: of the module, keeping calls.
+        engine: of Hessian products.
 
     Attributes:
         repeats: whether a second run gives the same gradient; ``None`` until that was seen.
         products: Hessian products of the last search for the sharpness.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, engine: Engine) -> None:
         self.repeats: bool | None = None
         self.products = 0
         self._trainer, self._module, self._recorder = trainer, module, recorder
         self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
         self._eigenvector: Vector | None = None
+        self._engine, self._exact = engine, engine != "finite_difference"
+        self._displacement = relative_step(trainer, module, "central")
 
     @property
     def is_complete(self) -> bool:
@@ -130,16 +137,13 @@ class Probe:
         self, window: WindowLoss, flow: Flow, rule: Rule, rtol: float, max_products: int
     ) -> TopEigenpair:
         """Of ``h P^-1/2 (H + w) P^-1/2``, from the last time's eigenvector on."""
+        if self._exact and (reason := why_not_exact(self._trainer, self._module)):
+            self._give_up_exact(RuntimeError(reason), reason)
         roots = [rate**0.5 for rate in flow.rates]
-        displacement = relative_step(self._trainer, self._module, "central")
 
         def product(vector: Vector) -> Vector:
             direction = [root * part for root, part in zip(roots, vector, strict=True)]
-            length = step_along(window.params, direction, displacement)
-            if length is None:
-                return [torch.zeros_like(part) for part in vector]
-            curved = window.product(direction, length, "central")
-            terms = zip(roots, curved, flow.decays, direction, strict=True)
+            terms = zip(roots, self._curved(window, direction), flow.decays, direction, strict=True)
             return [root * (rule.sign * part + decay * moved) for root, part, decay, moved in terms]
 
         start = self._eigenvector
@@ -149,3 +153,23 @@ class Probe:
         self.products = pair.products
         self._eigenvector = pair.vector if math.isfinite(pair.value) else None
         return pair
+
+    def _curved(self, window: WindowLoss, direction: Vector) -> Vector:
+        """The Hessian times a direction."""
+        if self._exact:
+            try:
+                return window.exact_product(direction)
+            except RuntimeError as error:
+                self._give_up_exact(error, explain(error))
+        step = step_along(window.params, direction, self._displacement)
+        return [torch.zeros_like(v) for v in direction] if step is None else window.product(direction, step, "central")
+
+    def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
+        if self._engine == "exact":
+            raise RuntimeError(f"ODEDiagnostics(sharpness_engine='exact'): {reason}.") from error
+        self._exact = False
+        reason = reason.split(";")[0]
+        rank_zero_warn(
+            f"ODEDiagnostics takes finite differences for the sharpness: {reason}. Where activations have kinks (ReLU) "
+            "they see more than the Hessian."
+        )
