@@ -30,25 +30,30 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     Returns:
         0-dim float64 tensor on the first tensor's device.
     """
-    parts = [torch.sum(x * y) for x, y in zip(local(xs), local(ys), strict=True)]
-    return _global_sum(xs, parts)
+    pairs = zip(local(xs), local(ys), strict=True)
+    return _global_sum(xs, [torch.dot(x.detach().flatten(), y.detach().flatten()) for x, y in pairs])
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors and shards: a 0-dim float64 tensor on the first tensor's device."""
-    return _global_sum(xs, [torch.linalg.vector_norm(x).double() ** 2 for x in local(xs)]).sqrt()
+    shards = local(xs)
+    half = any(shard.dtype in (torch.float16, torch.bfloat16) for shard in shards)
+    return _global_sum(xs, torch._foreach_norm(shards, dtype=torch.float32 if half else None), 2).sqrt()
 
 
-def _global_sum(xs: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+def _global_sum(xs: Sequence[Tensor], parts: Sequence[Tensor], power: int = 1) -> Tensor:
+    """The sum of powers of one number for each tensor; a sum of squares does not overflow fp32."""
     device = parts[0].device
-    sums: dict[tuple[dist.ProcessGroup, ...], Tensor] = {}
+    kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for x, part in zip(xs, parts, strict=True):
-        groups = _shard_groups(x)
-        sums[groups] = sums.get(groups, 0.0) + part.detach().to(device, torch.float64)
-    for groups, total in sums.items():
+        kinds.setdefault(_shard_groups(x), []).append(part.detach().to(device))
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for groups, numbers in kinds.items():
+        share = (torch.stack(numbers).double() ** power).sum()
         for group in groups:
-            dist.all_reduce(total, group=group)
-    return torch.stack(list(sums.values())).sum()
+            dist.all_reduce(share, group=group)
+        total += share
+    return total
 
 
 def _shard_groups(x: Tensor) -> tuple[dist.ProcessGroup, ...]:
