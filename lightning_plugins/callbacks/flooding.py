@@ -156,20 +156,19 @@ class Flooding(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Steps: multiply what the optimizer is about to use."""
+        self.sign = torch.ones_like(self.sign)
         if self.scope == "step":
             self._one_gradient.check(trainer)
         if not self._recorder.losses:  # training_step returned None
             return
         level = self.level_at(trainer)
-        losses = torch.stack([_widened(loss) for loss in self._recorder.losses])
         if self.scope == "step" and level != -math.inf:
-            self._apply(optimizer, losses.mean(), level)
-        else:
-            self.sign = torch.ones_like(self.sign)
+            self._apply(optimizer, level)
         if trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
-            self._log(pl_module, losses, level)
+            self._log(pl_module, level)
 
-    def _apply(self, optimizer: Optimizer, loss: Tensor, level: float) -> None:
+    def _apply(self, optimizer: Optimizer, level: float) -> None:
+        loss = self._losses().mean()
         mean_over_ranks_([loss])
         self.sign = _sign(loss, level)
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -177,14 +176,17 @@ class Flooding(Callback):
         for call in self._recorder.calls:
             call.sign = self.sign
 
-    def _log(self, pl_module: LightningModule, losses: Tensor, level: float) -> None:
-        loss = losses.mean()
-        mean_over_ranks_([loss])
+    def _log(self, pl_module: LightningModule, level: float) -> None:
+        losses = self._losses()
         ascends = self.sign < 0 if self.scope == "step" else losses < level
-        active = ascends.to(loss.dtype).mean()
-        mean_over_ranks_([active])
+        loss, active = losses.mean(), ascends.to(losses.dtype).mean()
+        mean_over_ranks_([loss, active])
         logs = {"flood/level": level, "flood/active": active, "flood/raw_loss": loss}
         pl_module.log_dict(logs, batch_size=1)  # its size is only asked of modules that draw their own batches
+
+    def _losses(self) -> Tensor:
+        """Of the window's micro-batches on this rank."""
+        return torch.stack([_widened(loss) for loss in self._recorder.losses])
 
 
 def _widened(loss: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Flooding in runs and modules of others: what works, what is refused, and what is left behind."""
 
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -71,12 +72,19 @@ def fit(model, *callbacks, data=None, lr=0.1, optimizer=torch.optim.SGD, **optio
     return trainer
 
 
-def maximizing(params, lr, **options):
-    return torch.optim.SGD(params, lr=lr, maximize=True, **options)
-
-
 def weights(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def assert_ascends(build, scope="step", optimizer=torch.optim.SGD, **options):
+    """With a level above every loss it trains bit for bit as torch's own ``maximize=True``."""
+    runs = []
+    for callbacks, maximize in [([Flooding(1e6, scope)], False), ([], True)]:
+        seed_everything(1, verbose=False)
+        model = build()
+        fit(model, *callbacks, optimizer=partial(optimizer, maximize=maximize), **options)
+        runs.append(weights(model))
+    assert torch.equal(*runs)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -121,13 +129,7 @@ def test_batches_without_a_loss(scope):
         def training_step(self, batch, batch_idx):
             return None if batch_idx in (1, 2, 3, 4) else super().training_step(batch, batch_idx)
 
-    runs = []
-    for callbacks, optimizer in [([Flooding(1e6, scope)], torch.optim.SGD), ([], maximizing)]:
-        seed_everything(1, verbose=False)
-        model = Skips()
-        fit(model, *callbacks, optimizer=optimizer, accumulate_grad_batches=2)
-        runs.append(weights(model))
-    assert torch.equal(*runs)
+    assert_ascends(Skips, scope, accumulate_grad_batches=2)
 
 
 def test_a_window_that_is_broken_off_leaves_nothing_behind():
@@ -154,13 +156,7 @@ def test_sparse_gradients():
         def training_step(self, batch, batch_idx):
             return self.words(batch).square().mean()
 
-    runs = []
-    for callbacks, optimizer in [([Flooding(1e6)], torch.optim.SGD), ([], maximizing)]:
-        seed_everything(1, verbose=False)
-        model = Words()
-        fit(model, *callbacks, data=[torch.tensor([1, 2, 2]), torch.tensor([5, 1, 9])], optimizer=optimizer)
-        runs.append(weights(model))
-    assert torch.equal(*runs)
+    assert_ascends(Words, data=[torch.tensor([1, 2, 2]), torch.tensor([5, 1, 9])])
 
 
 def test_a_module_that_draws_its_own_batches():
@@ -169,28 +165,12 @@ def test_a_module_that_draws_its_own_batches():
             batch, _, _ = next(dataloader_iter)
             return self.step(batch)
 
-    runs = []
-    for callbacks, optimizer in [([Flooding(1e6)], torch.optim.SGD), ([], maximizing)]:
-        seed_everything(1, verbose=False)
-        model = Draws()
-        fit(model, *callbacks, optimizer=optimizer)
-        runs.append(weights(model))
-    assert torch.equal(*runs)
+    assert_ascends(Draws)
 
 
 def test_an_optimizer_that_unscales_by_itself():
-    runs = []
-    for callbacks, optimizer in [([Flooding(1e6)], torch.optim.SGD), ([], maximizing)]:
-        seed_everything(1, verbose=False)
-        model = BoringModel()
-        plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
-
-        def fused(params, lr, optimizer=optimizer):
-            return optimizer(params, lr=lr, fused=True)
-
-        fit(model, *callbacks, optimizer=fused, plugins=[plugin], lr=0.01)
-        runs.append(weights(model))
-    assert torch.equal(*runs)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+    assert_ascends(BoringModel, optimizer=partial(torch.optim.SGD, fused=True), plugins=[plugin], lr=0.01)
 
 
 def test_order_of_callbacks():
@@ -230,21 +210,10 @@ class TwoGradients(torch.optim.SGD):
         return super().step(closure)
 
 
-class TwoUp(TwoGradients):
-    def __init__(self, params, lr):
-        super().__init__(params, lr=lr, maximize=True)
-
-
 def test_optimizers_that_evaluate_several_gradients():
     with pytest.raises(MisconfigurationException, match=r"Flooding.*one gradient for each optimizer step"):
         fit(BoringModel(), Flooding(0.1), optimizer=TwoGradients)
-    runs = []
-    for callbacks, optimizer in [([Flooding(1e6, "microbatch")], TwoGradients), ([], TwoUp)]:
-        seed_everything(1, verbose=False)
-        model = BoringModel()
-        fit(model, *callbacks, optimizer=optimizer)
-        runs.append(weights(model))
-    assert torch.equal(*runs)
+    assert_ascends(BoringModel, "microbatch", TwoGradients)
 
 
 def test_lbfgs_is_refused():
