@@ -44,7 +44,7 @@ class GradientPenalty(Callback):
 
     Cost of a step, plain = 1: finite differences forward about 2, central 3 (one more with ``scope="microbatch"`` under
     accumulation or several ranks); exact 4 to 5, and two to three times the memory. Finite differences keep two copies
-    of the trained parameters and the window's batches.
+    of the trained parameters (four with ``scope="microbatch"`` and more than one) and the window's batches.
 
     Logs (every ``log_every_n_steps``): ``igr/coefficient``, ``igr/grad_norm_sq``, ``igr/penalty`` (``c`` times the
     norm), ``igr/penalty_ratio`` (penalty / loss), ``igr/relative_step``.
@@ -128,7 +128,7 @@ class GradientPenalty(Callback):
         self._flooded = any(isinstance(c, Flooding) and c.scope == "step" for c in trainer.callbacks)
         self._checked = self.check == "off"
         self._proven = self.engine == "exact"  # "auto" may yet find that it cannot differentiate twice
-        self._latest: tuple[PenaltyTerm, Tensor, float] | None = None
+        self._latest: tuple[list[PenaltyTerm], Tensor, float] = ([], torch.zeros(()), 0.0)
         self._warned: set[str] = set()
         self._one_gradient = OneGradientPerStep("GradientPenalty")
 
@@ -215,7 +215,8 @@ class GradientPenalty(Callback):
         for param, extra in zip(params, second_derivative(first, params, gradient, retain_graph=True), strict=True):
             if extra is not None:
                 self._handles.append(param.register_hook(lambda grad, extra=extra: grad + extra))
-        self._remember(PenaltyTerm(None, length**2, None))
+        earlier, *_ = self._latest  # of the window's other micro-batches
+        self._remember([*earlier[: len(self._recorder.losses) - 1], self._penalty().term(None, length)])
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The hooks have done their work."""
@@ -244,9 +245,9 @@ class GradientPenalty(Callback):
                 self._give_up_exact(error)
                 term = self._term(trainer, window, gradient)
             self._add(trainer, gradient, term)
-            self._remember(term)
+            self._remember([replace(term, gradient=None)])
         logs_now = trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
-        if logs_now and self._latest is not None:
+        if logs_now and self._latest[0]:
             self._log()
 
     def extra_gradient(self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]) -> list[Tensor]:
@@ -302,24 +303,25 @@ class GradientPenalty(Callback):
 
     # Logging
 
-    def _remember(self, term: PenaltyTerm) -> None:
+    def _remember(self, terms: list[PenaltyTerm]) -> None:
         loss = torch.stack(self._recorder.losses).double().mean()
-        self._latest = (replace(term, gradient=None), loss, self._now)
+        self._latest = (terms, loss, self._now)
 
     def _log(self) -> None:
         """Log the newest penalised step."""
-        term, loss, coefficient = self._latest
-        squared, loss = term.squared_norm.clone(), loss.clone()
-        mean_over_ranks_([squared, loss])
-        penalty = coefficient * (squared if self.norm == "squared" else squared.sqrt())
+        terms, loss, coefficient = self._latest
+        squared = torch.stack([term.squared_norm for term in terms]).mean()
+        size = torch.stack([term.size for term in terms]).mean()
+        loss = loss.clone()
+        mean_over_ranks_([squared, size, loss])
         logs = {
             "igr/coefficient": coefficient,
             "igr/grad_norm_sq": squared,
-            "igr/penalty": penalty,
-            "igr/penalty_ratio": penalty / loss.abs(),
+            "igr/penalty": coefficient * size,
+            "igr/penalty_ratio": coefficient * size / loss.abs(),
         }
-        if term.step is not None:
-            logs["igr/relative_step"] = term.step
+        if (step := terms[-1].step) is not None:
+            logs["igr/relative_step"] = step
         self.log_dict({name: torch.as_tensor(value, dtype=torch.float32) for name, value in logs.items()})
 
     def _warn_once(self, sentence: str) -> None:

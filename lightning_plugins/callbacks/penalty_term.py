@@ -22,12 +22,14 @@ class PenaltyTerm:
 
     Attributes:
         gradient: shaped like the parameters; ``None`` where there is no direction (``|grad L|`` zero or not finite).
-        squared_norm: ``|grad L|^2`` (its mean over micro-batches and ranks for the micro-batch scope), 0-dim float64.
+        squared_norm: ``|grad L|^2``, 0-dim float64; for the micro-batch scope its mean over this rank's micro-batches.
+        size: what ``c`` multiplies, ``|grad L|^2`` or ``|grad L|``, or its mean.
         step: relative displacement that was used; ``None`` for exact products.
     """
 
     gradient: list[Tensor] | None
     squared_norm: Tensor
+    size: Tensor
     step: float | None
 
 
@@ -64,23 +66,30 @@ class Penalty:
         product = self._product(window, gradient)
         if product is not None:
             scale(product, self.weight(coefficient, length) / share)
-        return PenaltyTerm(product, length**2, None if self.exact else self.relative_step)
+        return self.term(product, length)
 
     def of_micro_batches(self, window: WindowLoss, coefficient: float, accumulate: int) -> PenaltyTerm:
         """The mean of the penalties of every micro-batch on every rank (divided by the full ``k``, as the loss is)."""
         total = [torch.zeros_like(param) for param in window.params]
-        squares = torch.zeros((), dtype=torch.float64, device=total[0].device)
-        parts = window.micro_batches()
-        for part in parts:
-            _, gradient = part.gradient()
-            length = norm(gradient)
-            squares += length**2 / len(parts)
-            product = self._product(part, gradient)
-            if product is not None:
-                scale(product, self.weight(coefficient, length) / accumulate)
-                torch._foreach_add_(total, product)
-        mean_over_ranks_([*total, squares])
-        return PenaltyTerm(total, squares, None if self.exact else self.relative_step)
+        lengths = [self._add_micro_batch(part, total, coefficient / accumulate) for part in window.micro_batches()]
+        mean_over_ranks_(total)
+        return self.term(total, torch.stack(lengths))
+
+    def _add_micro_batch(self, part: WindowLoss, total: list[Tensor], coefficient: float) -> Tensor:
+        """Add one penalty's gradient to ``total``; returns the norm of the loss's."""
+        _, gradient = part.gradient()
+        length = norm(gradient)
+        product = self._product(part, gradient)
+        if product is not None:
+            scale(product, self.weight(coefficient, length))
+            torch._foreach_add_(total, product)
+        return length
+
+    def term(self, gradient: list[Tensor] | None, lengths: Tensor) -> PenaltyTerm:
+        """The penalty's gradient with the norms of the loss's, one for each micro-batch or a single one."""
+        squared = lengths**2
+        size = squared if self.norm == "squared" else lengths
+        return PenaltyTerm(gradient, squared.mean(), size.mean(), None if self.exact else self.relative_step)
 
     def _product(self, window: WindowLoss, direction: Sequence[Tensor]) -> list[Tensor] | None:
         if self.exact:
