@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_plugins.core.kinks import has_kinks
 from lightning_plugins.core.random_state import get_random_state, set_random_state
 
 _depth = 0
@@ -73,42 +73,43 @@ class Call:
 class StepRecorder:
     """The calls of ``training_step`` since the last optimizer step; one for a module, shared by its callbacks.
 
+    It stands in the place of the module's ``training_step``, from which it is also found again.
+
     Attributes:
         calls: those kept for a replay, oldest first.
         losses: the loss that each call returned, as it was, detached; also of calls that are not kept.
+        kinked: whether the first call that was kept has a loss with kinks; ``None`` before.
     """
-
-    _attached: "WeakKeyDictionary[LightningModule, StepRecorder]" = WeakKeyDictionary()
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.calls: list[Call] = []
         self.losses: list[Tensor] = []
+        self.kinked: bool | None = None
         self._trainer, self._module = trainer, pl_module
         self._owners: dict[Any, bool] = {}
         self._window: int | None = None
         self._overridden = pl_module.__dict__.get("training_step")  # torch.compile's, for one
         self._step: Callable[..., Any] = pl_module.training_step
-
-        @functools.wraps(self._step)  # Lightning looks at the signature
-        def recorded(*args: Any, **kwargs: Any) -> Any:
-            return self._recorded(*args, **kwargs)
-
-        pl_module.training_step = recorded
+        functools.update_wrapper(self, self._step)  # Lightning looks at the signature
+        pl_module.training_step = self
 
     @classmethod
     def attach(cls, trainer: Trainer, pl_module: LightningModule, owner: Any) -> "StepRecorder":
         """The module's recorder, which stays until every owner has detached; call it in ``on_train_start``."""
-        if pl_module not in cls._attached:
-            cls._attached[pl_module] = cls(trainer, pl_module)
-        recorder = cls._attached[pl_module]
+        recorder = pl_module.__dict__.get("training_step")
+        if not isinstance(recorder, cls):
+            recorder = cls(trainer, pl_module)
         recorder._owners[owner] = False
         return recorder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the module, pickled or not, has its own ``training_step`` again."""
+        return getattr, (self._module, "training_step")
 
     def detach(self, owner: Any) -> None:
         """``owner`` is done; after the last one ``training_step`` is the module's own again."""
         if self._owners.pop(owner, None) is None or self._owners:
             return
-        del self._attached[self._module]
         del self._module.training_step
         if self._overridden is not None:
             self._module.training_step = self._overridden
@@ -118,10 +119,11 @@ class StepRecorder:
         """Whether ``owner`` wants the next calls kept for replay: batches and buffers stay in memory until then."""
         self._owners[owner] = wanted
 
-    def _recorded(self, *args: Any, **kwargs: Any) -> Any:
-        if is_replaying():
-            return self._step(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run ``training_step`` and remember it."""
         trainer = self._trainer
+        if is_replaying() or not trainer.training:  # a validation_step may call it too
+            return self._step(*args, **kwargs)
         begins = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0  # also if the last was broken off
         if begins or trainer.global_step != self._window:
             self.calls, self.losses = [], []
@@ -137,6 +139,7 @@ class StepRecorder:
             self.losses.append(loss.detach().clone())
             if call is not None:
                 self.calls.append(call)
+                self.kinked = has_kinks(loss, self._module) if self.kinked is None else self.kinked
         return output
 
     def _run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -159,11 +162,10 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
     """
     global _depth
     random_state = get_random_state(device)
-    buffers = Buffers(module)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.callback(set_random_state, random_state, device)
-        stack.callback(buffers.restore)
+        stack.enter_context(Buffers(module).restored())
         stack.enter_context(_grads_aside(module))
         for part in module.modules():
             if isinstance(part, Metric):
@@ -178,29 +180,39 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 class Buffers:
-    """The buffers of a module at one time: the tensors themselves and their values."""
+    """The buffers of a module at one time: the tensors themselves and their values; also which were missing."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._saved = [
-            (part._buffers, name, buffer, _version(buffer), buffer.clone())
-            for part in module.modules()
-            for name, buffer in part._buffers.items()
-            if buffer is not None
-        ]
+        self._tensors = [(part._buffers, dict(part._buffers)) for part in module.modules()]
+        buffers = (buffer for _, named in self._tensors for buffer in named.values() if buffer is not None)
+        self._values = [(buffer, buffer.clone()) for buffer in buffers if _can_be_written(buffer)]
 
     def restore(self) -> None:
-        """Put them back; what has not been written to since is left alone."""
+        """Put them back, also what torch wrote without counting, as batch norm does."""
+        for owner, named in self._tensors:
+            owner.clear()
+            owner.update(named)
         with torch.no_grad():
-            for index, (owner, name, buffer, version, value) in enumerate(self._saved):
-                owner[name] = buffer
-                if _version(buffer) != version or version is None:
-                    buffer.copy_(value)
-                    self._saved[index] = (owner, name, buffer, _version(buffer), value)
+            for buffer, value in self._values:
+                buffer.copy_(value)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Put them back on leaving, and hide from graphs yet to be differentiated that anything was written."""
+        with ExitStack() as stack:
+            for buffer, _ in self._values:
+                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
+            stack.callback(self.restore)
+            yield
 
 
-def _version(tensor: Tensor) -> int | None:
-    """Counts the writes to a tensor; those made in inference mode are not counted."""
-    return None if tensor.is_inference() else tensor._version
+def _can_be_written(tensor: Tensor | None) -> bool:
+    """Whether a module may write to it in place: not to a tensor of inference mode, nor to an expanded one."""
+    if tensor is None or tensor.is_inference():
+        return False
+    return tensor.layout != torch.strided or all(
+        stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
 
 
 @contextmanager
