@@ -64,7 +64,9 @@ class GradientPenalty(Callback):
         difference: ``"forward"`` (error of first order in the displacement) or ``"central"`` (second, one more pass).
         relative_step: displacement over the norm of the parameters. ``"auto"`` takes the best measured for the
             precision of the forward pass: fp32 1e-4 forward, 1e-3 central; bf16 3e-2 and 1e-1; fp16 and TF32 1e-2
-            and 3e-2.
+            and 3e-2. Where the loss has kinks (ReLU, max-pooling) at least 1e-2: a unit that crosses its kink
+            within a tiny step adds a jump divided by that step, which destroys training. The penalty then is that of
+            the loss smoothed over the step, and differs from ``"exact"``, which does not see kinks.
         every_n_steps: add the penalty in every n-th optimizer step only. The coefficient is not scaled: on average over
             steps the objective has ``c / n``.
         warmup_steps: optimizer steps over which the coefficient grows linearly from zero.
@@ -123,8 +125,7 @@ class GradientPenalty(Callback):
         if reason and self.engine == "auto":
             rank_zero_warn(f"GradientPenalty(engine='auto') takes finite differences: {reason}.")
         self._exact = self.engine != "finite_difference" and not reason
-        auto = relative_step(trainer, pl_module, self.difference)
-        self._relative_step = auto if self.relative_step == "auto" else self.relative_step
+        self._relative_step = None if self.relative_step == "auto" else self.relative_step
         self._flooded = any(isinstance(c, Flooding) and c.scope == "step" for c in trainer.callbacks)
         self._checked = self.check == "off"
         self._proven = self.engine == "exact"  # "auto" may yet find that it cannot differentiate twice
@@ -232,6 +233,8 @@ class GradientPenalty(Callback):
         self._one_gradient.check(trainer)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self._recorder.calls and self._now and params and not self._differentiates_at_once(trainer):
+            if self._relative_step is None:
+                self._relative_step = relative_step(trainer, pl_module, self.difference, self._recorder.kinked)
             window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
             gradient = [param.grad for param in params]
             if not self._checked:

@@ -12,6 +12,7 @@ from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
 from lightning_plugins.callbacks.requirements import require_strategy
 from lightning_plugins.core.curvature import Difference, WindowLoss, second_derivative
 from lightning_plugins.core.curvature import relative_step as best_step
+from lightning_plugins.core.kinks import has_kinks
 from lightning_plugins.core.random_state import get_random_state
 from lightning_plugins.core.replay import Buffers, Call
 from lightning_plugins.core.vectors import local, mean_over_ranks_
@@ -80,7 +81,9 @@ def gradient_penalty_backward(
     elif engine == "exact":
         _exact(module, loss, params, Penalty(norm, True, difference, 0.0), coefficient)
     else:
-        step = best_step(module.trainer, module, difference) if relative_step == "auto" else relative_step
+        step = relative_step
+        if step == "auto":
+            step = best_step(module.trainer, module, difference, has_kinks(loss, module))
         _by_replay(module, loss, call, params, Penalty(norm, False, difference, step), coefficient)
     return loss.detach()
 

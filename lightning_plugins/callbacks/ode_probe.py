@@ -52,7 +52,6 @@ class Probe:
         self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
         self._eigenvector: Vector | None = None
         self._engine, self._exact = engine, engine != "finite_difference"
-        self._displacement = relative_step(trainer, module, "central")
 
     @property
     def is_complete(self) -> bool:
@@ -161,7 +160,8 @@ class Probe:
                 return window.exact_product(direction)
             except RuntimeError as error:
                 self._give_up_exact(error, explain(error))
-        step = step_along(window.params, direction, self._displacement)
+        displacement = relative_step(self._trainer, self._module, "central", self._recorder.kinked)
+        step = step_along(window.params, direction, displacement)
         return [torch.zeros_like(v) for v in direction] if step is None else window.product(direction, step, "central")
 
     def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
