@@ -2,8 +2,8 @@
 
     python benchmarks/ode_diagnostics.py --rounds 7 --json ode_diagnostics.json
 
-A CNN with batch norm, a 4-layer transformer with fused attention, and a CapsNet on 12x12 digits, all trained by SGD with
-momentum. Variants take turns in one process on one thread; times are CPU seconds, ratios medians of those within a
+A CNN with batch norm, a 4-layer transformer with fused attention, and the CapsNet of capsnet/digits, all trained by SGD
+with momentum. Variants take turns in one process on one thread; times are CPU seconds, ratios medians of those within a
 round. "First-order rows" are logged in every step, for an optimizer the callback does not know, so that it does
 nothing else; "probe" is the mean over 50 steps of which one is probed (with the check of a first probe); a search for
 the sharpness is counted in plain steps beyond its own, with the Hessian products (two passes each) that it took.
@@ -47,11 +47,9 @@ class Unknown(Task):
 
 def capsules(optimizer: type[torch.optim.Optimizer]) -> tuple[LightningModule, Any]:
     """A small CapsNet and a batch of digits."""
-    data = Digits(image_size=12, batch_size=32)
-    data.prepare_data()
+    data = Digits(image_size=28, batch_size=32, shift=1)
     data.setup("fit")
-    options = {"channels": 16, "kernel_size": 3, "num_types": 4, "pictures_every_n_epochs": 0}
-    model = CapsNet(**options, image_shape=data.image_shape)
+    model = CapsNet(channels=64, num_types=8, image_shape=data.image_shape, pictures_every_n_epochs=0)
     model.configure_optimizers = lambda: optimizer(model.parameters(), lr=1e-4, momentum=0.9)
     return model, next(iter(data.train_dataloader()))
 

@@ -64,7 +64,7 @@ class GradientPenalty(Callback):
         difference: ``"forward"`` (error of first order in the displacement) or ``"central"`` (second, one more pass).
         relative_step: displacement over the norm of the parameters. ``"auto"`` takes the best measured for the
             precision of the forward pass: fp32 1e-4 forward, 1e-3 central; bf16 3e-2 and 1e-1; fp16 and TF32 1e-2
-            and 3e-2. Where the loss has kinks (ReLU, max-pooling) at least 1e-2: a unit that crosses its kink
+            and 3e-2. Where the loss has kinks (ReLU, max-pooling) at least 3e-2 and 1e-2: a unit that crosses its kink
             within a tiny step adds a jump divided by that step, which destroys training. The penalty then is that of
             the loss smoothed over the step, and differs from ``"exact"``, which does not see kinks.
         every_n_steps: add the penalty in every n-th optimizer step only. The coefficient is not scaled: on average over

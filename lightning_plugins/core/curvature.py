@@ -25,7 +25,8 @@ _RELATIVE_STEPS: dict[str, dict[Difference, float]] = {
     "float16": {"forward": 1e-2, "central": 3e-2},
     "bfloat16": {"forward": 3e-2, "central": 1e-1},
 }
-_KINKED_STEP = 1e-2  # the least error of 1e-4 to 1e-1 for trained ReLU networks, see benchmarks/RESULTS.md
+# The least for losses with kinks, by the figures of benchmarks/relative_step.py in benchmarks/RESULTS.md.
+_KINKED_STEPS: dict[Difference, float] = {"forward": 3e-2, "central": 1e-2}
 
 
 class WindowLoss:
@@ -208,7 +209,7 @@ def step_along(params: Sequence[Tensor], direction: Sequence[Tensor], relative_s
 def relative_step(trainer: Trainer, module: nn.Module, difference: Difference, kinked: bool = False) -> float:
     """The best relative displacement for finite differences at the precision of the forward pass.
 
-    With kinks (:func:`~lightning_plugins.core.kinks.has_kinks`) at least 1e-2, over which their jumps are averaged.
+    With kinks (:func:`~lightning_plugins.core.kinks.has_kinks`) larger ones, over which their jumps are averaged.
 
     TF32, which is what GPUs use for convolutions in fp32 unless told otherwise, counts as fp16: its mantissa is as
     short.
@@ -221,7 +222,7 @@ def relative_step(trainer: Trainer, module: nn.Module, difference: Difference, k
     else:
         dtypes = {param.dtype for param in module.parameters() if param.requires_grad}
         kind = "float64" if dtypes == {torch.float64} else "float32"
-    return max(_RELATIVE_STEPS[kind][difference], _KINKED_STEP if kinked else 0.0)
+    return max(_RELATIVE_STEPS[kind][difference], _KINKED_STEPS[difference] if kinked else 0.0)
 
 
 def _uses_tf32(module: nn.Module, device: torch.device) -> bool:
