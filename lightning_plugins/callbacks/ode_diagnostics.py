@@ -396,10 +396,15 @@ class ODEDiagnostics(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
         for logger in trainer.loggers:
             logger.log_metrics(found, step=step)
-        for name in self._above.keys() & found.keys():
-            self._above[name] = self._above[name] + 1 if found[name] > 1 else 0
-            if self.on_edge == "warn" and self._above[name] == _PATIENCE:
-                self._warn_once(ode_rows.edge_sentence(name, found[name], rule_of(self._optimizer)))
+        self._watch_edge(found)
+
+    def _watch_edge(self, rows: dict[str, float]) -> None:
+        for name in self._above.keys() & rows.keys():
+            self._above[name] = self._above[name] + 1 if rows[name] > 1 else 0
+        beyond = [name for name, times in self._above.items() if times >= _PATIENCE and name in rows]
+        if beyond and self.on_edge == "warn":
+            self.on_edge = "log"  # once is enough
+            self._warn_once(ode_rows.edge_sentence(beyond[0], rows[beyond[0]], rule_of(self._optimizer)))
 
     @property
     def sharpness_products(self) -> int:

@@ -1,0 +1,295 @@
+"""What is omitted and said, which objective is read, and what is advised."""
+
+import copy
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.optim import LBFGS, SGD, NAdam
+from torch.utils.data import DataLoader
+
+from lightning_plugins import Flooding, GradientPenalty
+from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+FIRST_ORDER = {
+    "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "clip_factor",
+    "skipped_steps", "loss",
+}  # fmt: skip
+ANY_KNOWN = FIRST_ORDER | {
+    "time", "predicted2_dloss", "actual_dloss", "dloss_ratio", "curvature_step", "edge_ratio_step", "sharpness",
+    "edge_ratio", "stiffness",
+}  # fmt: skip
+EULER = {"local_error", "rel_local_error", "lr_for_tol"}
+IGR = {"igr_term", "igr_ratio"}
+
+
+def names(row):
+    return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
+
+
+class Regression(LightningModule):
+    """Least squares in float64: a quadratic of five parameters in two tensors."""
+
+    def __init__(self, optimizer):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor([[1.0, -0.5], [0.3, 2.0]], dtype=torch.float64))
+        self.b = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
+        self.optimizer = optimizer
+
+    @property
+    def theta(self):
+        return torch.cat([self.a.flatten(), self.b])
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return ((x @ self.theta - y) ** 2).mean() / 2 + 0.25
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
+
+
+def rows(n=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 5, dtype=torch.float64, generator=generator) * torch.tensor([2.0, 1.0, 0.5, 1.5, 1.0])
+    return x, torch.randn(n, dtype=torch.float64, generator=generator)
+
+
+def fit(module, batches, callbacks, **options):
+    options = QUIET | {"max_epochs": 1} | options
+    trainer = Trainer(callbacks=callbacks if isinstance(callbacks, list) else [callbacks], **options)
+    trainer.fit(module, DataLoader(batches, batch_size=None))
+    return trainer
+
+
+# Honesty
+
+
+class Shrinking(SGD):
+    """A third-party optimizer on top of a known one."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.mul_(0.5)
+        return loss
+
+
+UNKNOWN = {
+    "NAdam": lambda p: NAdam(p, lr=0.01),
+    "Shrinking": lambda p: Shrinking(p, lr=0.01),
+    "LBFGS": lambda p: LBFGS(p, lr=0.1, max_iter=3),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_an_unknown_optimizer_gets_the_first_order_rows_and_one_warning(name):
+    SGD([torch.zeros(1)])  # from now on the hooks of SGD's step are called within Shrinking's, too
+    module = Regression(UNKNOWN[name])
+    before = module.theta.detach().clone()
+    callback = ODEDiagnostics(1, sharpness_every_n_steps=1, tol=0.1)
+    x, y = rows()
+    with pytest.warns(UserWarning, match=f"ODEDiagnostics: {name} is none of SGD") as caught:
+        fit(module, [(x, y)], callback)
+    assert len([w for w in caught if "ODEDiagnostics" in str(w.message)]) == 1
+    (row,) = callback.history
+    assert FIRST_ORDER - {"clip_factor"} <= names(row) <= FIRST_ORDER
+    gradient = x.T @ (x @ before - y) / len(x)
+    d = module.theta.detach() - before
+    assert row["ode/update_norm"] == pytest.approx(d.norm().item(), rel=1e-12)  # of the whole step
+    assert row["ode/grad_norm"] == pytest.approx(gradient.norm().item(), rel=1e-12)  # of the first evaluation
+    assert row["ode/predicted_dloss"] == pytest.approx((gradient @ d).item(), rel=1e-12)
+
+
+def test_groups_with_rules_of_their_own_get_the_first_order_rows():
+    module = Regression(lambda p: SGD([{"params": [q], "momentum": 0.5 * i} for i, q in enumerate(p)], lr=0.1))
+    callback = ODEDiagnostics(1)
+    with pytest.warns(UserWarning, match="groups of SGD differ in more than rate and weight decay"):
+        fit(module, [rows()], callback)
+    assert names(callback.history[0]) == FIRST_ORDER
+
+
+class Stateful(Regression):
+    """What a replay cannot restore."""
+
+    def __init__(self, optimizer):
+        super().__init__(optimizer)
+        self.calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        return super().training_step(batch, batch_idx) * self.calls
+
+
+def test_a_step_that_cannot_be_repeated_is_noticed():
+    callback = ODEDiagnostics(2)
+    with pytest.warns(UserWarning, match=r"again on the same batch gives another gradient .*5\.0e-01.* are omitted"):
+        fit(Stateful(lambda p: SGD(p, lr=0.01)), [rows()] * 6, callback)
+    assert [names(row) for row in callback.history] == [FIRST_ORDER | IGR | {"time"}] * 3
+
+
+def test_a_batch_without_a_loss_is_no_step():
+    class Skips(Regression):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 1 else super().training_step(batch, batch_idx)
+
+    callback = ODEDiagnostics(1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`training_step` returned `None`")
+        fit(Skips(lambda p: SGD(p, lr=0.1)), [rows()] * 3, callback)
+    assert [row["ode/time"] for row in callback.history] == [0.1, 0.2]
+    assert callback.history[-1]["ode/skipped_steps"] == 0
+
+
+# Objectives of other callbacks
+
+
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_flooding_turns_the_objective(scope):
+    """Below the level all is of minus the loss; the raw loss stays."""
+    module = Regression(lambda p: SGD(p, lr=0.05))
+    callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-12)
+    before = module.theta.detach().numpy().copy()
+    x, y = rows()
+    fit(module, [(x, y)], [callback, Flooding(100.0, scope=scope)])
+    row, hessian = callback.history[0], (x.T @ x / len(x)).numpy()
+    d = module.theta.detach().numpy() - before
+    gradient = (x.T @ (x @ torch.as_tensor(before) - y) / len(x)).numpy()
+    np.testing.assert_allclose(d, 0.05 * gradient, rtol=1e-12)  # up
+    assert row["ode/predicted_dloss"] == pytest.approx(-gradient @ d)
+    assert row["ode/curvature_step"] == pytest.approx(-d @ hessian @ d / (d @ d))
+    assert row["ode/actual_dloss"] == pytest.approx(-(gradient @ d + d @ hessian @ d / 2))
+    assert row["ode/sharpness"] == pytest.approx(-np.linalg.eigvalsh(hessian)[0], rel=1e-6)
+    assert row["ode/cos_descent"] == pytest.approx(1)
+    assert row["ode/loss"] > 0
+
+
+def test_micro_batches_may_have_signs_of_their_own():
+    x, y = rows()
+    far, near = (x, y + 10), (x, y)
+    callback = ODEDiagnostics(1)
+    module = Regression(lambda p: SGD(p, lr=0.01))
+    before = copy.deepcopy(module)
+    flooding = Flooding(20.0, scope="microbatch")
+    fit(module, [far, near], [flooding, callback], accumulate_grad_batches=2)
+    (row,) = callback.history
+    losses = [[m.training_step(batch, 0).item() for batch in (far, near)] for m in (before, module)]
+    assert losses[0][1] < 20 < losses[0][0]
+    change = ((losses[1][0] - losses[1][1]) - (losses[0][0] - losses[0][1])) / 2
+    assert row["ode/actual_dloss"] == pytest.approx(change)
+    assert row["ode/actual_dloss"] == pytest.approx(row["ode/predicted2_dloss"])
+    assert row["ode/loss"] == pytest.approx(sum(losses[0]) / 2)
+
+
+@pytest.mark.parametrize("engine", ["exact", "finite_difference"])
+def test_a_penalty_is_part_of_the_objective(engine):
+    """F = L + c |grad L|^2: its Hessian on a quadratic is H + 2 c H^2."""
+    c, module = 0.02, Regression(lambda p: SGD(p, lr=0.05))
+    callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-12)
+    before = module.theta.detach().numpy().copy()
+    x, y = rows()
+    penalty = GradientPenalty(c, engine=engine, difference="central")
+    fit(module, [(x, y)] * 2, [callback, penalty])
+    row, hessian = callback.history[0], (x.T @ x / len(x)).numpy()
+    gradient = (x.T @ (x @ torch.as_tensor(before) - y) / len(x)).numpy()
+    gradient = gradient + 2 * c * hessian @ gradient
+    d = -0.05 * gradient
+    whole = hessian + 2 * c * hessian @ hessian
+    assert row["ode/grad_norm"] == pytest.approx(np.linalg.norm(gradient), rel=1e-5)
+    assert row["ode/curvature_step"] == pytest.approx(d @ whole @ d / (d @ d), rel=1e-5)
+    assert row["ode/local_error"] == pytest.approx(0.05 / 2 * np.linalg.norm(whole @ d), rel=1e-5)
+    assert row["ode/predicted2_dloss"] == pytest.approx(gradient @ d + d @ whole @ d / 2, rel=1e-5)
+    assert row["ode/sharpness"] == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=1e-6)
+    assert not names(row) & {"actual_dloss", "dloss_ratio"}
+
+
+def test_it_says_which_objective_it_reads(caplog):
+    for callbacks, words in (
+        ([], "the loss."),
+        ([Flooding(0.1)], "the loss with Flooding's sign."),
+        ([Flooding(0.1), GradientPenalty(0.1)], "the loss with Flooding's sign plus GradientPenalty's term; sharpness"),
+    ):
+        caplog.clear()
+        fit(Regression(lambda p: SGD(p, lr=0.1)), [rows()], [ODEDiagnostics(), *callbacks])
+        assert f"reads the objective that is trained: {words}" in caplog.text
+
+
+# Advice
+
+
+def test_one_warning_when_training_stays_beyond_the_edge():
+    module = Regression(lambda p: SGD(p, lr=1.0))
+    callback = ODEDiagnostics(1, sharpness_every_n_steps=1, on_edge="warn")
+    sentence = r"stays above its stability limit in the sharpest direction \(ode/edge_ratio = 3\.97.*suggest_lr"
+    with pytest.warns(UserWarning, match=sentence) as caught:
+        fit(module, [rows()] * 8, callback)
+    assert len([w for w in caught if "edge_ratio = " in str(w.message)]) == 1
+    fit(Regression(lambda p: SGD(p, lr=0.1)), [rows()] * 8, ODEDiagnostics(1, 1, on_edge="warn"))  # below
+    fit(Regression(lambda p: SGD(p, lr=1.0)), [rows()] * 8, ODEDiagnostics(1, 1))  # asked for no warning
+
+
+def test_suggested_rates():
+    x, y = rows()
+    top = torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item()
+    with_tol = ODEDiagnostics(1, tol=0.05)
+    fit(Regression(lambda p: SGD(p, lr=0.01)), [(x, y)] * 5, with_tol)
+    assert with_tol.suggest_lr() == pytest.approx(np.median([row["ode/lr_for_tol"] for row in with_tol.history]))
+    for momentum, limit in ((0.0, 2), (0.9, 3.8)):
+        callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-10)
+        fit(Regression(lambda p, b=momentum: SGD(p, lr=0.01, momentum=b)), [(x, y)] * 5, callback)
+        assert callback.suggest_lr() == pytest.approx(limit / top / 2, rel=1e-6)
+    along = ODEDiagnostics(1)
+    fit(Regression(lambda p: SGD(p, lr=0.01)), [(x, y)] * 5, along)
+    assert along.suggest_lr() > 1 / top
+    with pytest.raises(RuntimeError, match=r"suggest_lr\(\) needs a probe .* train for more than every_n_steps"):
+        ODEDiagnostics().suggest_lr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
+        ({"sharpness_every_n_steps": 0}, "sharpness_every_n_steps must be at least 1, got 0"),
+        ({"sharpness_max_products": 0}, "sharpness_max_products must be at least 1"),
+        ({"tol": 0.0}, "tol must be above 0, got 0.0"),
+        ({"sharpness_rtol": -1.0}, "sharpness_rtol must be above 0, got -1.0"),
+        ({"on_edge": "raise"}, "on_edge must be one of log, warn, got 'raise'"),
+        ({"sharpness_engine": "fd"}, "sharpness_engine must be one of auto, exact, finite_difference, got 'fd'"),
+    ],
+)
+def test_arguments_out_of_range(arguments, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        ODEDiagnostics(**arguments)
+
+
+def test_an_optimizer_that_is_not_there():
+    with pytest.raises(ValueError, match=r"optimizer_index=1, but Regression has 1 optimizer\(s\), counted from 0"):
+        fit(Regression(lambda p: SGD(p, lr=0.1)), [rows()], ODEDiagnostics(optimizer_index=1))
+
+
+def test_an_error_gives_the_module_back():
+    class Fails(Regression):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                raise KeyError("batch")
+            return super().training_step(batch, batch_idx)
+
+    module, callback = Fails(lambda p: SGD(p, lr=0.1)), ODEDiagnostics(1)
+    with pytest.raises(KeyError):
+        fit(module, [rows()] * 2, callback)
+    assert "training_step" not in module.__dict__
+    module.training_step = super(Fails, module).training_step
+    fit(module, [rows()] * 2, callback)  # and may be used again
+    assert len(callback.history) == 3
