@@ -124,12 +124,17 @@ def test_modules_of_others(build, accumulate):
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_batches_without_a_loss(scope):
     """A window of which one batch, or all, are left out."""
+    signs = []
 
     class Skips(BoringModel):
         def training_step(self, batch, batch_idx):
             return None if batch_idx in (1, 2, 3, 4) else super().training_step(batch, batch_idx)
 
+        def on_before_optimizer_step(self, optimizer):
+            signs.extend(c.sign.item() for c in self.trainer.callbacks if isinstance(c, Flooding))
+
     assert_ascends(Skips, scope, accumulate_grad_batches=2)
+    assert signs == ([-1, 1, -1, -1] if scope == "step" else [1] * 4)
 
 
 def test_a_window_that_is_broken_off_leaves_nothing_behind():
