@@ -35,7 +35,7 @@ def weight():
 def test_value_and_gradient(kind, scale):
     w = weight()
     losses = losses_of(w, scale)
-    assert scale != 1.0 or (losses < LEVEL).any() and (losses > LEVEL).any()
+    assert scale != 1.0 or ((losses < LEVEL).any() and (losses > LEVEL).any())
     expected = FORMULAS[kind](losses)
     (gradient,) = torch.autograd.grad(expected, w, retain_graph=True)
     value = flood(losses, LEVEL, kind)
