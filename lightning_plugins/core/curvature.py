@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from lightning_plugins.core.graph import operations
 from lightning_plugins.core.replay import Call, without_trace
 from lightning_plugins.core.vectors import displaced, local, mean_over_ranks_, norm
 
@@ -173,7 +174,12 @@ def second_derivative(
         params: the parameters.
         direction: held constant.
         retain_graph: keep the graph for another backward pass.
+
+    Raises:
+        RuntimeError: there is none.
     """
+    if "torch::autograd::Error" in operations(first):  # autograd.grad would pass it by, as if it were constant
+        raise RuntimeError("a torch.autograd.Function of the module is marked once_differentiable")
     pairs = [(g, v) for g, v in zip(first, direction, strict=True) if g is not None and g.requires_grad]
     if not pairs:
         return [None] * len(params)

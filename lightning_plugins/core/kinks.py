@@ -2,6 +2,8 @@
 
 from torch import Tensor, nn
 
+from lightning_plugins.core.graph import operations
+
 # What torch calls the backward of operations that are linear in pieces. clamp_min is left out: it guards divisions.
 _BACKWARDS = (
     "Abs",
@@ -44,13 +46,4 @@ def has_kinks(loss: Tensor, module: nn.Module) -> bool:
     """
     if any(isinstance(part, _MODULES + _POOLS) for part in module.modules()):
         return True
-    seen, waiting = set(), [loss.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is None or node in seen:
-            continue
-        if node.name().startswith(_BACKWARDS):
-            return True
-        seen.add(node)
-        waiting += [parent for parent, _ in node.next_functions]
-    return False
+    return any(name.startswith(_BACKWARDS) for name in operations([loss]))
