@@ -7,7 +7,15 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks.penalty_rules import check_choices, explain, why_not_exact
+from lightning_plugins.callbacks.penalty_rules import (
+    check_choices,
+    check_relative_step,
+    check_strength,
+    explain,
+    require_full_precision,
+    require_plain_gradients,
+    why_not_exact,
+)
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
 from lightning_plugins.callbacks.requirements import require_strategy
 from lightning_plugins.core.curvature import Difference, WindowLoss, second_derivative
@@ -54,7 +62,7 @@ def gradient_penalty_backward(
 
     Raises:
         ValueError: an argument out of range.
-        MisconfigurationException: a strategy under which the gradients would be wrong.
+        MisconfigurationException: a setup in which the gradients would be wrong.
 
     Example:
         A generator's step within ``training_step``::
@@ -64,14 +72,16 @@ def gradient_penalty_backward(
             optimizer.step()
     """
     check_choices(norm=norm, engine=engine, difference=difference)
-    if not 0 <= coefficient < float("inf"):
-        raise ValueError(f"coefficient must be a finite number of at least 0, got {coefficient}.")
+    check_strength("coefficient", coefficient)
+    check_relative_step(relative_step)
     if module.automatic_optimization:
         raise ValueError(
             f"{_NAME} is for manual optimization, but {type(module).__name__} has automatic_optimization=True: add "
             "the callback GradientPenalty to the trainer instead."
         )
     require_strategy(_NAME, module.trainer)
+    require_full_precision(_NAME, module.trainer)
+    require_plain_gradients(_NAME, module.trainer, module)
     params = [p for p in (module.parameters() if params is None else params) if p.requires_grad]
     device = module.trainer.strategy.root_device
     call = Call(loss_fn, device, get_random_state(device), Buffers(module))

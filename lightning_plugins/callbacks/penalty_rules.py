@@ -1,5 +1,7 @@
 """Setups in which GradientPenalty would train something else, each with its sentence."""
 
+import math
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -7,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
 
 from lightning_plugins.callbacks.requirements import (
     require_automatic_optimization,
@@ -47,17 +50,28 @@ def check_arguments(penalty: "GradientPenalty") -> None:
     if penalty.match_lr is not None and penalty.norm == "norm":
         raise ValueError("match_lr belongs to norm='squared', the form that learning rates imply, got norm='norm'.")
     for name in ("coefficient", "match_lr"):
-        value = getattr(penalty, name)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{name} must be a finite number of at least 0, got {value}.")
-    if penalty.relative_step != "auto" and not 0 < penalty.relative_step < 1:
-        raise ValueError(f"relative_step must be 'auto' or between 0 and 1, got {penalty.relative_step!r}.")
+        if (value := getattr(penalty, name)) is not None:
+            check_strength(name, value)
+    check_relative_step(penalty.relative_step)
     for name, least in (("every_n_steps", 1), ("warmup_steps", 0)):
-        if getattr(penalty, name) < least:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(penalty, name)}.")
+        value = getattr(penalty, name)
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     check_points("schedule", penalty.schedule)
-    if penalty.schedule is not None and any(factor < 0 for _, factor in penalty.schedule):
-        raise ValueError(f"schedule must have factors of at least 0, got {penalty.schedule}.")
+    if penalty.schedule is not None and not all(0 <= factor < math.inf for _, factor in penalty.schedule):
+        raise ValueError(f"schedule must have finite factors of at least 0, got {penalty.schedule}.")
+
+
+def check_strength(name: str, value: float) -> None:
+    """Raise ``ValueError`` unless it is a finite number of at least 0."""
+    if not isinstance(value, Real) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+
+
+def check_relative_step(value: float | str) -> None:
+    """Raise ``ValueError`` unless it is a fraction of the parameters' norm."""
+    if value != "auto" and not (isinstance(value, Real) and 0 < value < 1):
+        raise ValueError(f"relative_step must be 'auto' or between 0 and 1, got {value!r}.")
 
 
 def refuse_setup(penalty: "GradientPenalty", trainer: Trainer, pl_module: LightningModule) -> None:
@@ -73,33 +87,62 @@ def refuse_setup(penalty: "GradientPenalty", trainer: Trainer, pl_module: Lightn
             f"{_NAME} runs a training_step again on the same batch, and one that draws batches from dataloader_iter "
             "gets others: let training_step take (batch, batch_idx)."
         )
-    _refuse_precision(trainer)
-    if penalty.scope == "microbatch" and _shards(trainer):
-        raise MisconfigurationException(
-            f"{_NAME}(scope='microbatch') needs each rank's own gradient, which FSDP2 never forms: use scope='step'."
-        )
+    require_full_precision(_NAME, trainer)
+    _refuse_fused_scaling(trainer)
+    require_plain_gradients(_NAME, trainer, pl_module)
+    if penalty.scope == "microbatch":
+        _refuse_micro_batches(trainer, pl_module)
     if penalty.engine == "exact" and (reason := why_not_exact(trainer, pl_module)):
         raise MisconfigurationException(f"{_NAME}(engine='exact') is not possible: {reason}.")
 
 
-def _refuse_precision(trainer: Trainer) -> None:
+def require_full_precision(name: str, trainer: Trainer) -> None:
+    """Refuse parameters whose resolution is coarser than the displacements."""
     if str(trainer.precision) not in _PRECISIONS:
         raise MisconfigurationException(
-            f"{_NAME} moves parameters by steps far below the resolution of precision={trainer.precision!r}: use one "
+            f"{name} moves parameters by steps far below the resolution of precision={trainer.precision!r}: use one "
             f"of {', '.join(_PRECISIONS)}."
         )
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     if any(p.dtype in (torch.float16, torch.bfloat16) for group in groups for p in group["params"] if p.requires_grad):
         raise MisconfigurationException(
-            f"{_NAME} moves parameters by steps far below the resolution of half precision, and some trained "
+            f"{name} moves parameters by steps far below the resolution of half precision, and some trained "
             "parameters are half: keep them in fp32 and use precision='bf16-mixed'."
         )
+
+
+def require_plain_gradients(name: str, trainer: Trainer, pl_module: LightningModule) -> None:
+    """Refuse gradients that are sparse, or that DDP compresses or does not average at each step."""
+    embeddings = (part for part in pl_module.modules() if isinstance(part, nn.Embedding | nn.EmbeddingBag))
+    if any(part.sparse and part.weight.requires_grad for part in embeddings):
+        raise MisconfigurationException(
+            f"{name} needs the curvature of all parameters, and an embedding has sparse gradients: give sparse=False."
+        )
+    if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_comm_hook is not None:
+        raise MisconfigurationException(
+            f"{name} needs the mean of all ranks' gradients, and a ddp_comm_hook compresses or delays it: leave it out."
+        )
+
+
+def _refuse_fused_scaling(trainer: Trainer) -> None:
     if getattr(trainer.precision_plugin, "scaler", None) is not None and any(
         getattr(optimizer, "_step_supports_amp_scaling", False) for optimizer in trainer.optimizers
     ):
         raise MisconfigurationException(
             f"{_NAME} needs unscaled gradients before the step, and a fused optimizer unscales within it "
             f"(precision={trainer.precision!r}): give fused=False or use precision='bf16-mixed'."
+        )
+
+
+def _refuse_micro_batches(trainer: Trainer, pl_module: LightningModule) -> None:
+    reason = None
+    if _shards(trainer):
+        reason = "FSDP2 never forms"
+    elif trainer.world_size > 1 and any(isinstance(part, nn.SyncBatchNorm) for part in pl_module.modules()):
+        reason = "SyncBatchNorm never forms, as each loss depends on all ranks' batches"
+    if reason:
+        raise MisconfigurationException(
+            f"{_NAME}(scope='microbatch') needs the gradient of each rank's own loss, which {reason}: use scope='step'."
         )
 
 
