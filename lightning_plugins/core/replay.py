@@ -206,9 +206,9 @@ class Buffers:
             yield
 
 
-def _can_be_written(tensor: Tensor | None) -> bool:
+def _can_be_written(tensor: Tensor) -> bool:
     """Whether a module may write to it in place: not to a tensor of inference mode, nor to an expanded one."""
-    if tensor is None or tensor.is_inference():
+    if tensor.is_inference():
         return False
     return tensor.layout != torch.strided or all(
         stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
