@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from scipy.integrate import odeint
 from torch import nn
 from torch.utils.data import DataLoader
@@ -123,7 +124,7 @@ def test_gradient_in_fp32(k, difference, tolerance):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("arguments", [{}, {"difference": "central"}, {"engine": "exact"}], ids=str)
 def test_gradient_in_bf16(arguments, k):
-    module, data = Classifier(mlp(torch.float32)), batches(4, 50, torch.float32)
+    module, data = Classifier(mlp(torch.float32)), batches(4, 200, torch.float32)
     fit(module, data, GradientPenalty(C, **arguments), accumulate_grad_batches=k, precision="bf16-mixed")
     assert max(errors(module, windows_of(data, k), k)) < 5e-2
 
@@ -135,6 +136,16 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(arguments):
     fit(whole, batches(3, 10), GradientPenalty(C, **arguments))
     fit(halves, batches(6, 5), GradientPenalty(C, **arguments), accumulate_grad_batches=2)
     torch.testing.assert_close(flat(whole.parameters()), flat(halves.parameters()), rtol=1e-6, atol=1e-8)
+
+
+def test_accumulation_that_changes_between_epochs():
+    module, data = Classifier(mlp()), batches(6, 5)
+    scheduler = GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
+    fit(module, data, GradientPenalty(C, difference="central"), scheduler, max_epochs=3)
+    before, gradients = module.before, module.gradients
+    for k, steps in {1: slice(0, 6), 2: slice(6, 9), 4: slice(9, 11)}.items():
+        module.before, module.gradients = before[steps], gradients[steps]
+        assert max(errors(module, windows_of(data, k), k)) < 1e-7
 
 
 def test_unused_parameters_and_those_without_curvature():

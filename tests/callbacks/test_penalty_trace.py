@@ -237,7 +237,7 @@ def test_the_first_step_shows_what_cannot_be_repeated(kind, k):
     fit(kind(), GradientPenalty(0.1, engine="exact", scope="microbatch"), accumulate_grad_batches=k)  # runs none twice
 
 
-def test_a_step_that_is_then_skipped_or_late_is_checked_later():
+def test_a_penalty_that_begins_late_is_checked_then():
     with pytest.raises(RuntimeError, match="gives another gradient"):
         fit(Counts(), GradientPenalty(0.1, warmup_steps=3))
 
