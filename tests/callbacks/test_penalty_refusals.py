@@ -30,6 +30,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor"),
 ]
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
 EXACT = {"engine": "exact"}
 MICRO = {"scope": "microbatch"}
 INSTEAD = "use engine='finite_difference'"

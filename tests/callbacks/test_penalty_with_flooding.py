@@ -1,0 +1,167 @@
+"""GradientPenalty and Flooding in one trainer: |L - b| + b + c |grad L|^2 in every order, scope, engine and window."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_plugins.callbacks import Flooding, GradientPenalty
+
+C, LEVEL, LR = 0.4, 1.15, 0.3
+TOLERANCES = {"exact": 1e-12, "finite_difference": 1e-7}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+class Net(LightningModule):
+    """Remembers the gradients that each of its steps takes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+        self.gradients = []
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_before_optimizer_step(self, optimizer):
+        self.gradients.append(torch.cat([param.grad.flatten() for param in self.parameters()]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=LR)
+
+
+class Other(Callback):
+    """Of the user, who put it between ours."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen.append(torch.cat([param.grad.flatten() for param in pl_module.parameters()]))
+
+
+def batches():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5, 6, 4, generator=generator, dtype=torch.float64)
+    return list(zip(x, torch.randint(3, (5, 6), generator=generator), strict=True))
+
+
+def fit(model, callbacks, accumulate=1, **options):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
+    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
+        quiet["enable_checkpointing"] = False
+    fitting = {key: options.pop(key) for key in ("ckpt_path",) if key in options}
+    trainer = Trainer(
+        accelerator="cpu",
+        precision="64-true",
+        accumulate_grad_batches=accumulate,
+        callbacks=callbacks,
+        **(quiet | options),
+    )
+    trainer.fit(model, DataLoader(batches(), batch_size=None), **fitting)
+    return trainer
+
+
+def squared_gradient(loss, params):
+    return sum(grad.square().sum() for grad in torch.autograd.grad(loss, params, create_graph=True))
+
+
+def written(flooding, penalty, k):
+    """The gradients of each step, and the last weights, by autograd; with the signs that occurred."""
+    model, signs = Net().double(), []
+    params = list(model.parameters())
+    for start in range(0, 5, k):
+        losses = [model.training_step(batch, 0) for batch in batches()[start : start + k]]
+        mean = sum(losses) / len(losses)
+        floods = losses if flooding == "microbatch" else [mean]
+        flooded = sum((loss - LEVEL).abs() + LEVEL for loss in floods) / len(floods)
+        signs.append([bool(loss < LEVEL) for loss in floods])
+        terms = losses if penalty == "microbatch" else [flooded]  # |grad |l - b|| is |grad l|
+        objective = flooded + C * sum(squared_gradient(term, params) for term in terms) / len(terms)
+        grads = torch.autograd.grad(objective * len(losses) / k, params)  # Lightning divides by the full k
+        model.gradients.append(torch.cat([grad.flatten() for grad in grads]))
+        with torch.no_grad():
+            for param, grad in zip(params, grads, strict=True):
+                param -= LR * grad
+    return model, signs
+
+
+def flat(model):
+    return torch.cat([param.detach().flatten() for param in model.parameters()])
+
+
+ORDERS = {
+    "flooding first": lambda flooding, penalty: [flooding, penalty],
+    "penalty first": lambda flooding, penalty: [penalty, flooding],
+    "another between": lambda flooding, penalty: [penalty, Other(), flooding],
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("engine", ["exact", "finite_difference"])
+@pytest.mark.parametrize("penalty_scope", ["step", "microbatch"])
+@pytest.mark.parametrize("flooding_scope", ["step", "microbatch"])
+def test_gradient(flooding_scope, penalty_scope, engine, k, order):
+    expected, _ = written(flooding_scope, penalty_scope, k)
+    penalty = GradientPenalty(C, engine=engine, scope=penalty_scope, difference="central")
+    model = Net()
+    fit(model, ORDERS[order](Flooding(LEVEL, scope=flooding_scope), penalty), k)
+    assert len(model.gradients) == len(expected.gradients)
+    for found, right in zip(model.gradients, expected.gradients, strict=True):
+        assert (found - right).norm() / right.norm() < TOLERANCES[engine]
+    torch.testing.assert_close(flat(model), flat(expected), rtol=0, atol=TOLERANCES[engine])
+
+
+def test_the_level_is_straddled_and_the_scopes_differ():
+    """Else the test above could not tell them apart."""
+    runs = {(f, p): written(f, p, 2) for f in ("step", "microbatch") for p in ("step", "microbatch")}
+    for (scope, _), (_, signs) in runs.items():
+        assert {sign for step in signs for sign in step} == {True, False}, scope
+    assert any(len(set(step)) == 2 for step in runs["microbatch", "step"][1])
+    weights = [flat(model) for model, _ in runs.values()]
+    assert all((a - b).norm() > 1e-3 for i, a in enumerate(weights) for b in weights[:i])
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_others_keep_their_places(reverse):
+    """A callback between them sees the flooded gradient without the penalty; one after both, the whole."""
+    between, after = Other(), Other()
+    ours = [Flooding(LEVEL), GradientPenalty(C, engine="exact", scope="step")]
+    first, second = reversed(ours) if reverse else ours
+    model = Net()
+    trainer = fit(model, [first, between, second, after], accumulate=2)
+    assert trainer.callbacks == [ours[0], between, ours[1], after]
+    plain = Net().double()
+    loss = sum(plain.training_step(batch, 0) for batch in batches()[:2]) / 2
+    expected = torch.autograd.grad((loss - LEVEL).abs(), list(plain.parameters()))
+    torch.testing.assert_close(between.seen[0], torch.cat([grad.flatten() for grad in expected]), rtol=0, atol=1e-12)
+    assert (between.seen[0] - after.seen[0]).norm() > 0.1 * between.seen[0].norm()
+    assert all(map(torch.equal, after.seen, model.gradients))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_run_resumes_with_its_callbacks_in_another_order(tmp_path, reverse):
+    def ours():
+        schedule = [[0, 0.5], [8, 2.0]]
+        flooding = Flooding(level_schedule=[[0, 1.1], [9, 1.2]], start="step 2")
+        return [flooding, GradientPenalty(C, engine="exact", warmup_steps=7, schedule=schedule)]
+
+    whole, resumed = Net(), Net()
+    saving = {"dirpath": tmp_path, "filename": "{step}", "every_n_train_steps": 5, "save_top_k": -1}
+    fit(whole, [*ours(), ModelCheckpoint(**saving)], max_epochs=2)
+    state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)
+    callbacks = ours()[::-1] if reverse else ours()
+    callbacks = [callbacks[0], ModelCheckpoint(**saving), Other(), callbacks[1]]
+    fit(resumed, callbacks, max_epochs=2, ckpt_path=tmp_path / "step=5.ckpt")
+    assert state["global_step"] == len(resumed.gradients) == 5
+    assert all(map(torch.equal, whole.gradients[5:], resumed.gradients))
+    assert torch.equal(flat(whole), flat(resumed))
