@@ -25,7 +25,6 @@ from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import norm
 
 OnEdge = Literal["log", "warn"]
-_PATIENCE = 3  # probes in a row above the edge that make a warning
 
 
 @dataclass
@@ -36,7 +35,8 @@ class _Begun:
         params: those with a gradient.
         logs: the step is logged; only then have the others values.
         probes: the window can be run again.
-        loss: raw mean, and the mean with the calls' signs.
+        loss: raw mean.
+        signed_loss: mean with the calls' signs.
         implicit: the implicit term.
         theta: copy of the parameters, in due steps.
         gradient: copy of the raw gradients, in due steps.
@@ -46,7 +46,8 @@ class _Begun:
     logs: bool
     probes: bool = False
     grad_norm: Tensor | None = None
-    loss: tuple[Tensor, Tensor] | None = None
+    loss: Tensor | None = None
+    signed_loss: Tensor | None = None
     implicit: Tensor | None = None
     theta: list[Tensor] | None = None
     gradient: list[Tensor] | None = None
@@ -99,9 +100,9 @@ class ODEDiagnostics(Callback):
     - ``clip_factor < 1``: the local error is that of the shortened step if the norm was clipped, and omitted if values
       were; the implicit term is omitted; time counts the step in full. Edge ratios are of the unclipped method.
     - Sharpness is at the new parameters, and of the loss plus coupled decay.
-    - The objective is the one that is trained. Under Flooding gradients and loss changes carry its sign. Under
-      GradientPenalty gradients include the penalty's; the loss changes, which do not, are omitted, and sharpness is
-      that of the loss.
+    - The objective is the one that is trained. Under Flooding gradients, loss changes and sharpness carry its sign.
+      Under GradientPenalty gradients include the penalty's; the loss changes, which do not, are omitted, and sharpness
+      is that of the loss.
     - Manual optimization: rows that need neither ``L`` nor a second run of the window, as ``training_step`` steps its
       optimizers itself. Unknown optimizers, also subclasses with a ``step`` of their own: the rows for all.
 
@@ -198,10 +199,11 @@ class ODEDiagnostics(Callback):
         if self._loaded is not None:
             self._time.load_state_dict(self._loaded["flow"])
             self._steps, self._skipped = self._loaded["steps"], self._loaded["skipped"]
+            self._loaded = None
         self._begun: _Begun | None = None
         self._begun_at: int | None = None
         self._depth = 0
-        self._above = {"ode/edge_ratio": 0, "ode/edge_ratio_step": 0}
+        self._edge = ode_rows.EdgeWatch()
         self._warned: set[str] = set()
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         if pl_module.automatic_optimization:
@@ -234,10 +236,8 @@ class ODEDiagnostics(Callback):
             from lightning_plugins.callbacks.ode_plots import ode_figure
             from lightning_plugins.core.logging import figure_to_image, log_image
 
-            rows = {row["step"]: row for row in self.history}  # of several in one batch the last
-            names = dict.fromkeys(name for row in rows.values() for name in row)
-            columns = {name: [row.get(name, math.nan) for row in rows.values()] for name in names}
-            log_image(trainer, "ode/diagnostics", figure_to_image(ode_figure(columns)), trainer.global_step)
+            figure = ode_figure(ode_rows.as_columns(self.history))
+            log_image(trainer, "ode/diagnostics", figure_to_image(figure), trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give ``training_step`` and the optimizer back."""
@@ -307,23 +307,11 @@ class ODEDiagnostics(Callback):
         if isinstance(rule, Rule) and (terms := implicit_term(self._optimizer, rule, begun.params)):
             begun.implicit = ode_rows.implicit_sum(terms, begun.params, rule.sign)
         if self._probe is not None:
-            begun.loss = self._probe.losses()
-            begun.probes = due and self._probe.is_complete and self._can_probe() and self._is_repeatable(begun.params)
+            begun.loss, begun.signed_loss = self._probe.losses()
+            begun.probes = due and self._can_probe() and self._probe.is_ready(begun.params)
         if due:
             begun.theta = [p.detach().clone() for p in begun.params]
             begun.gradient = [g.clone() for g in grads]
-
-    def _is_repeatable(self, params: list[Tensor]) -> bool:
-        """Look once, when there is a gradient to compare with."""
-        if self._probe.repeats is None and (error := self._probe.mismatch(params)) is not None:
-            self._probe.repeats = error <= 1e-2
-            if not self._probe.repeats:
-                self._warn_once(
-                    "running training_step again on the same batch gives another gradient (relative difference "
-                    f"{error:.1e}): it edits its batch, keeps a state that is neither a buffer nor a metric, or a hook "
-                    "changes gradients. Rows that need a second run are omitted."
-                )
-        return bool(self._probe.repeats)
 
     def _enter_step(self, *_: Any) -> None:
         self._depth += 1  # a subclass's step that calls its parent's has the hooks called for both
@@ -367,16 +355,10 @@ class ODEDiagnostics(Callback):
         return {"skipped_steps": self._skipped} | ({"time": self._time.time} if known else {})
 
     def _rows(self, begun: _Begun, rule: Rule | str) -> dict[str, float]:
-        rows = self._counts() | {"grad_norm": begun.grad_norm.item()}
-        factor, turned = ode_rows.clipping(begun.gradient, rows["grad_norm"], [p.grad for p in begun.params])
-        if factor is not None:
-            rows["clip_factor"] = factor
-        if begun.loss is not None:
-            rows["loss"] = begun.loss[0].item()
-        if begun.implicit is not None and not (factor is not None and factor < 1 - 1e-6):
-            rows["igr_term"] = begun.implicit.item()
-            if rows.get("loss", 0.0) > 0:
-                rows["igr_ratio"] = rows["igr_term"] / rows["loss"]
+        length = begun.grad_norm.item()
+        factor, turned = ode_rows.clipping(begun.gradient, length, [p.grad for p in begun.params])
+        loss, implicit = (None if tensor is None else tensor.item() for tensor in (begun.loss, begun.implicit))
+        rows = self._counts() | ode_rows.start_rows(length, factor, loss, implicit)
         if begun.theta is not None:
             move = [p.detach() - theta for p, theta in zip(begun.params, begun.theta, strict=True)]
             step = ode_rows.Step(begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._optimizer))
@@ -384,7 +366,9 @@ class ODEDiagnostics(Callback):
             if begun.probes and isinstance(rule, Rule):
                 search = (self.sharpness_rtol, self.sharpness_max_products)
                 sharpness = search if self._finds_sharpness(self._steps) else None
-                rows |= self._probe.rows(self._optimizer, rule, begun.params, step, begun.loss[1], self.tol, sharpness)
+                rows |= self._probe.rows(
+                    self._optimizer, rule, begun.params, step, begun.signed_loss, self.tol, sharpness
+                )
         return rows
 
     def _write(self, trainer: Trainer, rows: dict[str, float]) -> None:
@@ -396,15 +380,8 @@ class ODEDiagnostics(Callback):
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
         for logger in trainer.loggers:
             logger.log_metrics(found, step=step)
-        self._watch_edge(found)
-
-    def _watch_edge(self, rows: dict[str, float]) -> None:
-        for name in self._above.keys() & rows.keys():
-            self._above[name] = self._above[name] + 1 if rows[name] > 1 else 0
-        beyond = [name for name, times in self._above.items() if times >= _PATIENCE and name in rows]
-        if beyond and self.on_edge == "warn":
-            self.on_edge = "log"  # once is enough
-            self._warn_once(ode_rows.edge_sentence(beyond[0], rows[beyond[0]], rule_of(self._optimizer)))
+        if self.on_edge == "warn" and (sentence := self._edge.sentence(found, rule_of(self._optimizer))):
+            self._warn_once(sentence)
 
     @property
     def sharpness_products(self) -> int:

@@ -18,6 +18,7 @@ from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
 
 Engine = Literal["auto", "exact", "finite_difference"]
+_SAME = 1e-2  # relative difference of gradients that rounding in half precision may make
 
 
 @runtime_checkable
@@ -53,32 +54,39 @@ class Probe:
         self._eigenvector: Vector | None = None
         self._engine, self._exact = engine, engine != "finite_difference"
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether every call of the window was kept."""
-        return 0 < len(self._recorder.calls) == len(self._recorder.losses)
-
-    def losses(self) -> tuple[Tensor, Tensor] | None:
+    def losses(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The window's mean loss over all ranks as it was, raw and with the calls' signs; two 0-dim tensors."""
         if not self._recorder.losses:
-            return None
+            return None, None
         raw = torch.stack([loss.double().reshape(()) for loss in self._recorder.losses])
         signed = raw
-        if self.is_complete:
+        if self._is_complete():
             signed = torch.stack([loss * call.sign for loss, call in zip(raw, self._recorder.calls, strict=True)])
         means = raw.mean(), signed.mean()
         mean_over_ranks_(means)
         return means
 
-    def mismatch(self, params: Sequence[Tensor]) -> float | None:
-        """Run the window where its gradient was taken; the relative difference, or ``None`` if there is no gradient."""
+    def _is_complete(self) -> bool:
+        return 0 < len(self._recorder.calls) == len(self._recorder.losses)
+
+    def is_ready(self, params: Sequence[Tensor]) -> bool:
+        """Whether the window can be run again with the same result; looked at once, where its gradient was taken."""
+        if not self._is_complete():
+            return False
         grads = [param.grad for param in params]
         length = norm(grads).item()
-        if not 0 < length < math.inf:
-            return None
-        _, again = self._gradient(self._window(params))
-        torch._foreach_sub_(local(again), local(grads))
-        return norm(again).item() / length
+        if self.repeats is None and 0 < length < math.inf:
+            _, again = self._gradient(self._window(params))
+            torch._foreach_sub_(local(again), local(grads))
+            error = norm(again).item() / length
+            self.repeats = error <= _SAME
+            if not self.repeats:
+                rank_zero_warn(
+                    "ODEDiagnostics: running training_step again on the same batch gives another gradient (relative "
+                    f"difference {error:.1e}): it edits its batch, keeps a state that is neither buffer nor metric, or "
+                    "a hook changes gradients. Rows that need a second run are omitted."
+                )
+        return bool(self.repeats)
 
     def rows(
         self,
@@ -88,7 +96,7 @@ class Probe:
         step: ode_rows.Step,
         before: Tensor,
         tol: float | None,
-        sharpness: tuple[float, int] | None,
+        search: tuple[float, int] | None,
     ) -> dict[str, float]:
         """All rows that need a second gradient; call it right after the step.
 
@@ -99,7 +107,7 @@ class Probe:
             step: the step.
             before: signed mean loss before it.
             tol: allowed relative local error.
-            sharpness: relative accuracy and most products of the search; ``None`` for none.
+            search: relative accuracy and most products for the sharpness; ``None`` for none.
         """
         window = self._window(params)
         loss, change = self._gradient(window)
@@ -112,9 +120,9 @@ class Probe:
         flow = read_flow(optimizer, rule, params)
         if flow.h > 0:
             rows |= {"lr": flow.h} | ode_rows.flow_rows(step, change, flow, rule, tol)
-            if sharpness is not None:
+            if search is not None:
                 del change
-                pair = self._top_eigenpair(window, flow, rule, *sharpness)
+                pair = self._top_eigenpair(window, flow, rule, *search)
                 rows |= ode_rows.sharpness_rows(pair.value, flow, rule, rows.get("edge_ratio_step"))
         return rows
 

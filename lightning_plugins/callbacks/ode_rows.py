@@ -48,11 +48,30 @@ def clipping(
     return clipped_norm / raw_norm, turned
 
 
+def start_rows(
+    gradient: float, clip_factor: float | None, loss: float | None, implicit: float | None
+) -> dict[str, float]:
+    """What is known without looking at the move.
+
+    Args:
+        gradient: ``|g0|``.
+        clip_factor: see :class:`Step`.
+        loss: raw loss, where it is known.
+        implicit: implicit term, which is not that of a clipped step.
+    """
+    rows = {"grad_norm": gradient, "clip_factor": clip_factor, "loss": loss}
+    if implicit is not None and (clip_factor is None or clip_factor > 1 - _SCALAR):
+        rows["igr_term"] = implicit
+        if loss is not None and loss > 0:
+            rows["igr_ratio"] = implicit / loss
+    return {name: value for name, value in rows.items() if value is not None}
+
+
 def first_order_rows(step: Step) -> dict[str, float]:
     """What the move and the gradient at its start tell, for any optimizer."""
     length, slope = norm(step.move).item(), dot(step.gradient, step.move).item()
     gradient = norm(step.gradient).item()
-    rows = {"grad_norm": gradient, "update_norm": length, "predicted_dloss": slope}
+    rows = {"update_norm": length, "predicted_dloss": slope}
     if start := step.start_norm.item():
         rows["rel_update"] = length / start
     if gradient > 0:
@@ -141,14 +160,37 @@ def sharpness_rows(value: float, flow: Flow, rule: Rule, along: float | None) ->
     return rows if damping is None else rows | {"damping_ratio": damping}
 
 
-def edge_sentence(name: str, ratio: float, rule: Rule) -> str:
-    """The warning that training stays beyond its stability limit."""
-    cure = "v adapts to it, so that this need not diverge" if rule.adaptive else "expect oscillation along it"
-    where = "in the sharpest direction" if name == "ode/edge_ratio" else "along the step"
-    return (
-        f"the learning rate stays above its stability limit {where} ({name} = {ratio:.2f}, above 1 in several probes "
-        f"in a row): {cure}. A rate {ratio:.2g} times smaller is at the limit; see suggest_lr()."
-    )
+class EdgeWatch:
+    """Notices edge ratios that stay above one, once."""
+
+    _PATIENCE = 3  # probes in a row
+
+    def __init__(self) -> None:
+        self._above = {"ode/edge_ratio": 0, "ode/edge_ratio_step": 0}
+        self._told = False
+
+    def sentence(self, rows: Mapping[str, float], rule: Rule) -> str | None:
+        """What to warn of after this probe."""
+        for name in self._above.keys() & rows.keys():
+            self._above[name] = self._above[name] + 1 if rows[name] > 1 else 0
+        beyond = [name for name, probes in self._above.items() if probes >= self._PATIENCE and name in rows]
+        if not beyond or self._told:
+            return None
+        self._told = True
+        name, ratio = beyond[0], rows[beyond[0]]
+        effect = "v adapts to it, so that this need not diverge" if rule.adaptive else "expect oscillation along it"
+        where = "in the sharpest direction" if name == "ode/edge_ratio" else "along the step"
+        return (
+            f"the learning rate stays above its stability limit {where} ({name} = {ratio:.2f}, above 1 in several "
+            f"probes in a row): {effect}. A rate {ratio:.2g} times smaller is at the limit; see suggest_lr()."
+        )
+
+
+def as_columns(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """A table with one row for each step, of several for one step the last; NaN where there is no value."""
+    rows = {row["step"]: row for row in history}
+    names = dict.fromkeys(name for row in rows.values() for name in row)
+    return {name: [row.get(name, math.nan) for row in rows.values()] for name in names}
 
 
 def suggested_lr(history: Sequence[Mapping[str, float]]) -> float:

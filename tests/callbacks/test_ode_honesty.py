@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.optim import LBFGS, SGD, NAdam
+from torch.optim import LBFGS, SGD, Adam, NAdam
 from torch.utils.data import DataLoader
 
 from lightning_plugins import Flooding, GradientPenalty
@@ -293,3 +293,27 @@ def test_an_error_gives_the_module_back():
     module.training_step = super(Fails, module).training_step
     fit(module, [rows()] * 2, callback)  # and may be used again
     assert len(callback.history) == 3
+
+
+def test_a_rate_of_zero_defines_no_solver():
+    """The first step of a warm-up: nothing moves, and no row is zero or infinite for it."""
+    module = Regression(lambda p: SGD(p, lr=0.0, momentum=0.9))
+    callback = ODEDiagnostics(1, sharpness_every_n_steps=1, tol=0.1)
+    fit(module, [rows()], callback)
+    (row,) = callback.history
+    assert row["ode/time"] == row["ode/update_norm"] == 0
+    assert not names(row) & {"cos_descent", "curvature_step", "edge_ratio_step", "edge_ratio", "sharpness"}
+
+
+def test_a_frozen_group_does_not_count():
+    """A group at rate zero: the rows are those of the other parameters, also for adaptive optimizers."""
+    for kind in (SGD, Adam):
+        found = []
+        for frozen in (lambda p, k=kind: k([{"params": [q], "lr": 0.01 * (q.ndim > 1)} for q in p]), None):
+            module = Regression(frozen or (lambda p, k=kind: k([q for q in p if q.requires_grad], lr=0.01)))
+            module.b.requires_grad_(frozen is not None)
+            callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-10)
+            fit(module, [rows()] * 2, callback)
+            found.append(callback.history[-1])
+        for name in ("edge_ratio_step", "edge_ratio", "sharpness", "update_norm", "curvature_step"):
+            assert found[0][f"ode/{name}"] == pytest.approx(found[1][f"ode/{name}"], rel=1e-6), (kind, name)
