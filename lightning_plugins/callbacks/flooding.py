@@ -55,7 +55,8 @@ class Flooding(Callback):
         level: ``b``, in units of the loss that ``training_step`` returns, whatever the accumulation, loss scale or
             number of ranks; chosen by validation. ``-inf`` trains bit for bit as without the callback. Give this or
             ``level_schedule``.
-        scope: see above.
+        scope: ``"step"`` takes one sign from the mean loss of the effective batch, ``"microbatch"`` one for each
+            micro-batch on each rank.
         level_schedule: ``[[step, level], ...]``, linear between the optimizer steps, constant before the first and
             after the last.
         start: ``"immediately"``, ``"epoch 5"`` (when five epochs have passed) or ``"step 1000"`` (when a thousand

@@ -55,12 +55,13 @@ class GradientPenalty(Callback):
         match_lr: ``h_ref``, a learning rate: the coefficient is what makes training at the present, scheduled rate
             carry the implicit regularisation of ``h_ref``; for ``torch.optim.SGD``, with or without momentum. Zero,
             with a warning, while the present rate is higher.
-        norm: ``"squared"`` as above, or ``"norm"``: ``c |grad L|`` (Zhao et al. 2022), which is SAM at
+        norm: ``"squared"``: ``c |grad L|^2``, or ``"norm"``: ``c |grad L|`` (Zhao et al. 2022), which is SAM at
             ``c = rho = relative_step * |theta|`` (forward differences).
         engine: ``"finite_difference"`` runs the window's training steps again at displaced parameters; works with fused
             attention, compiled modules and FSDP2. ``"exact"`` differentiates twice. ``"auto"`` is exact where that is
             possible, with one warning where it is not.
-        scope: see above.
+        scope: ``"step"`` penalises the gradient of the whole effective batch, ``"microbatch"`` that of each micro-batch
+            on each rank.
         difference: ``"forward"`` (error of first order in the displacement) or ``"central"`` (second, one more pass).
         relative_step: displacement over the norm of the parameters. ``"auto"`` takes the best measured for the
             precision of the forward pass: fp32 1e-4 forward, 1e-3 central; bf16 3e-2 and 1e-1; fp16 and TF32 1e-2
