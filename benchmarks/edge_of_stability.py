@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+from lightning_plugins import ODEDiagnostics
 from lightning_plugins.data import Digits
 
 if TYPE_CHECKING:

@@ -60,33 +60,37 @@ class ODEDiagnostics(Callback):
     parameters. With ``theta``, ``g0`` (raw, unclipped) before and ``theta + d``, ``g1`` after the step, ``h`` the
     learning rate, ``P`` the preconditioner, ``b`` the momentum:
 
-    ======================================  ================================================  =========  ==============
-    row (``ode/...``)                       formula                                           unit       optimizers
-    ======================================  ================================================  =========  ==============
-    ``time``                                sum of the steps' flow times                      1/curv.    known
-    ``grad_norm``                           ``|g0|``                                          loss/theta all
-    ``update_norm``, ``rel_update``         ``|d|``, ``|d|/|theta|``                          theta, 1   all
-    ``cos_descent``                         ``-<d,g0>/(|d||g0|)``                             1          all
-    ``effective_lr``                        ``-<d,g0>/|g0|^2``                                lr         all
-    ``predicted_dloss``                     ``<g0,d>``                                        loss       all
-    ``clip_factor``                         norm of the clipped gradient / ``|g0|``           1          all
-    ``skipped_steps``                       steps that a GradScaler has skipped so far        steps      all
-    ``loss``                                ``L``, raw mean over the window                   loss       all
-    ``predicted2_dloss``                    ``<d,g0+g1>/2``                                   loss       known
-    ``actual_dloss``, ``dloss_ratio``       ``L1-L0``, ``(L1-L0)/<g0,d>``                     loss, 1    known
-    ``curvature_step``                      ``<d,g1-g0>/|d|^2``                               1/lr       known
-    ``edge_ratio_step``                     ``h <d,g1-g0> / <d,Pd> / limit``                  1          known
-    ``local_error``, ``rel_local_error``    ``h/2 |P^-1 (g1-g0)|``; ``/|d|``                  theta, 1   no momentum
-    ``lr_for_tol``                          ``h tol / rel_local_error``                       lr         no momentum
-    ``igr_term``, ``igr_ratio``             ``phi(h) |g0|^2``; ``/L``                         loss, 1    SGD family
-    ``sharpness``                           top eigenvalue of ``P^-1/2 H P^-1/2``             1/lr       known
-    ``edge_ratio``                          ``h sharpness / limit``                           1          known
-    ``stiffness``                           ``sharpness / |<d,g1-g0>/<d,Pd>|``                1          known
-    ``damping_ratio``                       ``(1-b)/(2 sqrt(h sharpness))``                   1          SGD momentum
-    ======================================  ================================================  =========  ==============
+    ====================  ==========================================  ===========  ======  ============
+    row (``ode/...``)     formula                                     unit         cost    optimizers
+    ====================  ==========================================  ===========  ======  ============
+    ``time``              sum of the steps' flow times                1/curvature  0       known
+    ``grad_norm``         ``|g0|``                                    loss/theta   0       all
+    ``clip_factor``       norm of the clipped gradient / ``|g0|``     1            0       all
+    ``skipped_steps``     steps that a GradScaler has skipped so far  steps        0       all
+    ``loss``              ``L``, the raw mean over the window         loss         0       all
+    ``igr_term``          ``phi(h) |g0|^2``                           loss         0       SGD family
+    ``igr_ratio``         ``igr_term / L``                            1            0       SGD family
+    ``update_norm``       ``|d|``                                     theta        copy    all
+    ``rel_update``        ``|d| / |theta|``                           1            copy    all
+    ``cos_descent``       ``-<d,g0> / (|d| |g0|)``                    1            copy    all
+    ``effective_lr``      ``-<d,g0> / |g0|^2``                        lr           copy    all
+    ``predicted_dloss``   ``<g0,d>``                                  loss         copy    all
+    ``predicted2_dloss``  ``<d,g0+g1> / 2``                           loss         probe   known
+    ``actual_dloss``      ``L1 - L0``                                 loss         probe   known
+    ``dloss_ratio``       ``(L1 - L0) / <g0,d>``                      1            probe   known
+    ``curvature_step``    ``<d,g1-g0> / |d|^2``                       1/lr         probe   known
+    ``edge_ratio_step``   ``h <d,g1-g0> / <d,Pd> / limit``            1            probe   known
+    ``local_error``       ``h/2 |P^-1 (g1-g0)|``                      theta        probe   no momentum
+    ``rel_local_error``   ``local_error / |d|``                       1            probe   no momentum
+    ``lr_for_tol``        ``h tol / rel_local_error``                 lr           probe   no momentum
+    ``sharpness``         top eigenvalue of ``P^-1/2 H P^-1/2``       1/lr         search  known
+    ``edge_ratio``        ``h sharpness / limit``                     1            search  known
+    ``stiffness``         ``sharpness / |<d,g1-g0> / <d,Pd>|``        1            search  known
+    ``damping_ratio``     ``(1-b) / (2 sqrt(h sharpness))``           1            search  SGD momentum
+    ====================  ==========================================  ===========  ======  ============
 
     Known optimizers: ``torch.optim`` SGD (momentum, dampening, Nesterov), RMSprop, Adam, AdamW with any of their
-    options, and NormRMSprop; "no momentum": SGD and RMSprop. Limits, flow times, coupled and decoupled decay and groups
+    options, and NormRMSprop; "no momentum": all but Adam. Limits, flow times, coupled and decoupled decay and groups
     with rates of their own: :mod:`~lightning_plugins.callbacks.optimizer_flow`. ``phi(h)`` is ``h/4`` for SGD, see
     :func:`~lightning_plugins.callbacks.matching.implicit_coefficient`. A quantity that an optimizer, a step or a
     setting does not define is omitted, never zero; one that is not finite too.
@@ -110,14 +114,15 @@ class ODEDiagnostics(Callback):
     everything is of all ranks. Rows go to the trainer's loggers and ``callback_metrics`` in probing steps; those that
     cost no second gradient also every ``log_every_n_steps``. Time, step and skip counts are in the checkpoint.
 
-    Cost: a probe is one more forward and backward pass and three copies of the parameters; sharpness a few times two
-    passes (finite differences) or some five (exact), as often as ``sharpness_products`` says, and eight copies; other
-    steps cost next to nothing. The very first probe also runs the window at the old parameters, to see that it can be
+    Cost, by the table's words. 0: next to nothing. Copy: two copies of the parameters during the step. Probe: one more
+    forward and backward pass, and a third copy. Search: ``sharpness_products`` times two such passes (finite
+    differences) or some four (exact), and eight copies. Between its multiples of ``every_n_steps`` a run costs what it
+    costs without the callback. The very first probe also runs the window at the old parameters, to see that it can be
     repeated.
 
     Args:
         every_n_steps: optimizer steps from probe to probe.
-        sharpness_every_n_steps: the same for sharpness (with a probe); ``None`` leaves out the four rows that need it.
+        sharpness_every_n_steps: the same for sharpness (with a probe); ``None`` leaves out the four rows of the search.
         tol: relative local error per step, above 0, for ``lr_for_tol``; 0.1 is a step that bends by a tenth.
         on_edge: ``"warn"`` says once when the edge ratio was above one in three probes in a row.
         optimizer_index: which of the module's optimizers.

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+from lightning_plugins import ODEDiagnostics
 
 QUIET = {
     "accelerator": "cpu",

@@ -12,8 +12,7 @@ from torch import nn
 from torch.optim import LBFGS, SGD, Adam, NAdam
 from torch.utils.data import DataLoader
 
-from lightning_plugins import Flooding, GradientPenalty
-from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics
 
 QUIET = {
     "accelerator": "cpu",

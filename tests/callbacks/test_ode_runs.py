@@ -16,8 +16,7 @@ from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
-from lightning_plugins import Flooding, GradientPenalty, NormRMSprop
-from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+from lightning_plugins import Flooding, GradientPenalty, NormRMSprop, ODEDiagnostics
 
 QUIET = {
     "accelerator": "cpu",

@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader
 
-from lightning_plugins import Digits
-from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+from lightning_plugins import Digits, ODEDiagnostics
 from lightning_plugins.callbacks.optimizer_flow import read_flow, rule_of
 from lightning_plugins.callbacks.sharpness import random_direction, top_eigenpair
 

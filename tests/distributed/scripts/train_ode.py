@@ -15,8 +15,7 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader
 
-from lightning_plugins import Flooding, GradientPenalty, NormRMSprop
-from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
+from lightning_plugins import Flooding, GradientPenalty, NormRMSprop, ODEDiagnostics
 from lightning_plugins.core.distributed import close_process_group_at_exit, shard_parts
 
 RANKS, MICRO_BATCHES, ROWS = 2, 5, 6
