@@ -16,6 +16,7 @@ def load_script():
     return module
 
 
+@pytest.mark.slow
 def test_each_method_arrives_at_its_limit(tmp_path):
     torch.set_num_threads(1)
     script = load_script()

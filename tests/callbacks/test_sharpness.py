@@ -1,6 +1,7 @@
-"""Top eigenvalues against eigvalsh and curvlinops, of matrices, small nets under every optimizer, and a CNN."""
+"""Top eigenvalues against eigvalsh, scipy and curvlinops: matrices, small nets under every optimizer, and a CNN."""
 
 import copy
+from importlib.util import find_spec
 
 import pytest
 import scipy.sparse.linalg
@@ -227,7 +228,6 @@ def autograd_operator(net, x, y):
     return scipy.sparse.linalg.LinearOperator((len(flat), len(flat)), product, dtype="float64")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # curvlinops' own imports
 @pytest.mark.parametrize(
     ("smooth", "normalised", "engine", "dtype", "rtol"),
     [
@@ -241,10 +241,7 @@ def autograd_operator(net, x, y):
     ],
 )
 def test_sharpness_of_a_cnn(smooth, normalised, engine, dtype, rtol):
-    """Against curvlinops; with batch norm, whose forward derivative it takes wrongly, against double backward.
-
-    Finite differences take kinks for curvature, so that they are compared where there are none.
-    """
+    """Finite differences take kinks for curvature, so that they are compared where there are none."""
     torch.set_num_threads(1)
     data = Digits(image_size=14, batch_size=64)
     data.prepare_data()
@@ -256,12 +253,23 @@ def test_sharpness_of_a_cnn(smooth, normalised, engine, dtype, rtol):
     callback = ODEDiagnostics(5, sharpness_every_n_steps=5, **search)
     fit(module, DataLoader([batch] * 5, batch_size=None), 5, callback)
     net, x, y = module.net.double().train(), batch["image"].double(), batch["label"]
-    if normalised:
-        top = top_by_scipy(autograd_operator(net, x, y))
-    else:
-        from curvlinops import HessianLinearOperator
-
-        operator = HessianLinearOperator(net, nn.CrossEntropyLoss(), list(net.parameters()), [(x, y)])
-        top = top_by_scipy(operator.to_scipy())
+    top = top_by_scipy(autograd_operator(net, x, y))
     assert callback.history[-1]["ode/sharpness"] == pytest.approx(top, rel=rtol)
     assert callback.sharpness_products <= 50
+
+
+@pytest.mark.skipif(not find_spec("curvlinops"), reason="pip install lightning_plugins[curvature]")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # its own imports
+@pytest.mark.parametrize("smooth", [False, True])
+def test_curvlinops_agrees(smooth):
+    """Not with batch norm, whose forward derivative curvlinops 3.0.1 takes wrongly in training mode."""
+    from curvlinops import HessianLinearOperator
+
+    net = CNN(smooth, normalised=False).double().net
+    x, y = torch.rand(16, 1, 14, 14, dtype=torch.float64), torch.randint(10, (16,))
+    theirs = HessianLinearOperator(net, nn.CrossEntropyLoss(), list(net.parameters()), [(x, y)])
+    operator = autograd_operator(net, x, y)
+    assert top_by_scipy(theirs.to_scipy()) == pytest.approx(top_by_scipy(operator), rel=1e-6)
+    start = [torch.ones(operator.shape[0], dtype=torch.float64)]
+    pair = top_eigenpair(lambda v: [torch.as_tensor(operator @ v[0].numpy())], start, 1e-9)
+    assert pair.value == pytest.approx(top_by_scipy(operator), rel=1e-6)
