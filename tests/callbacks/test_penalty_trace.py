@@ -253,14 +253,14 @@ def test_is_replaying():
 # Unusual runs
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")  # said once in a process
 def test_batches_without_a_loss_are_left_out():
     class NowAndThen(Plain):
         def training_step(self, batch, batch_idx):
             return None if batch_idx in (1, 4, 5) else self.loss(batch)
 
     module = NowAndThen()
-    with pytest.warns(UserWarning, match="`training_step` returned `None`"):
-        fit(module, GradientPenalty(0.5, difference="central"), max_epochs=1, accumulate_grad_batches=2)
+    fit(module, GradientPenalty(0.5, difference="central"), max_epochs=1, accumulate_grad_batches=2)
     reference, batches = Plain(), data()
     for gradient, window in zip(module.gradients, [[0], [2, 3]], strict=False):
         params = list(reference.parameters())
