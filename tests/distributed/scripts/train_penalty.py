@@ -36,6 +36,7 @@ class Case:
     clip: float | None = None
     strategy: dict = field(default_factory=dict)
     sharded: bool = False
+    manual: bool = False
     double: bool = True
     tolerance: float = 1e-10
 
@@ -82,14 +83,16 @@ CASES = {
     "flooded-micro-exact": Case(EXACT, flooding=FLOOD_MICRO),
     "flooded-micro-micro": Case(CENTRAL | MICRO, flooding=FLOOD_MICRO, accumulate=2, tolerance=NEAR),
     "flooded-step-micro-exact": Case(EXACT | MICRO, flooding=FLOOD, accumulate=2),
-    "manual": Case(CENTRAL, "manual", tolerance=NEAR),
-    "manual-exact": Case(EXACT, "manual"),
-    "manual-views": Case(CENTRAL, "manual", strategy={"gradient_as_bucket_view": True}, tolerance=NEAR),
+    "manual": Case(CENTRAL, manual=True, tolerance=NEAR),
+    "manual-exact": Case(EXACT, manual=True),
+    "manual-views": Case(CENTRAL, manual=True, strategy={"gradient_as_bucket_view": True}, tolerance=NEAR),
+    "manual-unused": Case(CENTRAL, "branch", manual=True, strategy={"find_unused_parameters": True}, tolerance=NEAR),
+    "manual-unused-exact": Case(EXACT, "branch", manual=True, strategy={"find_unused_parameters": True}),
     "sharded": Case(CENTRAL, sharded=True, tolerance=NEAR),
     "sharded-window": Case(CENTRAL, sharded=True, accumulate=2, clip=0.1, tolerance=NEAR),
     "sharded-float": Case(CENTRAL, sharded=True, accumulate=2, double=False, tolerance=1e-3),
     "sharded-flooded": Case(CENTRAL, flooding=FLOOD, sharded=True, accumulate=2, tolerance=NEAR),
-    "sharded-manual": Case(CENTRAL, "manual", sharded=True, tolerance=NEAR),
+    "sharded-manual": Case(CENTRAL, manual=True, sharded=True, tolerance=NEAR),
 }
 COEFFICIENT = 0.4
 
@@ -138,7 +141,7 @@ class Module(LightningModule):
         self.net, self.case = Net(case.kind), case
         if case.double:
             self.double()
-        self.automatic_optimization = case.kind != "manual"
+        self.automatic_optimization = not case.manual
 
     def configure_model(self):
         shard_parts(self, self.net)
@@ -197,7 +200,7 @@ def run(name, folder, processes=RANKS, penalty=None, epochs=1, ckpt_path=None):
     case = CASES[name]
     gradients = Gradients()
     callbacks = [gradients, ModelCheckpoint(folder, "{step}", every_n_train_steps=MICRO_BATCHES, save_top_k=-1)]
-    if case.kind != "manual":
+    if not case.manual:
         callbacks.insert(0, GradientPenalty(COEFFICIENT, **(case.penalty | (penalty or {}))))
     if case.flooding:
         callbacks.insert(1, Flooding(**case.flooding))
@@ -237,7 +240,7 @@ def reference(name, coefficient=COEFFICIENT):
         losses = [loss for index in window for loss in _losses(model.net, case, index)]
         objective, sign = _objective(case, losses, params, coefficient)
         objective = objective * (len(window) / case.accumulate)  # an incomplete window is divided by the full length
-        if case.kind == "manual":
+        if case.manual:
             (index,) = window
             objective = objective + sum(model.net(rows(index, r)[0], index + r).square().mean() for r in (0, 1)) / 2
         grads = torch.autograd.grad(objective, params, allow_unused=True)
