@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_plugins.callbacks.flooding import Flooding
 from lightning_plugins.callbacks.matching import implicit_coefficient, require_sgd
+from lightning_plugins.callbacks.penalty_check import check_repeatable, warn_if_unresolved
 from lightning_plugins.callbacks.penalty_rules import check_arguments, explain, refuse_setup, why_not_exact
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, PenaltyTerm, scale
 from lightning_plugins.callbacks.requirements import OneGradientPerStep, put_in_order
@@ -73,7 +74,8 @@ class GradientPenalty(Callback):
         warmup_steps: optimizer steps over which the coefficient grows linearly from zero.
         schedule: ``[[step, factor], ...]`` for the coefficient, linear between the steps.
         check: ``"first_step"`` runs the first penalised step again at the unmoved parameters and compares gradients, so
-            that a ``training_step`` that cannot be repeated raises; ``"off"`` does not.
+            that a ``training_step`` that cannot be repeated raises; and looks whether half the automatic step gives the
+            same Hessian product, with a warning if not (smooth losses only). ``"off"`` does neither.
 
     Raises:
         ValueError: an argument out of range.
@@ -239,7 +241,7 @@ class GradientPenalty(Callback):
             window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
             gradient = [param.grad for param in params]
             if not self._checked:
-                self._check_replay(pl_module, window, gradient)
+                self._check(pl_module, window, gradient)
             try:
                 term = self._term(trainer, window, gradient)
                 self._proven = True
@@ -288,22 +290,10 @@ class GradientPenalty(Callback):
             return
         torch._foreach_add_(local(gradient), local(extra))
 
-    def _check_replay(self, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
-        length = norm(gradient).item()
-        if not 0 < length < float("inf"):
-            return  # a step that the scaler skips, or nothing to compare: the next will do
-        _, again = window.gradient()
-        torch._foreach_sub_(local(again), local(gradient))
-        error = norm(again).item() / length
-        self._checked = True
-        if not error <= min(1e-2, self._relative_step):  # a larger one would show in the finite difference
-            raise RuntimeError(
-                f"GradientPenalty: running training_step of {type(pl_module).__name__} again on the same batch gives "
-                f"another gradient (relative difference {error:.1e}). It may edit its batch in place, keep a state "
-                "that is neither a buffer nor a metric, or draw from a generator of its own; or a hook changes "
-                "gradients after the backward pass. Mend that, use engine='exact' with scope='microbatch', which runs "
-                "nothing twice, or check='off' if the difference is meant."
-            )
+    def _check(self, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
+        self._checked = check_repeatable(pl_module, window, gradient, self._relative_step)
+        if self._checked and not self._exact and not self._recorder.kinked and self.relative_step == "auto":
+            warn_if_unresolved(window, gradient, self._relative_step, self.difference)
 
     # Logging
 

@@ -1,0 +1,65 @@
+"""What GradientPenalty looks at once, in its first step: is it repeatable, and is the finite difference resolved?"""
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_plugins.core.curvature import Difference, WindowLoss, step_along
+from lightning_plugins.core.vectors import dot, local, norm
+
+_UNRESOLVED = 0.25  # between a step and half of it: the forward difference is then wrong by about half
+
+
+def check_repeatable(
+    module: LightningModule, window: WindowLoss, gradient: Sequence[Tensor], relative_step: float
+) -> bool:
+    """Raise if running the window again at the unmoved parameters gives another gradient.
+
+    Returns:
+        Whether there was something to compare: a gradient that is finite and not zero.
+
+    Raises:
+        RuntimeError: with what may be the cause.
+    """
+    length = norm(gradient).item()
+    if not 0 < length < float("inf"):
+        return False
+    _, again = window.gradient()
+    torch._foreach_sub_(local(again), local(gradient))
+    error = norm(again).item() / length
+    if not error <= min(1e-2, relative_step):  # a larger one would show in the finite difference
+        raise RuntimeError(
+            f"GradientPenalty: running training_step of {type(module).__name__} again on the same batch gives "
+            f"another gradient (relative difference {error:.1e}). It may edit its batch in place, keep a state "
+            "that is neither a buffer nor a metric, or draw from a generator of its own; or a hook changes "
+            "gradients after the backward pass. Mend that, use engine='exact' with scope='microbatch', which runs "
+            "nothing twice, or check='off' if the difference is meant."
+        )
+    return True
+
+
+def warn_if_unresolved(
+    window: WindowLoss, gradient: Sequence[Tensor], relative_step: float, difference: Difference
+) -> None:
+    """Warn if half the step gives another Hessian product: the loss bends within it. Not for losses with kinks."""
+    step = step_along(window.params, gradient, relative_step)
+    (length, along), (half_length, half_along) = (
+        _size(window.product(gradient, h, difference, gradient), gradient) for h in (step, step / 2)
+    )
+    if half_length == 0:
+        return
+    change = max(abs(length - half_length), abs(along - half_along)) / half_length
+    if change > _UNRESOLVED:
+        rank_zero_warn(
+            f"GradientPenalty: the automatic relative_step={relative_step:g} does not resolve this loss's curvature in "
+            f"its first step: half of it changes the Hessian product by {change:.0%}. Use engine='exact', "
+            "difference='central' or a relative_step of your own."
+        )
+
+
+def _size(product: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[float, float]:
+    """The product's length, and its part along the direction; two numbers, so that one product is kept at a time."""
+    return norm(product).item(), (dot(product, direction) / norm(direction)).item()
