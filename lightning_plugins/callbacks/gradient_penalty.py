@@ -1,5 +1,6 @@
 """Implicit gradient regularisation made explicit: a penalty on the norm of the loss's gradient, for any module."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -131,7 +132,7 @@ class GradientPenalty(Callback):
         self._relative_step = None if self.relative_step == "auto" else self.relative_step
         self._flooded = any(isinstance(c, Flooding) and c.scope == "step" for c in trainer.callbacks)
         self._checked = self.check == "off"
-        self._proven = self.engine == "exact"  # "auto" may yet find that it cannot differentiate twice
+        self._proven = False  # that the loss can be differentiated twice
         self._latest: tuple[list[PenaltyTerm], Tensor, float] = ([], torch.zeros(()), 0.0)
         self._warned: set[str] = set()
         self._one_gradient = OneGradientPerStep("GradientPenalty")
@@ -158,7 +159,8 @@ class GradientPenalty(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if its step will be penalised from a replay."""
         self._now = self.coefficient_at(trainer)
-        self._recorder.keep(self, self._now > 0 and not (self._differentiates_at_once(trainer) and self._proven))
+        sure = self._proven or self.engine == "exact"  # "auto" may yet need the batch
+        self._recorder.keep(self, self._now > 0 and not (self._differentiates_at_once(trainer) and sure))
 
     def coefficient_at(self, trainer: Trainer) -> float:
         """The coefficient of the optimizer step under way; zero for a step without penalty."""
@@ -189,11 +191,11 @@ class GradientPenalty(Callback):
         return self._exact and alone and not self._flooded
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Exact and at once: differentiate twice, and let hooks add the result, so that DDP averages the sum."""
+        """Exact and at once: differentiate twice within the backward pass, so that DDP averages the sum."""
         if not self._now or not self._differentiates_at_once(trainer):
             return
         try:
-            self._add_by_hooks(trainer, loss)
+            self._differentiate_twice(trainer, loss)
             self._proven = True
         except RuntimeError as error:
             self._give_up_exact(error)
@@ -204,7 +206,7 @@ class GradientPenalty(Callback):
         rank_zero_warn(f"GradientPenalty(engine='auto') takes finite differences: {explain(error)}.")
         self._exact = False
 
-    def _add_by_hooks(self, trainer: Trainer, loss: Tensor) -> None:
+    def _differentiate_twice(self, trainer: Trainer, loss: Tensor) -> None:
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
         first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         unscale = trainer.accumulate_grad_batches / _loss_scale(trainer, loss.device)  # loss arrives times scale / k
@@ -216,11 +218,17 @@ class GradientPenalty(Callback):
             mean_over_ranks_(gradient)
         length = norm(gradient)
         scale(gradient, self._penalty().weight(self._now, length))
-        for param, extra in zip(params, second_derivative(first, params, gradient, retain_graph=True), strict=True):
-            if extra is not None:
-                self._handles.append(param.register_hook(lambda grad, extra=extra: grad + extra))
+        if self._proven:
+            _add_without_value(loss, first, gradient)
+        else:  # one pass more, whose errors are ours to explain
+            self._add_by_hooks(params, second_derivative(first, params, gradient, retain_graph=True))
         earlier, *_ = self._latest  # of the window's other micro-batches
         self._remember([*earlier[: len(self._recorder.losses) - 1], self._penalty().term(None, length)])
+
+    def _add_by_hooks(self, params: list[Tensor], extras: list[Tensor | None]) -> None:
+        for param, extra in zip(params, extras, strict=True):
+            if extra is not None:
+                self._handles.append(param.register_hook(lambda grad, extra=extra: grad + extra))
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The hooks have done their work."""
@@ -322,6 +330,17 @@ class GradientPenalty(Callback):
         if sentence not in self._warned:
             self._warned.add(sentence)
             rank_zero_warn(sentence)
+
+
+def _add_without_value(loss: Tensor, first: Sequence[Tensor | None], direction: Sequence[Tensor]) -> None:
+    """Add zero to the loss, with the gradient ``d/dtheta <first, direction>``: one backward pass serves both.
+
+    Lightning hands over a loss of its own making, not the module's.
+    """
+    parts = [(g * v).sum() for g, v in zip(first, direction, strict=True) if g is not None and g.requires_grad]
+    if parts:
+        total = torch.stack(parts).sum().to(loss.dtype)
+        loss.add_(total - total.detach())
 
 
 def _loss_scale(trainer: Trainer, device: torch.device) -> Tensor | float:
