@@ -21,8 +21,9 @@ from lightning_plugins.callbacks.requirements import require_strategy
 from lightning_plugins.core.curvature import Difference, WindowLoss, second_derivative
 from lightning_plugins.core.curvature import relative_step as best_step
 from lightning_plugins.core.kinks import has_kinks
+from lightning_plugins.core.module_state import ModuleState
 from lightning_plugins.core.random_state import get_random_state
-from lightning_plugins.core.replay import Buffers, Call
+from lightning_plugins.core.replay import Call
 from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.core.vectors import norm as length_of
 
@@ -84,7 +85,7 @@ def gradient_penalty_backward(
     require_plain_gradients(_NAME, module.trainer, module)
     params = [p for p in (module.parameters() if params is None else params) if p.requires_grad]
     device = module.trainer.strategy.root_device
-    call = Call(loss_fn, device, get_random_state(device), Buffers(module))
+    call = Call(loss_fn, device, get_random_state(device), ModuleState(module))
     loss = loss_fn()
     if coefficient == 0:
         module.manual_backward(loss)

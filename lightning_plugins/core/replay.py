@@ -1,8 +1,8 @@
 """Run a training_step again on the same batch without a trace.
 
 :class:`StepRecorder` remembers how ``training_step`` was called since the last optimizer step: arguments, random
-states and buffers at its entry. A replay starts from these, and leaves random states, buffers (batch-norm statistics),
-torchmetrics states, gradients and logs as it found them.
+states and the module's own state at its entry. A replay starts from these, and leaves random states, buffers
+(batch-norm statistics), attributes, torchmetrics states, gradients and logs as it found them.
 """
 
 import functools
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_plugins.core.kinks import has_kinks
+from lightning_plugins.core.module_state import ModuleState
 from lightning_plugins.core.random_state import get_random_state, set_random_state
 
 _depth = 0
@@ -25,8 +26,9 @@ _depth = 0
 def is_replaying() -> bool:
     """Whether ``training_step`` is being run again by a callback.
 
-    What such a run logs, counts or draws is undone. What it prints, sends or pushes to a queue of your own is not:
-    leave that out with ``if not is_replaying():``.
+    What such a run logs, counts, collects or draws is undone, also in attributes of the module: numbers, and lists,
+    dicts and sets of anything. What it prints, sends, writes to files or to objects of your own is not: leave that out
+    with ``if not is_replaying():``.
 
     Example:
         >>> is_replaying()
@@ -43,14 +45,14 @@ class Call:
         run: evaluates it; returns what ``training_step`` may return.
         device: the process's.
         random_state: of the process, at entry.
-        buffers: of the module, at entry.
+        module_state: of the module, at entry.
         sign: factor of this loss in the objective that is trained, +1 or -1 (Flooding).
     """
 
     run: Callable[[], Any]
     device: torch.device
     random_state: dict[str, Any]
-    buffers: "Buffers"
+    module_state: ModuleState
     sign: Tensor | float = 1.0
 
     def replay(self) -> Tensor:
@@ -60,7 +62,7 @@ class Call:
             The loss with its graph, times the sign.
         """
         set_random_state(self.random_state, self.device)
-        self.buffers.restore()
+        self.module_state.restore()
         loss = loss_of(self.run())
         if loss is None:
             raise RuntimeError(
@@ -132,7 +134,7 @@ class StepRecorder:
         if any(self._owners.values()):
             device = self._trainer.strategy.root_device
             run = functools.partial(self._run_again, args, kwargs)
-            call = Call(run, device, get_random_state(device), Buffers(self._module))
+            call = Call(run, device, get_random_state(device), ModuleState(self._module))
         output = self._step(*args, **kwargs)
         loss = loss_of(output)
         if loss is not None:  # else Lightning leaves this batch out
@@ -157,7 +159,7 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Undo, on leaving, what running the module leaves behind.
 
     Args:
-        module: its buffers, gradients, torchmetrics states and ``self.log`` (of a LightningModule) are protected.
+        module: its buffers, attributes, gradients, torchmetrics states and ``self.log`` are protected.
         device: the process's; the random state of a GPU is restored with that of Python, NumPy and torch.
     """
     global _depth
@@ -165,7 +167,7 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.callback(set_random_state, random_state, device)
-        stack.enter_context(Buffers(module).restored())
+        stack.enter_context(ModuleState(module).restored())
         stack.enter_context(_grads_aside(module))
         for part in module.modules():
             if isinstance(part, Metric):
@@ -177,42 +179,6 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
             yield
         finally:
             _depth -= 1
-
-
-class Buffers:
-    """The buffers of a module at one time: the tensors themselves and their values; also which were missing."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._tensors = [(part._buffers, dict(part._buffers)) for part in module.modules()]
-        buffers = (buffer for _, named in self._tensors for buffer in named.values() if buffer is not None)
-        self._values = [(buffer, buffer.clone()) for buffer in buffers if _can_be_written(buffer)]
-
-    def restore(self) -> None:
-        """Put them back, also what torch wrote without counting, as batch norm does."""
-        for owner, named in self._tensors:
-            owner.clear()
-            owner.update(named)
-        with torch.no_grad():
-            for buffer, value in self._values:
-                buffer.copy_(value)
-
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Put them back on leaving, and hide from graphs yet to be differentiated that anything was written."""
-        with ExitStack() as stack:
-            for buffer, _ in self._values:
-                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(buffer))
-            stack.callback(self.restore)
-            yield
-
-
-def _can_be_written(tensor: Tensor) -> bool:
-    """Whether a module may write to it in place: not to a tensor of inference mode, nor to an expanded one."""
-    if tensor.is_inference():
-        return False
-    return tensor.layout != torch.strided or all(
-        stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    )
 
 
 @contextmanager

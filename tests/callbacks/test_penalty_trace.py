@@ -3,6 +3,7 @@
 import copy
 import pickle
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,7 +184,11 @@ class Plain(LightningModule):
         super().__init__()
         torch.manual_seed(0)
         self.net = nn.Linear(6, 3)
-        self.flags, self.gradients = [], []
+        self.gradients, self.diary = [], SimpleNamespace(flags=[], calls=0)  # no replay looks into a foreign object
+
+    @property
+    def flags(self):
+        return self.diary.flags
 
     def training_step(self, batch, batch_idx):
         self.flags.append(is_replaying())
@@ -207,11 +212,29 @@ class EditsItsBatch(Plain):
 
 
 class Counts(Plain):
-    calls = 0
+    def loss(self, batch):
+        self.diary.calls += 1
+        return super().loss(batch) * (1 + 0.1 * self.diary.calls)
+
+
+class Anneals(Plain):
+    """Counts in attributes of its own and of a part, collects, and writes to a tensor that is no buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.losses, self.last, self.center = 0, [], {}, torch.zeros(3)
+        self.net.calls = 0
 
     def loss(self, batch):
         self.calls += 1
-        return super().loss(batch) * (1 + 0.1 * self.calls)
+        self.net.calls += 1
+        logits = self.net(batch[0])
+        self.center.mul_(0.9).add_(logits.detach().mean(0))
+        loss = F.cross_entropy(logits - self.center, batch[1]) * (1 + 0.1 * self.calls + 0.1 * self.net.calls)
+        self.losses.append(loss.detach())
+        self.last[self.calls] = loss.detach()
+        self.made_in_step = self.calls
+        return loss
 
 
 class DrawsFromItsOwn(Plain):
@@ -235,6 +258,20 @@ def test_the_first_step_shows_what_cannot_be_repeated(kind, k):
     assert not is_replaying()
     fit(kind(), GradientPenalty(0.1, check="off"), accumulate_grad_batches=k)
     fit(kind(), GradientPenalty(0.1, engine="exact", scope="microbatch"), accumulate_grad_batches=k)  # runs none twice
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_state_in_attributes_is_repeated_and_left_alone(k):
+    watched, plain = Anneals(), Anneals()
+    fit(watched, GradientPenalty(NOTHING), max_epochs=1, accumulate_grad_batches=k)
+    fit(plain, max_epochs=1, accumulate_grad_batches=k)
+    assert (watched.calls, watched.net.calls, watched.made_in_step) == (
+        plain.calls,
+        plain.net.calls,
+        plain.made_in_step,
+    )
+    for name in ("losses", "last", "center", "gradients"):
+        torch.testing.assert_close(getattr(watched, name), getattr(plain, name), rtol=0, atol=0)
 
 
 def test_a_penalty_that_begins_late_is_checked_then():

@@ -14,8 +14,9 @@ from torchmetrics import CatMetric, MeanMetric, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
 
 import lightning_plugins
+from lightning_plugins.core.module_state import ModuleState
 from lightning_plugins.core.random_state import get_random_state
-from lightning_plugins.core.replay import Buffers, Call, StepRecorder, is_replaying, without_trace
+from lightning_plugins.core.replay import Call, StepRecorder, is_replaying, without_trace
 
 CPU = torch.device("cpu")
 
@@ -198,7 +199,7 @@ def test_a_call_gives_its_loss_again():
 
     calls, losses, gradients = [], [], []
     for _ in range(2):
-        calls.append(Call(run, CPU, get_random_state(CPU), Buffers(module)))
+        calls.append(Call(run, CPU, get_random_state(CPU), ModuleState(module)))
         module.zero_grad()
         losses.append(run())
         losses[-1].backward()
@@ -220,7 +221,7 @@ def test_a_call_gives_its_loss_again():
 
 def test_a_call_that_has_no_loss_the_second_time():
     module = nn.Linear(1, 1)
-    call = Call(lambda: {"loss": None}, CPU, get_random_state(CPU), Buffers(module))
+    call = Call(lambda: {"loss": None}, CPU, get_random_state(CPU), ModuleState(module))
     with without_trace(module, CPU), pytest.raises(RuntimeError, match="returned a loss at first, but None when"):
         call.replay()
 
