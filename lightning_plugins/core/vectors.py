@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+_ROW, _SUM = 2**10, 2**16  # elements that are summed in their own precision
 _BUCKET = 2**23  # elements that travel together, 32 MB in fp32
 
 
@@ -30,15 +31,31 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     Returns:
         0-dim float64 tensor on the first tensor's device.
     """
-    pairs = zip(local(xs), local(ys), strict=True)
-    return _global_sum(xs, [torch.dot(x.detach().flatten(), y.detach().flatten()) for x, y in pairs])
+    return _global_sum(xs, [_dot(x, y) for x, y in zip(local(xs), local(ys), strict=True)])
 
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors and shards: a 0-dim float64 tensor on the first tensor's device."""
-    shards = local(xs)
-    half = any(shard.dtype in (torch.float16, torch.bfloat16) for shard in shards)
-    return _global_sum(xs, torch._foreach_norm(shards, dtype=torch.float32 if half else None), 2).sqrt()
+    return _global_sum(xs, [_length(x) for x in local(xs)], 2).sqrt()
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """By blocks, whose sums are added in float64: a plain fp32 sum of 1e8 terms errs by some 1e-3."""
+    x, y = (_widened(z.detach().flatten()) for z in (x, y))
+    return torch.stack([torch.dot(*pair) for pair in zip(x.split(_SUM), y.split(_SUM), strict=True)]).double().sum()
+
+
+def _length(x: Tensor) -> Tensor:
+    """By blocks too."""
+    flat = x.detach().flatten()
+    even = flat.numel() - flat.numel() % _ROW
+    rows = torch.linalg.vector_norm(_widened(flat[:even].view(-1, _ROW)), dim=1)
+    rest = torch.linalg.vector_norm(_widened(flat[even:]))
+    return torch.linalg.vector_norm(torch.cat([rows, rest[None]]).double())
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def _global_sum(xs: Sequence[Tensor], parts: Sequence[Tensor], power: int = 1) -> Tensor:
