@@ -6,21 +6,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_plugins.callbacks import ode_rows
 from lightning_plugins.callbacks.ode_probe import Engine, Probe
-from lightning_plugins.callbacks.optimizer_flow import (
-    FlowTime,
-    Rule,
-    descent_sign,
-    implicit_term,
-    rule_of,
-    why_unreadable,
-)
+from lightning_plugins.callbacks.optimizer_flow import Rule, descent_sign, implicit_term, largest_rate, rule_of
 from lightning_plugins.callbacks.requirements import put_in_order, require_strategy
+from lightning_plugins.callbacks.step_watch import StepWatch, batches_that_stepped
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import norm
 
@@ -65,7 +60,7 @@ class ODEDiagnostics(Callback):
     ====================  ==========================================  ===========  ======  ============
     ``time``              sum of the steps' flow times                1/curvature  0       known
     ``grad_norm``         ``|g0|``                                    loss/theta   0       all
-    ``clip_factor``       norm of the clipped gradient / ``|g0|``     1            0       all
+    ``clip_factor``       norm of the clipped gradient / ``|g0|``     1            0       known
     ``skipped_steps``     steps that a GradScaler has skipped so far  steps        0       all
     ``loss``              ``L``, the raw mean over the window         loss         0       all
     ``igr_term``          ``phi(h) |g0|^2``                           loss         0       SGD family
@@ -108,7 +103,12 @@ class ODEDiagnostics(Callback):
       Under GradientPenalty gradients include the penalty's; the loss changes, which do not, are omitted, and sharpness
       is that of the loss.
     - Manual optimization: rows that need neither ``L`` nor a second run of the window, as ``training_step`` steps its
-      optimizers itself. Unknown optimizers, also subclasses with a ``step`` of their own: the rows for all.
+      optimizers itself. ``grad_norm`` is of the gradient that the optimizer receives, which may be a clipped one:
+      ``clip_factor`` and the implicit term are omitted.
+    - Unknown optimizers, also subclasses with a ``step`` of their own: the rows for all.
+    - A second run of the window leaves no trace in the module, its metrics, logs and torch's, NumPy's and Python's
+      random numbers. What ``training_step`` prints, writes to files, pushes to queues or draws from generators of its
+      own cannot be undone: ask :func:`~lightning_plugins.is_replaying` there.
 
     Training is never changed: weights are bit for bit those of a run without the callback. Under DDP and FSDP2
     everything is of all ranks. Rows go to the trainer's loggers and ``callback_metrics`` in probing steps; those that
@@ -116,16 +116,17 @@ class ODEDiagnostics(Callback):
 
     Cost, by the table's words. 0: next to nothing. Copy: two copies of the parameters during the step. Probe: one more
     forward and backward pass, and a third copy. Search: ``sharpness_products`` times two such passes (finite
-    differences) or some four (exact), and eight copies. Between its multiples of ``every_n_steps`` a run costs what it
-    costs without the callback. The very first probe also runs the window at the old parameters, to see that it can be
-    repeated.
+    differences) or some four (exact), and eight copies. Other steps cost what they cost without the callback; those at
+    ``log_every_n_steps`` two norms more. The very first probe also runs the window at the old parameters, to see that
+    it can be repeated.
 
     Args:
         every_n_steps: optimizer steps from probe to probe.
         sharpness_every_n_steps: the same for sharpness (with a probe); ``None`` leaves out the four rows of the search.
         tol: relative local error per step, above 0, for ``lr_for_tol``; 0.1 is a step that bends by a tenth.
         on_edge: ``"warn"`` says once when the edge ratio was above one in three probes in a row.
-        optimizer_index: which of the module's optimizers.
+        optimizer_index: which of the module's optimizers. Give one ODEDiagnostics to each that is to be watched: rows
+            of index ``i > 0`` are logged as ``ode/i/...``, of index 0 as ``ode/...``.
         sharpness_engine: ``"exact"`` differentiates twice, ``"finite_difference"`` runs the window at displaced
             parameters (central differences) and works with fused attention, compiled modules and FSDP2. ``"auto"`` is
             exact where that is possible, and warns once where it is not: with kinks (ReLU, max pooling) gradients jump
@@ -135,10 +136,13 @@ class ODEDiagnostics(Callback):
         picture: log one page of panels at the end of training, if the trainer has a logger.
 
     Attributes:
-        history: one dict for each logged step of this run, by full name, with ``"step"``.
+        history: one dict for each logged step of this run, with ``"step"``, the rows as ``"ode/..."`` (whatever the
+            index), and for known optimizers ``"lr-ODEDiagnostics"``, the largest learning rate of the groups. A second
+            ``fit`` of the same trainer goes on with it, as with steps and flow time; any other begins anew.
+        sharpness_products: Hessian products of the last search for the sharpness.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or two for one optimizer.
         MisconfigurationException: a strategy whose gradients cannot be read.
 
     Source:
@@ -182,14 +186,34 @@ class ODEDiagnostics(Callback):
         self._loaded: dict[str, Any] | None = None
         self._recorder: StepRecorder | None = None
         self._probe: Probe | None = None
-        self._handles: list[Any] = []
+        self._watch: StepWatch | None = None
+        self._begun: _Begun | None = None
+        self._left: tuple[int, int] | None = None  # which trainer, and at which step
+
+    @property
+    def state_key(self) -> str:
+        """One for each optimizer."""
+        index = self.optimizer_index
+        return self._generate_state_key(optimizer_index=index) if index else super().state_key
 
     # Before and after training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the place after Flooding and GradientPenalty."""
-        if stage == "fit":
-            put_in_order(trainer)
+        """Take the place after Flooding and GradientPenalty; go on where this trainer's last fit ended."""
+        if stage != "fit":
+            return
+        put_in_order(trainer)
+        others = (c for c in trainer.callbacks if isinstance(c, ODEDiagnostics) and c is not self)
+        if any(other.optimizer_index == self.optimizer_index for other in others):
+            raise ValueError(
+                f"two ODEDiagnostics have optimizer_index={self.optimizer_index}: give each optimizer one of them."
+            )
+        if self._watch is not None and self._left == (id(trainer), batches_that_stepped(trainer)):
+            state = self._watch.state_dict()
+            self._loaded = state | {"flow": state["flow"] | {"fill": None}}  # the optimizer is a new one
+        else:
+            self._loaded, self.history = None, []
+        self._watch = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer, and begin to watch its steps."""
@@ -199,25 +223,21 @@ class ODEDiagnostics(Callback):
                 f"optimizer_index={self.optimizer_index}, but {type(pl_module).__name__} has "
                 f"{len(trainer.optimizers)} optimizer(s), counted from 0."
             )
-        optimizer = self._optimizer = trainer.optimizers[self.optimizer_index]
-        self._time, self._steps, self._skipped = FlowTime(optimizer), trainer.global_step, 0
+        self._release()  # of a run within the run, as a search for the learning rate is
+        optimizer = trainer.optimizers[self.optimizer_index]
+        if isinstance(optimizer, _MockOptimizer):
+            return  # configure_optimizers gave none, and Lightning has said so
+        self._trainer, self._warned = trainer, set[str]()
+        self._watch = StepWatch(trainer, optimizer, self._end, self._warn_once)
         if self._loaded is not None:
-            self._time.load_state_dict(self._loaded["flow"])
-            self._steps, self._skipped = self._loaded["steps"], self._loaded["skipped"]
+            self._watch.load_state_dict(self._loaded)
             self._loaded = None
-        self._begun: _Begun | None = None
-        self._begun_at: int | None = None
-        self._depth = 0
+        self.history = [row for row in self.history if row["step"] < batches_that_stepped(trainer)]
+        self._begun = None
         self._edge = ode_rows.EdgeWatch()
-        self._warned: set[str] = set()
-        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         if pl_module.automatic_optimization:
             self._recorder = StepRecorder.attach(trainer, pl_module, self)
             self._probe = Probe(trainer, pl_module, self._recorder, self.sharpness_engine)
-        self._handles = [
-            optimizer.register_step_pre_hook(self._enter_step),
-            optimizer.register_step_post_hook(lambda *_: self._leave_step(trainer)),
-        ]
         self._explain(trainer, pl_module)
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -227,7 +247,7 @@ class ODEDiagnostics(Callback):
         objective = "the loss" + " with Flooding's sign" * flooded + " plus GradientPenalty's term" * penalised
         rest = "; sharpness is that of the loss without the term" * penalised
         rank_zero_info(f"ODEDiagnostics reads the objective that is trained: {objective}{rest}.")
-        if isinstance(rule := rule_of(self._optimizer), str):
+        if isinstance(rule := rule_of(self._watch.optimizer), str):
             self._warn_once(f"{rule}. Only rows that hold for any optimizer are logged.")
         elif self._probe is None:
             self._warn_once(
@@ -236,22 +256,28 @@ class ODEDiagnostics(Callback):
             )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the picture."""
-        if self.picture and self.history and trainer.loggers and trainer.is_global_zero:
-            from lightning_plugins.callbacks.ode_plots import ode_figure
+        """Log the picture, if any row is drawn."""
+        from lightning_plugins.callbacks.ode_plots import DRAWN, ode_figure
+
+        drawn = any(name in row for row in self.history for name in DRAWN)
+        if self.picture and drawn and trainer.loggers and trainer.is_global_zero:
             from lightning_plugins.core.logging import figure_to_image, log_image
 
             figure = ode_figure(ode_rows.as_columns(self.history))
-            log_image(trainer, "ode/diagnostics", figure_to_image(figure), trainer.global_step)
+            log_image(trainer, f"{self._prefix}diagnostics", figure_to_image(figure), trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Give ``training_step`` and the optimizer back."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Give ``training_step`` and the optimizer back; forget what a checkpoint held that no fit has used."""
+        self._release()
+        self._loaded = None
+        self._left = id(trainer), batches_that_stepped(trainer)
+
+    def _release(self) -> None:
+        if self._watch is not None:
+            self._watch.detach()
         if self._recorder is not None:
             self._recorder.detach(self)
-            self._recorder = None
+        self._recorder = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Give ``training_step`` and the optimizer back."""
@@ -259,21 +285,22 @@ class ODEDiagnostics(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Flow time, and the counts of steps and of skipped ones."""
-        if not hasattr(self, "_time"):
+        if self._watch is None:
             return self._loaded or {}
-        return {"flow": self._time.state_dict(), "steps": self._steps, "skipped": self._skipped}
+        return self._watch.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there when training starts."""
+        """Go on from there if a fit starts with it."""
         self._loaded = state_dict or None
 
     # A step: from its gradient to the moved parameters
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if its step will be probed."""
-        self._depth = 0
+        if self._watch is not None:
+            self._watch.batch_begins()
         if self._recorder is not None:
-            self._recorder.keep(self, self._is_due(self._steps + 1) and self._can_probe())
+            self._recorder.keep(self, self._is_due(self._watch.steps + 1) and self._can_probe())
 
     def _is_due(self, step: int) -> bool:
         return step % self.every_n_steps == 0 or self._finds_sharpness(step)
@@ -282,111 +309,92 @@ class ODEDiagnostics(Callback):
         return self.sharpness_every_n_steps is not None and step % self.sharpness_every_n_steps == 0
 
     def _can_probe(self) -> bool:
-        known = isinstance(rule_of(self._optimizer), Rule)
+        known = isinstance(rule_of(self._watch.optimizer), Rule)
         return known and self._probe is not None and self._probe.repeats is not False
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradient before it is clipped; of several evaluations in one step (LBFGS) at the first."""
-        if optimizer is not self._optimizer or self._begun_at == trainer.global_step:
+        if self._watch is None or not (params := self._watch.begin(optimizer)):
             return
-        self._end_without_hook(trainer)
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not params:
-            return
-        if why := why_unreadable(optimizer, self._scaler is not None, params):
-            self._warn_once(f"nothing is logged: {why}.")
-            return
-        self._steps += 1
-        self._begun_at = trainer.global_step
-        due = self._is_due(self._steps)
-        logs = trainer.loggers and trainer.log_every_n_steps and self._steps % trainer.log_every_n_steps == 0
+        step = self._watch.steps
+        due = self._is_due(step)
+        logs = trainer.loggers and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
         self._begun = _Begun(params, bool(due or logs))
         if self._begun.logs:
             with torch.no_grad():
                 self._read_gradient(self._begun, due)
 
     def _read_gradient(self, begun: _Begun, due: bool) -> None:
-        rule = rule_of(self._optimizer)
+        rule = rule_of(self._watch.optimizer)
         grads = [p.grad for p in begun.params]
         begun.grad_norm = norm(grads)
-        if isinstance(rule, Rule) and (terms := implicit_term(self._optimizer, rule, begun.params)):
-            begun.implicit = ode_rows.implicit_sum(terms, begun.params, rule.sign)
         if self._probe is not None:
             begun.loss, begun.signed_loss = self._probe.losses()
             begun.probes = due and self._can_probe() and self._probe.is_ready(begun.params)
+            if isinstance(rule, Rule) and (terms := implicit_term(self._watch.optimizer, rule, begun.params)):
+                begun.implicit = ode_rows.implicit_sum(terms, begun.params, rule.sign)
         if due:
             begun.theta = [p.detach().clone() for p in begun.params]
             begun.gradient = [g.clone() for g in grads]
 
-    def _enter_step(self, *_: Any) -> None:
-        self._depth += 1  # a subclass's step that calls its parent's has the hooks called for both
-
-    def _leave_step(self, trainer: Trainer) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._finish(trainer)
-
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """A step that the GradScaler skipped calls no hook of the optimizer."""
-        self._end_without_hook(trainer)
+        if self._watch is not None:
+            self._watch.end_without_hook()
 
-    def _end_without_hook(self, trainer: Trainer) -> None:
-        if self._begun is None:
-            return
-        if self._scaler is None:  # an optimizer that calls no hooks
-            self._finish(trainer)
-            return
-        self._skipped += 1
-        if self._begun.logs:
-            self._write(trainer, self._counts())
-        self._begun = None
-
-    def _finish(self, trainer: Trainer) -> None:
-        """The optimizer has moved the parameters."""
+    def _end(self, moved: bool) -> None:
+        """The optimizer has moved the parameters, or the step was skipped."""
         begun, self._begun = self._begun, None
-        if begun is None:
-            return
-        rule = rule_of(self._optimizer)
-        if isinstance(rule, Rule):
-            self._time.advance(self._optimizer, rule)
         if begun.logs:
             with torch.no_grad():
-                self._write(trainer, self._rows(begun, rule))
+                rule = rule_of(self._watch.optimizer)
+                self._write(self._rows(begun, rule) if moved else self._counts(rule), rule)
 
     # The rows
 
-    def _counts(self) -> dict[str, float]:
-        known = isinstance(rule_of(self._optimizer), Rule)
-        return {"skipped_steps": self._skipped} | ({"time": self._time.time} if known else {})
+    def _counts(self, rule: Rule | str) -> dict[str, float]:
+        time = {"time": self._watch.time.time} if isinstance(rule, Rule) else {}
+        return {"skipped_steps": self._watch.skipped} | time
 
     def _rows(self, begun: _Begun, rule: Rule | str) -> dict[str, float]:
         length = begun.grad_norm.item()
-        factor, turned = ode_rows.clipping(begun.gradient, length, [p.grad for p in begun.params])
+        factor, turned = None, False
+        if self._probe is not None and isinstance(rule, Rule):  # others may write to their gradients
+            factor, turned = ode_rows.clipping(begun.gradient, length, [p.grad for p in begun.params])
         loss, implicit = (None if tensor is None else tensor.item() for tensor in (begun.loss, begun.implicit))
-        rows = self._counts() | ode_rows.start_rows(length, factor, loss, implicit)
+        rows = self._counts(rule) | ode_rows.start_rows(length, factor, loss, implicit)
         if begun.theta is not None:
             move = [p.detach() - theta for p, theta in zip(begun.params, begun.theta, strict=True)]
-            step = ode_rows.Step(begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._optimizer))
+            step = ode_rows.Step(
+                begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._watch.optimizer)
+            )
             rows |= ode_rows.first_order_rows(step)
             if begun.probes and isinstance(rule, Rule):
                 search = (self.sharpness_rtol, self.sharpness_max_products)
-                sharpness = search if self._finds_sharpness(self._steps) else None
+                sharpness = search if self._finds_sharpness(self._watch.steps) else None
                 rows |= self._probe.rows(
-                    self._optimizer, rule, begun.params, step, begun.signed_loss, self.tol, sharpness
+                    self._watch.optimizer, rule, begun.params, step, begun.signed_loss, self.tol, sharpness
                 )
         return rows
 
-    def _write(self, trainer: Trainer, rows: dict[str, float]) -> None:
+    def _write(self, rows: dict[str, float], rule: Rule | str) -> None:
         """To the loggers at once: Lightning would repeat its values of this step in later ones."""
-        found = {f"ode/{name}": float(value) for name, value in rows.items() if math.isfinite(value)}
-        lr = found.pop("ode/lr", None)
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self.history.append({"step": step, **found} | ({"lr-ODEDiagnostics": lr} if lr is not None else {}))
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in found.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(found, step=step)
-        if self.on_edge == "warn" and (sentence := self._edge.sentence(found, rule_of(self._optimizer))):
-            self._warn_once(sentence)
+        found = {name: float(value) for name, value in rows.items() if math.isfinite(value)}
+        step = batches_that_stepped(self._trainer)
+        row = {"step": step} | {f"ode/{name}": value for name, value in found.items()}
+        logged = {f"{self._prefix}{name}": value for name, value in found.items()}
+        self._trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged.items()})
+        for logger in self._trainer.loggers:
+            logger.log_metrics(logged, step=step)
+        if isinstance(rule, Rule):
+            row[ode_rows.LR] = largest_rate(self._watch.optimizer)
+            if self.on_edge == "warn" and (sentence := self._edge.sentence(row, rule)):
+                self._warn_once(sentence)
+        self.history.append(row)
+
+    @property
+    def _prefix(self) -> str:
+        return f"ode/{self.optimizer_index}/" if self.optimizer_index else "ode/"
 
     @property
     def sharpness_products(self) -> int:
@@ -397,15 +405,17 @@ class ODEDiagnostics(Callback):
         """A learning rate for this optimizer from what was seen, for instance in a short run at a cautious rate.
 
         Returns:
-            The median of ``lr_for_tol`` over the probes, where ``tol`` was given and the optimizer has it. Else half
-            the rate at which the edge ratio would be one, median over the probes: of ``edge_ratio``, or where
-            sharpness was not asked for of ``edge_ratio_step``, which sees one direction only and so suggests more.
+            With ``tol``, where the optimizer has a local error: the rate of the median error per rate, which is the
+            median of ``lr_for_tol``. Else half the rate at which the edge ratio would be one, by the median of ratios
+            per rate over all probes, negative ones too: of ``edge_ratio``, or for optimizers without momentum, where
+            sharpness was not asked for, of ``edge_ratio_step``, which sees one direction only and so suggests more.
             For RMSprop and Adam the edge follows the rate, so that this says little late in training.
 
         Raises:
-            RuntimeError: no probe has seen either.
+            RuntimeError: no probe tells; the sentence says what to do.
         """
-        return ode_rows.suggested_lr(self.history)
+        rule = None if self._watch is None else rule_of(self._watch.optimizer)
+        return ode_rows.suggested_lr(self.history, rule, self.tol)
 
     def _warn_once(self, sentence: str) -> None:
         if sentence not in self._warned:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 NAME = "ode_diagnostics.png"
 _LOSS = re.compile(r"(train|training|val|valid|validation)[/_.]loss(_epoch|_step)?")
+_OF_INDEX = re.compile(r"ode/(\d+)/")
 _MAX_POINTS = 120  # more of them in a panel of 3 inches are a blot: bins then
 _MAX_MARKERS = 12
 
@@ -59,7 +60,7 @@ _TRAINING = {"color": "0.6", "linestyle": "-", "linewidth": 0.8, "marker": ".", 
 _REFERENCE = {"color": "#009E73", "linestyle": (0, (8, 2, 1, 2)), "marker": "x", "zorder": 3}
 
 
-def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None) -> Path:
+def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, optimizer_index: int = 0) -> Path:
     """Draw what ODEDiagnostics logged in a run on one page of panels over flow time.
 
     Args:
@@ -67,6 +68,7 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None) -> P
             one above, of which the newest ``version_N`` counts.
         output: file to write, in the format of its ending (``.png``, ``.pdf``, ``.svg`` ...); an existing picture is
             replaced. ``ode_diagnostics.png`` beside the log by default.
+        optimizer_index: of the ODEDiagnostics whose rows are drawn, where a run has several.
 
     Returns:
         The picture's path.
@@ -83,7 +85,7 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None) -> P
     target = Path(output) if output is not None else (log if log.is_dir() else log.parent) / NAME
     if target.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
         raise ValueError(f"output must end in .png, .pdf or .svg, got {str(target)!r}.")
-    columns = read_columns(log)
+    columns = read_columns(log, optimizer_index)
     try:
         figure = ode_figure(columns)
     except ValueError as error:
@@ -138,8 +140,11 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
     return figure
 
 
-def read_columns(log: Path) -> dict[str, np.ndarray]:
+def read_columns(log: Path, optimizer_index: int = 0) -> dict[str, np.ndarray]:
     """The columns that :func:`ode_figure` draws, from a CSV, an events file or a folder of events files.
+
+    Rows of the optimizer of that index are called ``ode/...``, also where they were logged as ``ode/1/...``; those of
+    others are left out.
 
     Returns:
         Table with one row for each step at which any of them was logged; NaN in between. Of several values for one
@@ -147,6 +152,12 @@ def read_columns(log: Path) -> dict[str, np.ndarray]:
     """
     series: dict[str, dict[int, float]] = {}
     for name, step, value in _read_csv(log) if log.suffix == ".csv" else _read_events(log):
+        if of_another := _OF_INDEX.match(name):
+            if int(of_another[1]) != optimizer_index:
+                continue
+            name = name.replace(of_another[0], "ode/", 1)
+        elif name.startswith("ode/") and optimizer_index:
+            continue
         series.setdefault(name, {})[step] = value
     steps = sorted({step for values in series.values() for step in values})
     table = {name: np.array([values.get(step, np.nan) for step in steps]) for name, values in sorted(series.items())}

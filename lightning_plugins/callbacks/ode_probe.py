@@ -18,7 +18,8 @@ from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
 
 Engine = Literal["auto", "exact", "finite_difference"]
-_SAME = 1e-2  # relative difference of gradients that rounding in half precision may make
+# Relative difference that rounding may make between two gradients of one batch.
+_SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @runtime_checkable
@@ -79,14 +80,21 @@ class Probe:
             _, again = self._gradient(self._window(params))
             torch._foreach_sub_(local(again), local(grads))
             error = norm(again).item() / length
-            self.repeats = error <= _SAME
+            self.repeats = error <= self._tolerance(grads)
             if not self.repeats:
                 rank_zero_warn(
                     "ODEDiagnostics: running training_step again on the same batch gives another gradient (relative "
-                    f"difference {error:.1e}): it edits its batch, keeps a state that is neither buffer nor metric, or "
-                    "a hook changes gradients. Rows that need a second run are omitted."
+                    f"difference {error:.1e}): it edits its batch, keeps a state that a replay does not restore (a "
+                    "generator of its own, a file), or a hook changes gradients. Rows that need a second run are "
+                    "omitted."
                 )
         return bool(self.repeats)
+
+    def _tolerance(self, grads: Sequence[Tensor]) -> float:
+        dtypes = {grad.dtype for grad in grads}
+        if str(self._trainer.precision) not in ("32-true", "64-true"):
+            dtypes.add(torch.bfloat16)
+        return max(_SAME[dtype] for dtype in dtypes)
 
     def rows(
         self,
@@ -119,7 +127,7 @@ class Probe:
             rows |= ode_rows.loss_rows(step, share * (loss - before).item())
         flow = read_flow(optimizer, rule, params)
         if flow.h > 0:
-            rows |= {"lr": flow.h} | ode_rows.flow_rows(step, change, flow, rule, tol)
+            rows |= ode_rows.flow_rows(step, change, flow, rule, tol)
             if search is not None:
                 del change
                 pair = self._top_eigenpair(window, flow, rule, *search)

@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins.callbacks.optimizer_flow import Flow, Rule
 from lightning_plugins.core.vectors import dot, local, norm
 
-_SCALAR = 1e-6  # a clipped gradient that is parallel to the raw one up to this was clipped by its norm
+# A clipped gradient that is parallel to the raw one up to this, that is up to rounding, was clipped by its norm.
+_SCALAR, _SCALAR_IN_HALF = 1e-6, 1e-4
+LR = "lr-ODEDiagnostics"
 
 
 @dataclass
@@ -43,8 +46,10 @@ def clipping(
         return None, False
     clipped_norm = norm(clipped).item()
     turned = False
-    if raw is not None and clipped_norm > 0:
-        turned = dot(raw, clipped).item() / (raw_norm * clipped_norm) < 1 - _SCALAR
+    if raw is not None and 0 < clipped_norm != raw_norm:  # equal to the last bit: nothing was clipped
+        half = any(grad.dtype in (torch.float16, torch.bfloat16) for grad in raw)
+        cosine = dot(raw, clipped).item() / (raw_norm * clipped_norm)
+        turned = cosine < 1 - (_SCALAR_IN_HALF if half else _SCALAR)
     return clipped_norm / raw_norm, turned
 
 
@@ -193,14 +198,33 @@ def as_columns(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]]
     return {name: [row.get(name, math.nan) for row in rows.values()] for name in names}
 
 
-def suggested_lr(history: Sequence[Mapping[str, float]]) -> float:
-    """See :meth:`ODEDiagnostics.suggest_lr`."""
-    if rates := [row["ode/lr_for_tol"] for row in history if "ode/lr_for_tol" in row]:
-        return median(rates)
-    for name in ("ode/edge_ratio", "ode/edge_ratio_step"):
-        if ratios := [row["lr-ODEDiagnostics"] / row[name] for row in history if row.get(name, 0.0) > 0]:
-            return median(ratios) / 2
-    raise RuntimeError(
-        "suggest_lr() needs a probe with a positive edge ratio or with lr_for_tol, and none was logged: train for more "
-        "than every_n_steps steps with SGD, RMSprop, Adam or AdamW, and give tol for a rate by accuracy."
-    )
+def suggested_lr(history: Sequence[Mapping[str, float]], rule: Rule | str | None, tol: float | None) -> float:
+    """See :meth:`ODEDiagnostics.suggest_lr`; ``rule`` is ``None`` before any training."""
+    if tol is not None and (error := _median_per_rate(history, "ode/rel_local_error") or 0.0) > 0:
+        return tol / error
+    edge = _median_per_rate(history, "ode/edge_ratio")
+    is_euler = isinstance(rule, Rule) and rule.is_euler
+    if edge is None and is_euler:
+        edge = _median_per_rate(history, "ode/edge_ratio_step")
+    if edge is not None and edge > 0:
+        if tol is not None:
+            why = "no local error above zero was seen" if is_euler else "steps with momentum have no local error"
+            rank_zero_warn(f"suggest_lr() suggests by stability, not by tol={tol:g}: {why}.")
+        return 0.5 / edge
+    raise RuntimeError(f"suggest_lr() needs a probe with a positive edge ratio: {_cure(history, rule, edge)}.")
+
+
+def _median_per_rate(history: Sequence[Mapping[str, float]], name: str) -> float | None:
+    """Of ``value / learning rate``: where the value is not positive any rate would do, and that counts."""
+    values = [row[name] / row[LR] for row in history if name in row]
+    return median(values) if values else None
+
+
+def _cure(history: Sequence[Mapping[str, float]], rule: Rule | str | None, edge: float | None) -> str:
+    if isinstance(rule, str):
+        return f"{rule}, so that its edge is not known"
+    if edge is not None:
+        return "most saw no positive curvature, so that nothing limits the rate; train longer, or choose it by hand"
+    if rule is not None and any("ode/predicted2_dloss" in row for row in history):
+        return f"the edge along the step says too little for {rule.name}; give sharpness_every_n_steps"
+    return "there was none; train for more than every_n_steps steps, with automatic optimization"

@@ -31,24 +31,27 @@ al. 2022, https://arxiv.org/abs/2207.14484, eq. 4 (Adam). The rest follows alike
 polynomial that passes through -1.
 """
 
-import inspect
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_plugins.callbacks.matching import implicit_coefficient
 
-# By the function that makes the step, so that a subclass with a step of its own is unknown.
+# Where the known steps are made, by module and class; of two with the same step the later one names it.
 _FAMILIES = {
-    "torch.optim.sgd.SGD.step": "SGD",
-    "torch.optim.rmsprop.RMSprop.step": "RMSprop",
-    "torch.optim.adam.Adam.step": "Adam",
-    "torch.optim.adamw.AdamW.step": "AdamW",
-    "lightning_plugins.optim.norm_rmsprop.NormRMSprop.step": "NormRMSprop",
+    "torch.optim.sgd": "SGD",
+    "torch.optim.rmsprop": "RMSprop",
+    "torch.optim.adamw": "AdamW",
+    "torch.optim.adam": "Adam",
+    "lightning_plugins.optim.norm_rmsprop": "NormRMSprop",
 }
+_HOOKED = Optimizer.profile_hook_step(lambda: None).__code__
+_SCHEDULER_FILE = LRScheduler.step.__code__.co_filename
 
 
 class Rule(NamedTuple):
@@ -67,6 +70,11 @@ class Rule(NamedTuple):
     dampening: float = 0.0
     nesterov: bool = False
     maximize: bool = False
+
+    @property
+    def name(self) -> str:
+        """For sentences."""
+        return self.family + " with momentum" * (self.momentum > 0 and not self.family.startswith("Adam"))
 
     @property
     def adaptive(self) -> bool:
@@ -120,14 +128,31 @@ class Flow(NamedTuple):
 
 def rule_of(optimizer: Optimizer) -> Rule | str:
     """The optimizer's rule, or why it has none that is known."""
-    step = inspect.unwrap(optimizer.step)
-    family = _FAMILIES.get(f"{step.__module__}.{step.__qualname__}")
+    family = _family(optimizer)
     if family is None:
         return f"{type(optimizer).__name__} is none of SGD, RMSprop, Adam, AdamW and NormRMSprop with a step of its own"
     rules = {_rule_of_group(family, group) for group in optimizer.param_groups}
     if len(rules) > 1:
         return f"the parameter groups of {type(optimizer).__name__} differ in more than rate and weight decay"
     return rules.pop()
+
+
+def _family(optimizer: Optimizer) -> str | None:
+    """By the function that makes the step, so that a subclass or an instance with a step of its own is unknown."""
+    step = type(optimizer).step
+    if own := vars(optimizer).get("step"):  # torch's schedulers put theirs around the class's
+        if getattr(own, "__code__", None) is None or own.__code__.co_filename != _SCHEDULER_FILE:
+            return None
+        step = own.__wrapped__
+    known = {_bare(getattr(sys.modules[m], name).step): name for m, name in _FAMILIES.items() if m in sys.modules}
+    return known.get(_bare(step))
+
+
+def _bare(step: Callable[..., Any]) -> Callable[..., Any]:
+    """Without the wrapper by which torch calls hooks; ``inspect.unwrap`` would believe any ``functools.wraps``."""
+    while getattr(step, "__code__", None) is _HOOKED:
+        step = step.__wrapped__
+    return step
 
 
 def _rule_of_group(family: str, group: dict[str, Any]) -> Rule:
@@ -161,9 +186,16 @@ def why_unreadable(optimizer: Optimizer, scaled: bool, params: Sequence[Tensor])
     """
     if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
         return "a fused optimizer under a GradScaler hides unscaled gradients and skipped steps: use fused=False"
+    if scaled and not calls_hooks(optimizer):
+        return f"{type(optimizer).__name__} calls no hooks, so that steps which the GradScaler skips cannot be told"
     if any(p.grad.is_sparse or p.is_complex() for p in params):
         return "a parameter has a sparse or complex gradient"
     return None
+
+
+def calls_hooks(optimizer: Optimizer) -> bool:
+    """Whether its ``step`` calls those of torch: not if it only looks like an ``Optimizer`` to Lightning."""
+    return hasattr(optimizer, "_optimizer_step_pre_hooks")
 
 
 class FlowTime:
