@@ -11,6 +11,8 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader
 
 from lightning_plugins import ODEDiagnostics
+from lightning_plugins.callbacks.ode_rows import clipping
+from lightning_plugins.core.vectors import norm
 
 QUIET = {
     "accelerator": "cpu",
@@ -313,3 +315,15 @@ def test_value_clipping_bends_the_step_so_that_there_is_no_local_error():
     assert callback.history[0]["ode/clip_factor"] < 1
     assert not names(callback.history[0]) & {"igr_term", "igr_ratio", "local_error", "rel_local_error", "lr_for_tol"}
     assert "edge_ratio_step" in names(callback.history[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_long_gradient_is_not_turned_by_rounding(dtype):
+    """Neither one that is left alone nor one that is shortened; one with a few values cut off is."""
+    for seed in range(3):
+        gradient = torch.randn(300_000, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        length = norm([gradient]).item()
+        assert clipping([gradient], length, [gradient.clone()]) == (1.0, False)
+        factor, turned = clipping([gradient], length, [gradient * 0.01])
+        assert (factor, turned) == (pytest.approx(0.01, rel=1e-2), False)
+        assert clipping([gradient], length, [gradient.clamp(-1, 1)])[1]
