@@ -150,7 +150,7 @@ class PluginsCLI(LightningCLI):
             raise UsageError(f"{ckpt!r} holds no hyperparameters: add --model with the arguments it was made with.")
         if not hparams:
             return
-        model = checkpoint.model_config(path, hparams, given)
+        model = checkpoint.model_config(path, hparams, given, LINKS)
         with reading(ckpt):
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
         checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)

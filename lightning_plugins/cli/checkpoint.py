@@ -3,7 +3,7 @@
 import inspect
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,17 @@ def _unreadable(path: Path, error: Exception) -> list[str]:
     return [f"{str(path)!r} is not a Lightning checkpoint, or is damaged."]
 
 
-def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -> dict[str, Any]:
+def model_config(
+    path: Path, hparams: dict[str, Any], given: Namespace | None, linked: Collection[str]
+) -> dict[str, Any]:
     """The ``model`` entry of a config, as the checkpoint has it.
 
     Args:
         path: the checkpoint, for the sentences.
         hparams: its hyperparameters.
         given: the model the user named, if any; needed for a checkpoint made in Python, which has no class path.
+        linked: arguments that the data offers to every model. Lightning writes them down for all, so that they are
+            left out for a class that does not take them.
 
     Raises:
         UsageError: the class is unknown, contradicts the given one, or no longer takes one of the arguments.
@@ -86,6 +90,7 @@ def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -
     if asked is not None and import_object(asked) is not cls:
         raise UsageError(f"--model {_short(asked)} was given, but {str(path)!r} holds a {_short(class_path)}.")
     names = argument_names(class_path)
+    hparams = {key: value for key, value in hparams.items() if key in names or key not in linked}
     unknown = [key for key in hparams if key not in names]
     if unknown and not _takes_anything(cls):
         raise UsageError(
