@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from lightning_plugins.callbacks.flooding import Flooding
 from lightning_plugins.callbacks.matching import implicit_coefficient, require_sgd
-from lightning_plugins.callbacks.penalty_check import check_repeatable, warn_if_unresolved
+from lightning_plugins.callbacks.penalty_check import check_repeatable, unresolved
 from lightning_plugins.callbacks.penalty_rules import check_arguments, explain, refuse_setup, why_not_exact
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, PenaltyTerm, scale
-from lightning_plugins.callbacks.requirements import OneGradientPerStep, put_in_order
+from lightning_plugins.callbacks.requirements import OneGradientPerStep, put_in_order, skips_backward
 from lightning_plugins.core.curvature import Difference, WindowLoss, relative_step, second_derivative
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.schedules import Points, value_at
@@ -46,7 +46,9 @@ class GradientPenalty(Callback):
 
     Cost of a step, plain = 1: finite differences forward about 2, central 3 (one more with ``scope="microbatch"`` under
     accumulation or several ranks); exact 4 to 5, and two to three times the memory. Finite differences keep two copies
-    of the trained parameters (four with ``scope="microbatch"`` and more than one) and the window's batches.
+    of the trained parameters (four with ``scope="microbatch"`` and more than one), and for each micro-batch its batch,
+    the module's buffers and its frozen parameters (these up to 64 MB). Lightning's finders of learning rate and batch
+    size take all callbacks away while they search.
 
     Logs (every ``log_every_n_steps``): ``igr/coefficient``, ``igr/grad_norm_sq``, ``igr/penalty`` (``c`` times the
     norm), ``igr/penalty_ratio`` (penalty / loss), ``igr/relative_step``.
@@ -61,7 +63,8 @@ class GradientPenalty(Callback):
             ``c = rho = relative_step * |theta|`` (forward differences).
         engine: ``"finite_difference"`` runs the window's training steps again at displaced parameters; works with fused
             attention, compiled modules and FSDP2. ``"exact"`` differentiates twice. ``"auto"`` is exact where that is
-            possible, with one warning where it is not.
+            possible, with one warning where it is not. A custom function whose backward builds no graph counts as
+            constant there.
         scope: ``"step"`` penalises the gradient of the whole effective batch, ``"microbatch"`` that of each micro-batch
             on each rank.
         difference: ``"forward"`` (error of first order in the displacement) or ``"central"`` (second, one more pass).
@@ -70,13 +73,14 @@ class GradientPenalty(Callback):
             and 3e-2. Where the loss has kinks (ReLU, max-pooling) at least 3e-2 and 1e-2: a unit that crosses its kink
             within a tiny step adds a jump divided by that step, which destroys training. The penalty then is that of
             the loss smoothed over the step, and differs from ``"exact"``, which does not see kinks.
+            A loss that bends within such steps (attention logits in the hundreds) needs a smaller one or ``"exact"``.
         every_n_steps: add the penalty in every n-th optimizer step only. The coefficient is not scaled: on average over
             steps the objective has ``c / n``.
         warmup_steps: optimizer steps over which the coefficient grows linearly from zero.
         schedule: ``[[step, factor], ...]`` for the coefficient, linear between the steps.
         check: ``"first_step"`` runs the first penalised step again at the unmoved parameters and compares gradients, so
             that a ``training_step`` that cannot be repeated raises; and looks whether half the automatic step gives the
-            same Hessian product, with a warning if not (smooth losses only). ``"off"`` does neither.
+            same Hessian product: if not, it warns and takes the step for kinks. ``"off"`` does neither.
 
     Raises:
         ValueError: an argument out of range.
@@ -158,7 +162,7 @@ class GradientPenalty(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if its step will be penalised from a replay."""
-        self._now = self.coefficient_at(trainer)
+        self._now = 0.0 if skips_backward(trainer) else self.coefficient_at(trainer)
         sure = self._proven or self.engine == "exact"  # "auto" may yet need the batch
         self._recorder.keep(self, self._now > 0 and not (self._differentiates_at_once(trainer) and sure))
 
@@ -174,6 +178,7 @@ class GradientPenalty(Callback):
 
     def _matched(self, trainer: Trainer) -> float:
         (optimizer,) = trainer.optimizers
+        require_sgd(optimizer)  # groups may have been added, or their rates have come apart
         missing = implicit_coefficient(optimizer, self.match_lr) - implicit_coefficient(optimizer)
         if missing < 0:
             self._warn_once(
@@ -195,7 +200,7 @@ class GradientPenalty(Callback):
         if not self._now or not self._differentiates_at_once(trainer):
             return
         try:
-            self._differentiate_twice(trainer, loss)
+            self._differentiate_twice(trainer, pl_module, loss)
             self._proven = True
         except RuntimeError as error:
             self._give_up_exact(error)
@@ -206,7 +211,7 @@ class GradientPenalty(Callback):
         rank_zero_warn(f"GradientPenalty(engine='auto') takes finite differences: {explain(error)}.")
         self._exact = False
 
-    def _differentiate_twice(self, trainer: Trainer, loss: Tensor) -> None:
+    def _differentiate_twice(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
         first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         unscale = trainer.accumulate_grad_batches / _loss_scale(trainer, loss.device)  # loss arrives times scale / k
@@ -218,9 +223,9 @@ class GradientPenalty(Callback):
             mean_over_ranks_(gradient)
         length = norm(gradient)
         scale(gradient, self._penalty().weight(self._now, length))
-        if self._proven:
+        if self._proven and len(params) == sum(param.requires_grad for param in pl_module.parameters()):
             _add_without_value(loss, first, gradient)
-        else:  # one pass more, whose errors are ours to explain
+        else:  # one pass more: its errors are ours to explain, and parameters of no optimizer are left alone
             self._add_by_hooks(params, second_derivative(first, params, gradient, retain_graph=True))
         earlier, *_ = self._latest  # of the window's other micro-batches
         self._remember([*earlier[: len(self._recorder.losses) - 1], self._penalty().term(None, length)])
@@ -244,12 +249,11 @@ class GradientPenalty(Callback):
         self._one_gradient.check(trainer)
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self._recorder.calls and self._now and params and not self._differentiates_at_once(trainer):
-            if self._relative_step is None:
-                self._relative_step = relative_step(trainer, pl_module, self.difference, self._recorder.kinked)
+            self._choose_step(trainer, pl_module)
             window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
             gradient = [param.grad for param in params]
             if not self._checked:
-                self._check(pl_module, window, gradient)
+                self._check(trainer, pl_module, window, gradient)
             try:
                 term = self._term(trainer, window, gradient)
                 self._proven = True
@@ -261,7 +265,7 @@ class GradientPenalty(Callback):
             self._add(trainer, gradient, term)
             self._remember([replace(term, gradient=None)])
         logs_now = trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
-        if logs_now and self._latest[0]:
+        if logs_now:
             self._log()
 
     def extra_gradient(self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]) -> list[Tensor]:
@@ -298,10 +302,18 @@ class GradientPenalty(Callback):
             return
         torch._foreach_add_(local(gradient), local(extra))
 
-    def _check(self, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
+    def _choose_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._relative_step is None:
+            found = self._recorder.kinked, self._recorder.half
+            self._relative_step = relative_step(trainer, pl_module, self.difference, *found)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
         self._checked = check_repeatable(pl_module, window, gradient, self._relative_step)
-        if self._checked and not self._exact and not self._recorder.kinked and self.relative_step == "auto":
-            warn_if_unresolved(window, gradient, self._relative_step, self.difference)
+        if not self._checked or self._exact or self.relative_step != "auto":
+            return
+        coarse = relative_step(trainer, pl_module, self.difference, kinked=True)
+        if self._relative_step < coarse and unresolved(window, gradient, self._relative_step, self.difference, coarse):
+            self._relative_step = coarse
 
     # Logging
 
@@ -310,7 +322,10 @@ class GradientPenalty(Callback):
         self._latest = (terms, loss, self._now)
 
     def _log(self) -> None:
-        """Log the newest penalised step."""
+        """Log this step; one without penalty has a coefficient only."""
+        if not self._now or not self._latest[0]:
+            self.log("igr/coefficient", self._now)
+            return
         terms, loss, coefficient = self._latest
         squared = torch.stack([term.squared_norm for term in terms]).mean()
         size = torch.stack([term.size for term in terms]).mean()

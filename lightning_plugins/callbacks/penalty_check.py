@@ -41,23 +41,33 @@ def check_repeatable(
     return True
 
 
-def warn_if_unresolved(
-    window: WindowLoss, gradient: Sequence[Tensor], relative_step: float, difference: Difference
-) -> None:
-    """Warn if half the step gives another Hessian product: the loss bends within it. Not for losses with kinks."""
+def unresolved(
+    window: WindowLoss, gradient: Sequence[Tensor], relative_step: float, difference: Difference, coarse: float
+) -> bool:
+    """Whether half the step gives another Hessian product, told by a warning; not for losses known to have kinks.
+
+    Args:
+        window: the window's loss.
+        gradient: its gradient.
+        relative_step: to look at.
+        difference: ``"forward"`` or ``"central"``.
+        coarse: the step that will be taken in its place.
+    """
     step = step_along(window.params, gradient, relative_step)
     (length, along), (half_length, half_along) = (
         _size(window.product(gradient, h, difference, gradient), gradient) for h in (step, step / 2)
     )
     if half_length == 0:
-        return
+        return False
     change = max(abs(length - half_length), abs(along - half_along)) / half_length
-    if change > _UNRESOLVED:
+    found = change > _UNRESOLVED
+    if found:
         rank_zero_warn(
             f"GradientPenalty: the automatic relative_step={relative_step:g} does not resolve this loss's curvature in "
-            f"its first step: half of it changes the Hessian product by {change:.0%}. Use engine='exact', "
-            "difference='central' or a relative_step of your own."
+            f"its first step: half of it changes the Hessian product by {change:.0%}. It may have kinks: {coarse:g} is "
+            "taken, over which they are averaged. Else use engine='exact' or a smaller relative_step of your own."
         )
+    return found
 
 
 def _size(product: Sequence[Tensor], direction: Sequence[Tensor]) -> tuple[float, float]:

@@ -7,9 +7,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch.distributed.fsdp import FSDPModule
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
+DEVICES = ("cpu", "cuda")
 
 
 def require_automatic_optimization(name: str, pl_module: LightningModule, cure: str) -> None:
@@ -22,11 +22,16 @@ def require_automatic_optimization(name: str, pl_module: LightningModule, cure: 
 
 
 def require_strategy(name: str, trainer: Trainer) -> None:
-    """Refuse strategies whose gradients are not those in ``param.grad`` (DeepSpeed) or that no test runs."""
+    """Refuse strategies whose gradients are not those in ``param.grad`` (DeepSpeed), and what no test runs."""
     if type(trainer.strategy) not in STRATEGIES:
         raise MisconfigurationException(
             f"{name} does not know how gradients are kept under {type(trainer.strategy).__name__}: use a single "
             "device, strategy='ddp' or ModelParallelStrategy (FSDP2)."
+        )
+    if (device := trainer.strategy.root_device.type) not in DEVICES:
+        raise MisconfigurationException(
+            f"{name} sums in double precision and sets random states, which it can on {' and '.join(DEVICES)}, not on "
+            f"{device!r}: use accelerator='cpu' or 'cuda'."
         )
 
 
@@ -43,11 +48,6 @@ def require_plain_optimizers(name: str, trainer: Trainer) -> None:
                 f"{name} changes gradients before the optimizer step, but parameters have hooks that run as soon as a "
                 "gradient is there (an optimizer in the backward pass): remove them."
             )
-
-
-def is_sharded(pl_module: LightningModule) -> bool:
-    """Whether a part of the module is sharded by FSDP2."""
-    return any(isinstance(part, FSDPModule) for part in pl_module.modules())
 
 
 def put_in_order(trainer: Trainer) -> None:
@@ -86,3 +86,11 @@ class OneGradientPerStep:
                 "(as SAM does): use a plain one."
             )
         self._last = trainer.global_step
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether Lightning only runs batches through, as in the epoch in which SWA renews batch-norm statistics.
+
+    Optimizer steps then come with gradients of another epoch, which are nobody's to change.
+    """
+    return trainer.fit_loop._skip_backward

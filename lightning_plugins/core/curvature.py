@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 
+from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.graph import operations
 from lightning_plugins.core.replay import Call, without_trace
 from lightning_plugins.core.vectors import displaced, local, mean_over_ranks_, norm
@@ -212,22 +213,38 @@ def step_along(params: Sequence[Tensor], direction: Sequence[Tensor], relative_s
     return relative_step * (norm(params).item() or 1.0) / length
 
 
-def relative_step(trainer: Trainer, module: nn.Module, difference: Difference, kinked: bool = False) -> float:
+def relative_step(
+    trainer: Trainer,
+    module: nn.Module,
+    difference: Difference,
+    kinked: bool | None = False,
+    half: torch.dtype | None = None,
+) -> float:
     """The best relative displacement for finite differences at the precision of the forward pass.
 
     With kinks (:func:`~lightning_plugins.core.kinks.has_kinks`) larger ones, over which their jumps are averaged.
 
     TF32, which is what GPUs use for convolutions in fp32 unless told otherwise, counts as fp16: its mantissa is as
-    short.
+    short. Every rank must call it, and gets the largest step that one of them needs.
+
+    Args:
+        trainer: its precision counts.
+        module: its parameters' precision counts.
+        difference: ``"forward"`` or ``"central"``.
+        kinked: of the loss.
+        half: precision found in the loss's graph, :func:`~lightning_plugins.core.graph.half_precision`.
     """
-    precision = str(trainer.precision)
-    if precision.startswith("bf16"):
+    precision, device = str(trainer.precision), trainer.strategy.root_device
+    kinds = list(_RELATIVE_STEPS)  # from fine to coarse
+    if precision.startswith("bf16") or half == torch.bfloat16:
         kind = "bfloat16"
-    elif precision.startswith("16") or _uses_tf32(module, trainer.strategy.root_device):
+    elif precision.startswith("16") or half == torch.float16 or _uses_tf32(module, device):
         kind = "float16"
     else:
         dtypes = {param.dtype for param in module.parameters() if param.requires_grad}
         kind = "float64" if dtypes == {torch.float64} else "float32"
+    kind = kinds[largest_over_ranks(kinds.index(kind), device)]
+    kinked = largest_over_ranks(int(bool(kinked)), device)
     return max(_RELATIVE_STEPS[kind][difference], _KINKED_STEPS[difference] if kinked else 0.0)
 
 

@@ -38,6 +38,15 @@ def shard_parts(module: LightningModule, *parts: nn.Module | None) -> bool:
     return True
 
 
+def largest_over_ranks(number: int, device: torch.device) -> int:
+    """The largest of all processes' numbers, so that all decide alike."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return number
+    largest = torch.tensor(number, device=device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 def close_process_group_at_exit() -> None:
     """End this process's communication threads before Python ends, whatever the backend.
 

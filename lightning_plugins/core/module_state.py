@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_plugins.core.vectors import norm
+
 _NOT_STATE = {*nn.Module().__dict__, "log", "log_dict", "training_step"}  # torch's own, and what a replay puts there
 _CONTAINERS = (list, dict, set, deque)
+_MOST_FROZEN = 2**24  # elements of all frozen parameters that are saved for each call, 64 MB in fp32
 _LARGEST = 2**20  # elements of a tensor that is a plain attribute; larger ones are data, not state
 
 
@@ -18,7 +21,8 @@ class ModuleState:
     """The buffers and attributes of a module and its parts at one time: the objects themselves, and their values.
 
     Of attributes that are lists, dicts, sets or deques the entries are saved, not what is within these; of others the
-    reference. torchmetrics are left alone: their states may be shared.
+    reference. torchmetrics are left alone: their states may be shared. Frozen parameters count as state, such as a
+    teacher's that follows by running means, unless they are many: then nothing may write to them.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -28,6 +32,9 @@ class ModuleState:
         self._attributes = [(part.__dict__, _state(part)) for part in plain]
         held = [value for _, named in self._attributes for value in named.values()]
         tensors = [b for _, named in self._buffers for b in named.values() if b is not None]
+        frozen = [param for param in module.parameters() if not param.requires_grad]
+        self._many = frozen if sum(p.numel() for p in frozen) > _MOST_FROZEN else []
+        tensors += [] if self._many else frozen
         tensors += [value for value in held if type(value) is Tensor and value.numel() <= _LARGEST]
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors if _can_be_written(tensor)]
         self._entries = [(value, value.copy()) for value in held if type(value) in _CONTAINERS]
@@ -50,12 +57,22 @@ class ModuleState:
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Put everything back on leaving, and hide from graphs yet to be differentiated that tensors were written."""
+        """Put everything back on leaving, and hide from graphs yet to be differentiated that tensors were written.
+
+        Raises:
+            RuntimeError: one of many frozen parameters was written to.
+        """
+        lengths = [norm([param]) for param in self._many]
         with ExitStack() as stack:
             for tensor, _ in self._tensors:
                 stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
             stack.callback(self.restore)
             yield
+        if any(norm([param]) != length for param, length in zip(self._many, lengths, strict=True)):
+            raise RuntimeError(
+                "training_step writes to parameters that are not trained, and running it again has moved them twice: "
+                "move them in on_train_batch_end, as a teacher that follows the trained parameters."
+            )
 
 
 def _state(part: nn.Module) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_plugins.core.graph import half_precision
 from lightning_plugins.core.kinks import has_kinks
 from lightning_plugins.core.module_state import ModuleState
 from lightning_plugins.core.random_state import get_random_state, set_random_state
@@ -81,12 +82,14 @@ class StepRecorder:
         calls: those kept for a replay, oldest first.
         losses: the loss that each call returned, as it was, detached; also of calls that are not kept.
         kinked: whether the first call that was kept has a loss with kinks; ``None`` before.
+        half: half precision in that loss's graph.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.calls: list[Call] = []
         self.losses: list[Tensor] = []
         self.kinked: bool | None = None
+        self.half: torch.dtype | None = None
         self._trainer, self._module = trainer, pl_module
         self._owners: dict[Any, bool] = {}
         self._window: int | None = None
@@ -124,7 +127,8 @@ class StepRecorder:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run ``training_step`` and remember it."""
         trainer = self._trainer
-        if is_replaying() or not trainer.training:  # a validation_step may call it too
+        # a validation_step, or a callback that only looks, may call it too
+        if is_replaying() or not trainer.training or not torch.is_grad_enabled():
             return self._step(*args, **kwargs)
         begins = trainer.fit_loop.batch_idx % trainer.accumulate_grad_batches == 0  # also if the last was broken off
         if begins or trainer.global_step != self._window:
@@ -141,7 +145,8 @@ class StepRecorder:
             self.losses.append(loss.detach().clone())
             if call is not None:
                 self.calls.append(call)
-                self.kinked = has_kinks(loss, self._module) if self.kinked is None else self.kinked
+                if self.kinked is None:
+                    self.kinked, self.half = has_kinks(loss, self._module), half_precision(loss)
         return output
 
     def _run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
