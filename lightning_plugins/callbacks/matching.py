@@ -49,6 +49,7 @@ def require_sgd(optimizer: Optimizer) -> None:
     settings = {tuple(group[name] for name in names) for group in optimizer.param_groups}
     if len(settings) > 1 or next(iter(settings))[-1] or next(iter(settings))[1] >= 1:
         raise MisconfigurationException(
-            "GradientPenalty(match_lr=...) needs parameter groups that share lr and a momentum below 1, without "
-            f"maximize; got (lr, momentum, dampening, nesterov, maximize) = {sorted(settings)}. Give coefficient instead."
+            "GradientPenalty(match_lr=...) needs parameter groups that share lr and momentum, a momentum below 1 and "
+            f"maximize=False; got (lr, momentum, dampening, nesterov, maximize) = {sorted(settings)}. "
+            "Give coefficient instead."
         )
