@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_plugins import Flooding, GradientPenalty, gradient_penalty_backward
-from lightning_plugins.core.distributed import close_process_group_at_exit, shard_parts
+from lightning_plugins.core.distributed import close_process_group_at_exit, largest_over_ranks, shard_parts
 
 RANKS, MICRO_BATCHES, ROWS, LR, DECAY = 2, 5, 6, 0.3, 0.1
 
@@ -224,6 +224,7 @@ def run(name, folder, processes=RANKS, penalty=None, epochs=1, ckpt_path=None):
         "weights": torch.cat([full(p).detach().flatten() for p in model.parameters()]),
         "gradients": torch.stack(gradients.found),
         "buffers": [buffer.clone() for buffer in model.buffers()],
+        "largest": largest_over_ranks(10 + trainer.global_rank, torch.device("cpu")),
     }
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(result, folder / f"rank{trainer.global_rank}.pt")
