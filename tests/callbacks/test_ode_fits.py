@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
@@ -315,6 +316,17 @@ def test_an_optimizer_of_others_has_the_rows_for_all(name):
     alone = Net(FOREIGN[name])
     fit(alone, [], n=1)
     assert torch.equal(*(nn.utils.parameters_to_vector(net.parameters()) for net in (module, alone)))
+
+
+@pytest.mark.filterwarnings("ignore:ODEDiagnostics. Around is none of")
+def test_without_hooks_the_steps_that_a_scaler_skips_cannot_be_told():
+    scaler = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**10))
+    callback = ODEDiagnostics(1)
+    with pytest.warns(
+        UserWarning, match="nothing is logged: Around calls no hooks, so that steps which the GradScaler"
+    ):
+        fit(Net(Around), callback, n=2, plugins=[scaler])
+    assert callback.history == []
 
 
 def test_a_subclass_and_a_schedule_leave_the_step_known():

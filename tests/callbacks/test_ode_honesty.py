@@ -139,9 +139,7 @@ def test_a_step_that_cannot_be_repeated_is_noticed(noise, precision):
     callback = ODEDiagnostics(2)
     module = Noisy(lambda p: SGD(p, lr=0.01), noise).to(torch.float64 if precision == "64-true" else torch.float32)
     batch = tuple(part.to(module.a.dtype) for part in rows())
-    with pytest.warns(
-        UserWarning, match=r"again on the same batch gives another gradient .*generator of its own"
-    ):
+    with pytest.warns(UserWarning, match=r"again on the same batch gives another gradient .*generator of its own"):
         fit(module, [batch] * 6, callback, precision=precision)
     assert [names(row) for row in callback.history] == [FIRST_ORDER | IGR | {"time"}] * 3
 
