@@ -1,6 +1,7 @@
 """Flooding as a loss function: for training steps of one's own, and for the forms that need every sample's loss."""
 
 import math
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -37,9 +38,9 @@ def flood(losses: Tensor, level: float, kind: FloodKind = "batch") -> Tensor:
     Source:
         Ishida et al., Do We Need Zero Training Loss After Achieving Zero Training Error?, ICML 2020 (``batch``); Xie
         et al., iFlood, ICLR 2022 (``sample``); Holland and Nakatani, Soft ascent-descent as a stable and flexible
-        alternative to flooding, NeurIPS 2024, arXiv 2310.10006, section 3 (``soft``), as its authors' published code
-        has it (``Loss_SoftAD`` and ``rho_torch`` in github.com/feedbackward), with their ``theta = b`` and
-        ``sigma = eta = 1``; the number of the paper's equation was not looked up.
+        alternative to flooding, NeurIPS 2024, arXiv 2310.10006, section 3 (``soft``), in the form of its authors'
+        published code (``Loss_SoftAD`` and ``rho_torch`` in github.com/feedbackward), with their ``theta = b`` and
+        ``sigma = eta = 1``.
 
     Example:
         >>> losses = torch.tensor([0.25, 1.0])
@@ -74,5 +75,5 @@ def check_level(name: str, level: float) -> None:
     Raises:
         ValueError: naming the argument and its value.
     """
-    if isinstance(level, bool) or not isinstance(level, (int, float)) or math.isnan(level) or level == math.inf:
+    if isinstance(level, bool) or not isinstance(level, Real) or math.isnan(level) or level == math.inf:
         raise ValueError(f"{name} must be a finite number in units of the loss, or -inf for none, got {level!r}.")

@@ -16,6 +16,7 @@ from lightning_plugins.callbacks.requirements import (
     require_automatic_optimization,
     require_plain_optimizers,
     require_strategy,
+    skips_backward,
 )
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.schedules import Points, check_points, value_at
@@ -50,11 +51,13 @@ class Flooding(Callback):
     ``flood/active`` (1 if the step ascended, else 0; with ``scope="microbatch"`` the share of micro-batches).
 
     All depends on the trainer's counters and the present losses alone, so that a resumed run needs no state of its own.
+    Lightning's finders of learning rates and batch sizes search without it: they replace the trainer's callbacks while
+    they do. The epoch in which ``StochasticWeightAveraging`` renews the statistics of batch norm is left alone.
 
     Args:
         level: ``b``, in units of the loss that ``training_step`` returns, whatever the accumulation, loss scale or
-            number of ranks; chosen by validation. ``-inf`` trains bit for bit as without the callback. Give this or
-            ``level_schedule``.
+            number of ranks; chosen by validation. ``-inf`` (``-.inf`` on the command line and in YAML) trains bit for
+            bit as without the callback. Give this or ``level_schedule``.
         scope: ``"step"`` takes one sign from the mean loss of the effective batch, ``"microbatch"`` one for each
             micro-batch on each rank.
         level_schedule: ``[[step, level], ...]``, linear between the optimizer steps, constant before the first and
@@ -158,6 +161,8 @@ class Flooding(Callback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Steps: multiply what the optimizer is about to use."""
         self.sign = torch.ones_like(self.sign)
+        if skips_backward(trainer):
+            return
         if self.scope == "step":
             self._one_gradient.check(trainer)
         if not self._recorder.losses:  # training_step returned None
@@ -173,7 +178,8 @@ class Flooding(Callback):
         mean_over_ranks_([loss])
         self.sign = _sign(loss, level)
         grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(local(grads), self.sign)
+        if grads:  # else nothing depends on the parameters
+            torch._foreach_mul_(local(grads), self.sign)
         for call in self._recorder.calls:
             call.sign = self.sign
 

@@ -55,7 +55,7 @@ def check_arguments(penalty: "GradientPenalty") -> None:
     check_relative_step(penalty.relative_step)
     for name, least in (("every_n_steps", 1), ("warmup_steps", 0)):
         value = getattr(penalty, name)
-        if not isinstance(value, int) or value < least:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
     check_points("schedule", penalty.schedule)
     if penalty.schedule is not None and not all(0 <= factor < math.inf for _, factor in penalty.schedule):
@@ -64,13 +64,13 @@ def check_arguments(penalty: "GradientPenalty") -> None:
 
 def check_strength(name: str, value: float) -> None:
     """Raise ``ValueError`` unless it is a finite number of at least 0."""
-    if not isinstance(value, Real) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
         raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
 
 
 def check_relative_step(value: float | str) -> None:
     """Raise ``ValueError`` unless it is a fraction of the parameters' norm."""
-    if value != "auto" and not (isinstance(value, Real) and 0 < value < 1):
+    if value != "auto" and not (isinstance(value, Real) and not isinstance(value, bool) and 0 < value < 1):
         raise ValueError(f"relative_step must be 'auto' or between 0 and 1, got {value!r}.")
 
 

@@ -4,10 +4,12 @@ import math
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer
 from lightning.pytorch.plugins import MixedPrecision
@@ -17,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification
 
+from lightning_plugins.callbacks.flood_loss import flood
 from lightning_plugins.callbacks.flooding import Flooding
 from lightning_plugins.callbacks.gradient_penalty import GradientPenalty
 
@@ -264,6 +267,7 @@ def test_strategies_with_gradients_elsewhere_are_refused(strategy):
         ({"level": 0.1, "level_schedule": [[0, 0.1]]}, "Give either level or level_schedule"),
         ({"level": math.nan}, "level must be a finite number in units of the loss, or -inf for none, got nan"),
         ({"level": math.inf}, "level must be a finite number .* got inf"),
+        ({"level": True}, "level must be a finite number .* got True"),
         ({"level": "low"}, "level must be a finite number .* got 'low'"),
         ({"level": 0.1, "scope": "batch"}, "scope must be 'step' or 'microbatch', got 'batch'"),
         ({"level": 0.1, "start": "later"}, "start must be 'immediately', 'epoch N' or 'step N', got 'later'"),
@@ -278,6 +282,12 @@ def test_bad_arguments(arguments, sentence):
         Flooding(**arguments)
 
 
+def test_numbers_of_numpy():
+    assert Flooding(np.float32(0.5)).level == 0.5
+    losses = torch.tensor([0.25, 1.0])
+    assert flood(losses, np.float32(0.5), "sample") == flood(losses, 0.5, "sample")
+
+
 def test_arguments_from_yaml():
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(Flooding, "flooding")
@@ -287,3 +297,49 @@ def test_arguments_from_yaml():
     assert flooding.level_at(SimpleNamespace(current_epoch=1, global_step=250)) == -math.inf
     off = parser.instantiate_classes(parser.parse_string("flooding: {level: -.inf}")).flooding
     assert off.level == -math.inf
+
+
+class Normed(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.*SWA", "ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+def test_the_epoch_for_the_statistics_of_batch_norm_is_left_alone(scope):
+    """Stochastic weight averaging: the step at its end has gradients of the last epoch, with its sign already."""
+    data = [torch.randn(8, 4, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    signs, found = [], []
+
+    class Look(Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            signs.append(trainer.callbacks[1].sign.item())
+            found.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]))
+
+    averaging = StochasticWeightAveraging(0.05, swa_epoch_start=1)
+    fit(Normed(), averaging, Flooding(1e6, scope), Look(), data=data, max_epochs=3, lr=0.01)
+    assert len(found) == 3 * 3 + 1  # the last is that of the added epoch
+    assert signs[-1] == 1
+    assert torch.equal(found[-1], found[-2])
+
+
+def test_a_step_in_which_no_parameter_has_a_gradient():
+    class Constant(BoringModel):
+        def training_step(self, batch, batch_idx):
+            return torch.ones((), requires_grad=True) * 2
+
+    model = Constant()
+    before = weights(model)
+    fit(model, Flooding(5.0))
+    assert torch.equal(weights(model), before)
+
+
+def test_other_devices_are_refused():
+    flooding, strategy = Flooding(0.1), SingleDeviceStrategy(torch.device("mps"))
+    trainer = SimpleNamespace(callbacks=[flooding], strategy=strategy, optimizers=[])
+    with pytest.raises(MisconfigurationException, match=r"Flooding sums in double.* cpu and cuda, not on 'mps': use"):
+        flooding.on_fit_start(trainer, BoringModel())

@@ -272,7 +272,7 @@ def test_strategies_with_gradients_elsewhere(strategy):
 def test_synchronised_batch_norm():
     """Which torch computes on GPUs only."""
     penalty, model = GradientPenalty(0.1, scope="microbatch"), Net(net=nn.SyncBatchNorm(4))
-    strategy = DDPStrategy()
+    strategy = DDPStrategy(parallel_devices=[torch.device("cpu")])
     trainer = SimpleNamespace(callbacks=[penalty], strategy=strategy, optimizers=[], world_size=2, precision="32-true")
     trainer.precision_plugin = SimpleNamespace()
     with pytest.raises(MisconfigurationException, match=r"rank's own loss.*SyncBatchNorm never forms.*scope='step'"):
@@ -305,6 +305,7 @@ def test_steps_that_cannot_be_repeated(step, sentence):
         ({"coefficient": float("nan")}, "coefficient must be .* got nan"),
         ({"coefficient": float("inf")}, "coefficient must be .* got inf"),
         ({"coefficient": "0.1"}, "coefficient must be .* got '0.1'"),
+        ({"coefficient": True}, "coefficient must be .* got True"),
         ({"match_lr": -0.1}, "match_lr must be a finite number of at least 0, got -0.1"),
         ({"match_lr": 0.1, "norm": "norm"}, "match_lr belongs to norm='squared'.*got norm='norm'"),
         ({"coefficient": 0.1, "norm": "l2"}, "norm must be one of squared, norm, got 'l2'"),
@@ -316,6 +317,8 @@ def test_steps_that_cannot_be_repeated(step, sentence):
         ({"coefficient": 0.1, "relative_step": 1.0}, "relative_step must be 'auto' or between 0 and 1, got 1.0"),
         ({"coefficient": 0.1, "relative_step": "small"}, "relative_step must be 'auto' or .* got 'small'"),
         ({"coefficient": 0.1, "every_n_steps": 0}, "every_n_steps must be a whole number of at least 1, got 0"),
+        ({"coefficient": 0.1, "relative_step": True}, "relative_step must be 'auto' or .* got True"),
+        ({"coefficient": 0.1, "every_n_steps": True}, "every_n_steps must be a whole number of at least 1, got True"),
         ({"coefficient": 0.1, "every_n_steps": 1.5}, "every_n_steps must be a whole number of at least 1, got 1.5"),
         ({"coefficient": 0.1, "warmup_steps": -1}, "warmup_steps must be a whole number of at least 0, got -1"),
         ({"coefficient": 0.1, "schedule": []}, r"schedule must be pairs \[step, value\] with growing steps.*got \[\]"),
