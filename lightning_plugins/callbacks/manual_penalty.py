@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from typing import Literal
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
+from lightning_plugins.callbacks.penalty_check import check_repeatable
 from lightning_plugins.callbacks.penalty_rules import (
     check_choices,
     check_relative_step,
@@ -20,6 +22,7 @@ from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
 from lightning_plugins.callbacks.requirements import require_strategy
 from lightning_plugins.core.curvature import Difference, WindowLoss, second_derivative
 from lightning_plugins.core.curvature import relative_step as best_step
+from lightning_plugins.core.graph import half_precision
 from lightning_plugins.core.kinks import has_kinks
 from lightning_plugins.core.module_state import ModuleState
 from lightning_plugins.core.random_state import get_random_state
@@ -28,6 +31,7 @@ from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.core.vectors import norm as length_of
 
 _NAME = "gradient_penalty_backward"
+_repeatable: WeakSet[LightningModule] = WeakSet()  # those whose first loss was run twice, with the same gradient
 
 
 def gradient_penalty_backward(
@@ -45,12 +49,13 @@ def gradient_penalty_backward(
     .. math:: L + c \|\nabla_{\theta} L\|^2 \quad\text{or}\quad L + c \|\nabla_{\theta} L\|
 
     with ``L`` the mean over ranks. Gradients are added to those that are there already, so that several losses may
-    share a step. See :class:`GradientPenalty` for the meaning of the arguments, their defaults and cost.
+    share a step. See :class:`GradientPenalty` for the meaning of the arguments, their defaults and cost. A module's
+    first call with finite differences runs ``loss_fn`` once more, to see whether it can be repeated.
 
     Args:
         module: with ``automatic_optimization = False``.
-        loss_fn: computes the loss, a scalar; it is called again at displaced parameters, with the same random numbers
-            and buffers, and must use the same data each time.
+        loss_fn: computes the loss, a scalar, and all that depends on ``params`` within it; it is called again at
+            displaced parameters, with the same random numbers and buffers, and must use the same data each time.
         coefficient: ``c >= 0``; 0 is ``manual_backward(loss_fn())``.
         params: ``theta``, such as one optimizer's; all trainable parameters by default. Others get the loss's gradient.
         norm: ``"squared"`` or ``"norm"``.
@@ -64,6 +69,7 @@ def gradient_penalty_backward(
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: a setup in which the gradients would be wrong.
+        RuntimeError: ``loss_fn`` cannot be repeated, or not be differentiated twice.
 
     Example:
         A generator's step within ``training_step``::
@@ -83,10 +89,10 @@ def gradient_penalty_backward(
     require_strategy(_NAME, module.trainer)
     require_full_precision(_NAME, module.trainer)
     require_plain_gradients(_NAME, module.trainer, module)
-    params = [p for p in (module.parameters() if params is None else params) if p.requires_grad]
+    params = _trainable(module.parameters() if params is None else params)
     device = module.trainer.strategy.root_device
     call = Call(loss_fn, device, get_random_state(device), ModuleState(module))
-    loss = loss_fn()
+    loss = _scalar(loss_fn())
     if coefficient == 0:
         module.manual_backward(loss)
     elif engine == "exact":
@@ -94,9 +100,33 @@ def gradient_penalty_backward(
     else:
         step = relative_step
         if step == "auto":
-            step = best_step(module.trainer, module, difference, has_kinks(loss, module))
+            step = best_step(module.trainer, module, difference, has_kinks(loss, module), half_precision(loss))
         _by_replay(module, loss, call, params, Penalty(norm, False, difference, step), coefficient)
     return loss.detach()
+
+
+def _trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    params = list(params)
+    for param in params:
+        if not isinstance(param, Tensor) or not param.is_leaf:  # the rows of a parameter are no leaves
+            raise ValueError(
+                f"{_NAME}: params must be a list of parameters, got one with a {type(param).__name__}: of an optimizer "
+                "they are [p for group in optimizer.param_groups for p in group['params']]."
+            )
+    trainable = [param for param in params if param.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{_NAME}: none of the {len(params)} params is trainable, so that there is no gradient to penalise: give "
+            "parameters with requires_grad=True."
+        )
+    return trainable
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"{_NAME}: loss_fn must return a single number, got {found}: take the mean.")
+    return loss
 
 
 def _exact(
@@ -140,10 +170,30 @@ def _by_replay(
         window = WindowLoss(module.trainer, module, [call], trained)
         gradient = [param.grad for param in trained]
         window.unscale_(gradient)
-        extra = penalty.of_window(window, gradient, coefficient, share=1.0).gradient
+        extra = _penalise(module, window, gradient, penalty, coefficient)
         if extra is not None:
             torch._foreach_add_(local(gradient), local(extra))
         window.scale_(gradient)
     for param, old in zip(params, before, strict=True):
         if old is not None:
             param.grad = old if param.grad is None else param.grad.add_(old)
+
+
+def _penalise(
+    module: LightningModule, window: WindowLoss, gradient: list[Tensor], penalty: Penalty, coefficient: float
+) -> list[Tensor] | None:
+    """The penalty's gradient; on the module's first call after a look at whether the loss can be repeated."""
+    cure = "use engine='exact', which runs it once"
+    try:
+        if module not in _repeatable and check_repeatable(
+            module, window, gradient, penalty.relative_step, _NAME, "loss_fn", cure
+        ):
+            _repeatable.add(module)
+        return penalty.of_window(window, gradient, coefficient, share=1.0).gradient
+    except RuntimeError as error:
+        if "through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{_NAME} calls loss_fn again at displaced parameters, but a part of its graph was made outside: compute "
+            "everything that depends on params inside loss_fn."
+        ) from error

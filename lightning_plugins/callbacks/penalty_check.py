@@ -14,9 +14,25 @@ _UNRESOLVED = 0.25  # between a step and half of it: the forward difference is t
 
 
 def check_repeatable(
-    module: LightningModule, window: WindowLoss, gradient: Sequence[Tensor], relative_step: float
+    module: LightningModule,
+    window: WindowLoss,
+    gradient: Sequence[Tensor],
+    relative_step: float,
+    name: str = "GradientPenalty",
+    what: str = "training_step",
+    cure: str = "use engine='exact' with scope='microbatch', which runs nothing twice, or check='off' if the "
+    "difference is meant",
 ) -> bool:
     """Raise if running the window again at the unmoved parameters gives another gradient.
+
+    Args:
+        module: the one that is trained.
+        window: its loss.
+        gradient: as it was at first.
+        relative_step: displacement in whose finite difference the error would show.
+        name: of who asks.
+        what: is run again.
+        cure: besides mending it.
 
     Returns:
         Whether there was something to compare: a gradient that is finite and not zero.
@@ -32,11 +48,10 @@ def check_repeatable(
     error = norm(again).item() / length
     if not error <= min(1e-2, relative_step):  # a larger one would show in the finite difference
         raise RuntimeError(
-            f"GradientPenalty: running training_step of {type(module).__name__} again on the same batch gives "
-            f"another gradient (relative difference {error:.1e}). It may edit its batch in place, keep a state "
-            "that is neither a buffer nor a metric, or draw from a generator of its own; or a hook changes "
-            "gradients after the backward pass. Mend that, use engine='exact' with scope='microbatch', which runs "
-            "nothing twice, or check='off' if the difference is meant."
+            f"{name}: running {what} of {type(module).__name__} again on the same batch gives another gradient "
+            f"(relative difference {error:.1e}). It may edit its batch in place, keep a state that is neither a buffer "
+            "nor a metric, or draw from a generator of its own; or a hook changes gradients after the backward pass. "
+            f"Mend that, or {cure}."
         )
     return True
 

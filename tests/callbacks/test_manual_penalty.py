@@ -282,6 +282,21 @@ def test_bf16(arguments):
     assert_same_run(fit(model, precision="bf16-mixed"), expected, 5e-2)
 
 
+def test_an_autocast_of_ones_own():
+    """Its precision, not the trainer's, decides how far to go."""
+
+    def step(m, batch):
+        def loss():
+            with torch.autocast("cpu", torch.bfloat16):
+                return m.loss(batch)
+
+        gradient_penalty_backward(m, loss, C)
+
+    model = Manual(step, lr=0.02)
+    expected = written(model, lambda m, b: m.loss(b) + penalty(m.loss(b), list(m.parameters())))
+    assert_same_run(fit(model), expected, 5e-2)
+
+
 def scaler(**options):
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", **options))
 
@@ -389,3 +404,92 @@ def test_strategies_with_gradients_elsewhere():
     model.trainer._accelerator_connector.strategy = object.__new__(FSDPStrategy)
     with pytest.raises(MisconfigurationException, match=r"gradient_penalty_backward .* kept under FSDPStrategy: use a"):
         gradient_penalty_backward(model, lambda: model.loss(data()[0]), C)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda m, batch: m.loss((batch[0].mul_(0.9), batch[1])),
+        lambda m, batch: m.loss((batch[0] + next(m.noise), batch[1])),
+    ],
+    ids=["edits its batch", "draws on its own"],
+)
+def test_a_loss_that_cannot_be_repeated(step):
+    def repeated(m, batch):
+        gradient_penalty_backward(m, lambda: step(m, batch), C)
+
+    model = Manual(repeated)
+    model.noise = iter(torch.linspace(0, 1, 10))
+    sentence = r"(?s)gradient_penalty_backward: running loss_fn of Manual again .* another gradient.*use engine='exact'"
+    with pytest.raises(RuntimeError, match=sentence):
+        fit(model)
+
+    def exact(m, batch):
+        gradient_penalty_backward(m, lambda: step(m, batch), C, engine="exact")
+
+    model = Manual(exact)
+    model.noise = iter(torch.linspace(0, 1, 10))
+    assert len(fit(model).gradients) == 4
+
+
+def test_only_the_first_call_is_looked_at():
+    calls = []
+
+    def step(m, batch):
+        def loss():
+            calls.append(m.trainer.global_step)
+            return (0.0 if m.trainer.global_step == 0 else 1.0) * m.loss(batch)  # the first gradient tells nothing
+
+        gradient_penalty_backward(m, loss, C)
+
+    fit(Manual(step))
+    fit(Manual(step), data(1))  # another module, whose gradient is zero
+    assert [calls.count(number) for number in range(4)] == [2, 3, 2, 2]
+
+
+def test_a_graph_that_was_made_outside():
+    def step(m, batch):
+        logits = m.net(batch[0])
+        gradient_penalty_backward(m, lambda: F.cross_entropy(logits, batch[1]), C)
+
+    with pytest.raises(RuntimeError, match="a part of its graph was made outside: compute everything that depends on"):
+        fit(Manual(step))
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (lambda m: [], "none of the 0 params is trainable.* requires_grad=True"),
+        (lambda m: [p.requires_grad_(False) for p in m.net[0].parameters()], "none of the 2 params is trainable"),
+        (lambda m: m.optimizers().param_groups, r"got one with a dict: of an optimizer they are \[p for group in opt"),
+        (lambda m: m.named_parameters(), "params must be a list of parameters, got one with a tuple"),
+        (lambda m: m.net[0].weight, "params must be a list of parameters, got one with a Tensor"),
+    ],
+    ids=["none", "frozen", "groups", "named", "one"],
+)
+def test_params_of_another_kind(params, sentence):
+    model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: m.loss(batch), C, params(m)))
+    with pytest.raises(ValueError, match=sentence):
+        fit(model)
+
+
+def test_no_trainable_parameters():
+    def step(m, batch):
+        m.requires_grad_(False)
+        gradient_penalty_backward(m, lambda: m.loss(batch), C)
+
+    with pytest.raises(ValueError, match="none of the 4 params is trainable"):
+        fit(Manual(step))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda loss: loss.expand(8), r"loss_fn must return a single number, got shape \(8,\): take the mean"),
+        (lambda loss: {"loss": loss}, "loss_fn must return a single number, got a dict"),
+    ],
+)
+def test_losses_of_another_kind(change, sentence):
+    model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: change(m.loss(batch)), C))
+    with pytest.raises(ValueError, match=sentence):
+        fit(model)
