@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_plugins.callbacks import ode_rows
 from lightning_plugins.callbacks.ode_probe import Engine, Probe
 from lightning_plugins.callbacks.optimizer_flow import Rule, descent_sign, implicit_term, largest_rate, rule_of
-from lightning_plugins.callbacks.requirements import put_in_order, require_strategy
+from lightning_plugins.callbacks.requirements import put_in_order, require_strategy, skips_backward
 from lightning_plugins.callbacks.step_watch import StepWatch, batches_that_stepped
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import norm
@@ -314,7 +314,7 @@ class ODEDiagnostics(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the gradient before it is clipped; of several evaluations in one step (LBFGS) at the first."""
-        if self._watch is None or not (params := self._watch.begin(optimizer)):
+        if self._watch is None or skips_backward(trainer) or not (params := self._watch.begin(optimizer)):
             return
         step = self._watch.steps
         due = self._is_due(step)

@@ -176,7 +176,7 @@ class Probe:
                 return window.exact_product(direction)
             except RuntimeError as error:
                 self._give_up_exact(error, explain(error))
-        displacement = relative_step(self._trainer, self._module, "central", self._recorder.kinked)
+        displacement = relative_step(self._trainer, self._module, "central", self._recorder.kinked, self._recorder.half)
         step = step_along(window.params, direction, displacement)
         return [torch.zeros_like(v) for v in direction] if step is None else window.product(direction, step, "central")
 
