@@ -42,12 +42,16 @@ def norm(xs: Sequence[Tensor]) -> Tensor:
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     """By blocks, whose sums are added in float64: a plain fp32 sum of 1e8 terms errs by some 1e-3."""
     x, y = (_widened(z.detach().flatten()) for z in (x, y))
+    if x.numel() <= _SUM:
+        return torch.dot(x, y)
     return torch.stack([torch.dot(*pair) for pair in zip(x.split(_SUM), y.split(_SUM), strict=True)]).double().sum()
 
 
 def _length(x: Tensor) -> Tensor:
-    """By blocks too."""
+    """By rows, whose lengths are joined in float64."""
     flat = x.detach().flatten()
+    if flat.numel() <= 8 * _ROW:
+        return torch.linalg.vector_norm(_widened(flat))
     even = flat.numel() - flat.numel() % _ROW
     rows = torch.linalg.vector_norm(_widened(flat[:even].view(-1, _ROW)), dim=1)
     rest = torch.linalg.vector_norm(_widened(flat[even:]))
@@ -66,7 +70,7 @@ def _global_sum(xs: Sequence[Tensor], parts: Sequence[Tensor], power: int = 1) -
         kinds.setdefault(_shard_groups(x), []).append(part.detach().to(device))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for groups, numbers in kinds.items():
-        share = (torch.stack(numbers).double() ** power).sum()
+        share = (torch.stack([number.double() for number in numbers]) ** power).sum()
         for group in groups:
             dist.all_reduce(share, group=group)
         total += share
