@@ -17,7 +17,7 @@ from lightning_plugins.callbacks.penalty_check import check_repeatable, unresolv
 from lightning_plugins.callbacks.penalty_rules import check_arguments, explain, refuse_setup, why_not_exact
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, PenaltyTerm, scale
 from lightning_plugins.callbacks.requirements import OneGradientPerStep, put_in_order, skips_backward
-from lightning_plugins.core.curvature import Difference, WindowLoss, relative_step, second_derivative
+from lightning_plugins.core.curvature import Difference, WindowLoss, loss_scale, relative_step, second_derivative
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.schedules import Points, value_at
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
@@ -214,7 +214,7 @@ class GradientPenalty(Callback):
     def _differentiate_twice(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         params = [p for group in trainer.optimizers[0].param_groups for p in group["params"] if p.requires_grad]
         first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        unscale = trainer.accumulate_grad_batches / _loss_scale(trainer, loss.device)  # loss arrives times scale / k
+        unscale = trainer.accumulate_grad_batches / loss_scale(trainer)  # loss arrives times scale / k
         gradient = [
             torch.zeros_like(param) if g is None else g.detach() * unscale
             for g, param in zip(first, params, strict=True)
@@ -356,8 +356,3 @@ def _add_without_value(loss: Tensor, first: Sequence[Tensor | None], direction: 
     if parts:
         total = torch.stack(parts).sum().to(loss.dtype)
         loss.add_(total - total.detach())
-
-
-def _loss_scale(trainer: Trainer, device: torch.device) -> Tensor | float:
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=device))

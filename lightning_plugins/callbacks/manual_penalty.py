@@ -20,7 +20,7 @@ from lightning_plugins.callbacks.penalty_rules import (
 )
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
 from lightning_plugins.callbacks.requirements import require_strategy
-from lightning_plugins.core.curvature import Difference, WindowLoss, second_derivative
+from lightning_plugins.core.curvature import Difference, WindowLoss, loss_scale, second_derivative
 from lightning_plugins.core.curvature import relative_step as best_step
 from lightning_plugins.core.graph import half_precision
 from lightning_plugins.core.kinks import has_kinks
@@ -135,13 +135,11 @@ def _exact(
     """Differentiate twice; hooks scale the result as the loss is scaled, and DDP averages the sum."""
     if reason := why_not_exact(module.trainer, module):
         raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
-    scaler = getattr(module.trainer.precision_plugin, "scaler", None)
-    scaled = loss if scaler is None else scaler.scale(loss)
-    unscale = 1.0 if scaler is None else 1 / scaler.scale(torch.ones((), device=loss.device))
+    scale_now = loss_scale(module.trainer)
     try:
-        first = torch.autograd.grad(scaled, params, create_graph=True, allow_unused=True)
+        first = torch.autograd.grad(loss * scale_now, params, create_graph=True, allow_unused=True)
         gradient = [
-            torch.zeros_like(p) if g is None else g.detach() * unscale for g, p in zip(first, params, strict=True)
+            torch.zeros_like(p) if g is None else g.detach() / scale_now for g, p in zip(first, params, strict=True)
         ]
         mean_over_ranks_(gradient)
         scale(gradient, penalty.weight(coefficient, length_of(gradient)))

@@ -54,8 +54,7 @@ class WindowLoss:
         self._device = trainer.strategy.root_device
         self._reduces = isinstance(trainer.strategy, DDPStrategy)  # FSDP2 averages within its own backward
         self._watched = self._reduces and _counts_hooks(trainer.strategy)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._scale = scaler.scale(torch.ones((), device=self._device)) if scaler is not None else 1.0
+        self._scale = loss_scale(trainer)
         self._share = 1 / trainer.accumulate_grad_batches
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
@@ -160,6 +159,12 @@ class WindowLoss:
 def _counts_hooks(strategy: DDPStrategy) -> bool:
     """Whether DDP counts every gradient that arrives: a replay's would be taken for the next step's."""
     return any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
+
+
+def loss_scale(trainer: Trainer) -> Tensor | float:
+    """What the GradScaler multiplies losses by now, as a tensor for nobody to wait for; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
 
 
 def second_derivative(
