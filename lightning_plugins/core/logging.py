@@ -3,11 +3,12 @@
 Lightning has no common call for a picture. Here one picture is written as a PNG beside the run, and every logger of
 the trainer that can show it gets it. A logger of your own joins in with ``@send_image.register(MyLogger)``.
 
-``log_image`` and ``log_table`` may be called by every rank or by rank zero alone: they write on rank zero and never
-wait for another.
+``log_image``, ``log_table`` and ``log_text_table`` may be called by every rank or by rank zero alone: they write on
+rank zero and never wait for another.
 """
 
 import csv
+import re
 from collections.abc import Sequence
 from functools import singledispatch
 from pathlib import Path, PurePosixPath
@@ -88,6 +89,28 @@ def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence
         send_table(logger, tag, columns, rows, path, step)
 
 
+def log_text_table(
+    trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+) -> None:
+    """Log a table of texts as :func:`log_table` does, and write it to ``<log_dir>/tables/<tag>/<step>.md`` to be read.
+
+    Texts appear as they are: what Markdown would take for a column, a line, emphasis or HTML is escaped.
+
+    Args:
+        trainer: the running trainer, with any loggers or none.
+        tag: the table's name, such as ``"val/samples"``.
+        columns: a heading for each column.
+        rows: the cells, as many in each row as there are columns.
+        step: the number it is filed under, usually ``trainer.global_step``.
+
+    Raises:
+        ValueError: a row with more or fewer cells than columns, or a tag that leaves the folder.
+    """
+    log_table(trainer, tag, columns, rows, step)
+    if trainer.is_global_zero and not trainer.fast_dev_run:
+        _file(trainer, "tables", tag, step, "md").write_text(_markdown(columns, rows) + "\n", encoding="utf-8")
+
+
 @singledispatch
 def send_image(logger: Logger, tag: str, path: Path, step: int) -> None:
     """Show the PNG at ``path`` in one logger; a logger that shows no pictures is passed over (the file stays)."""
@@ -128,9 +151,7 @@ def send_table(
 def _(
     logger: TensorBoardLogger, tag: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], path: Path, step: int
 ) -> None:
-    lines = [columns, ["---"] * len(columns), *rows]  # TensorBoard renders Markdown
-    text = "\n".join("| " + " | ".join(str(cell).replace("|", r"\|") for cell in line) + " |" for line in lines)
-    logger.experiment.add_text(tag, text, step)
+    logger.experiment.add_text(tag, _markdown(columns, rows), step)  # TensorBoard renders Markdown
 
 
 @send_table.register
@@ -175,6 +196,17 @@ def _to_uint8(tag: str, image: Tensor) -> Tensor:
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # also catches NaN; the margin is for resampling in half precision
         raise ValueError(f"Picture {tag!r} must have values in [0, 1], got {low.item():.4g} to {high.item():.4g}.")
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
+
+
+def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [[_cell(cell) for cell in line] for line in (columns, *rows)]
+    lines.insert(1, ["---"] * len(columns))
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
+    return "<br>".join(re.sub(r"([\\`*_|\[\]])", r"\\\1", text).splitlines())
 
 
 def _file(trainer: Trainer, kind: str, tag: str, step: int, suffix: str) -> Path:

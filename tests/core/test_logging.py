@@ -9,7 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from lightning_plugins.core.logging import figure_to_image, log_dir, log_image, log_table, send_image
+from lightning_plugins.core.logging import figure_to_image, log_dir, log_image, log_table, log_text_table, send_image
 
 
 def trainer_with(logger, tmp_path):
@@ -27,6 +27,7 @@ def test_fast_dev_run_leaves_nothing(tmp_path):
     trainer = Trainer(fast_dev_run=1, default_root_dir=tmp_path, accelerator="cpu")
     log_image(trainer, "x", torch.rand(1, 4, 4), 0)
     log_table(trainer, "x", ["a"], [[1]], 0)
+    log_text_table(trainer, "x", ["a"], [["b"]], 0)
     assert list(tmp_path.rglob("*.*")) == []
 
 
@@ -119,6 +120,27 @@ def test_csv_logger_gets_the_files_in_its_run_folder(tmp_path):
         assert list(csv.reader(file)) == [["a", "b"], ["1", "two, and a comma"]]
 
 
+def test_a_text_table_is_read_as_markdown_cell_by_cell(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path, name="run")
+    trainer = trainer_with(logger, tmp_path)
+    texts = ["a|b", "two\nlines\r\nmore", "__init__ *x* `y` <s> [SEP] &lt;", "猫\\|", ""]
+    log_text_table(trainer, "val/samples", ["source", "n"], [[text, 1] for text in texts], 7)
+    logger.finalize("success")
+
+    folder = log_dir(trainer) / "tables/val/samples"
+    cells = [r"a\|b", "two<br>lines<br>more", r"\_\_init\_\_ \*x\* \`y\` &lt;s> \[SEP\] &amp;lt;", r"猫\\\|", ""]
+    lines = ["| source | n |", "| --- | --- |", *(f"| {cell} | 1 |" for cell in cells)]
+    assert (folder / "000007.md").read_text(encoding="utf-8").splitlines() == lines
+    with (folder / "000007.csv").open(newline="", encoding="utf-8") as file:
+        assert list(csv.reader(file)) == [["source", "n"], *([text, "1"] for text in texts)]
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    shown = events.Tensors("val/samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert shown.splitlines() == lines
+
+
 def test_a_ragged_table_is_refused(tmp_path):
     with pytest.raises(ValueError, match="has 2 columns, but a row of 1 cells"):
         log_table(trainer_with(False, tmp_path), "t", ["a", "b"], [[1]], 0)
@@ -192,6 +214,7 @@ def test_only_rank_zero_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "is_global_zero", property(lambda self: False))
     log_image(trainer, "x", GRADIENT, 0)
     log_table(trainer, "t", ["a"], [[1]], 0)
+    log_text_table(trainer, "t", ["a"], [["b"]], 0)
     assert not list(tmp_path.iterdir())
 
 
