@@ -5,7 +5,8 @@ This file imports nothing heavy, so that ``--help``, ``list`` and ``copy`` answe
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from lightning_plugins import __version__
 from lightning_plugins.cli.commands import COMMANDS, run_command
@@ -51,8 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif words[0] == "--version":
             print(f"lightning-plugins {__version__}")
-        elif words[0] in ("list", "copy", "plot"):
-            run_command(words[0], words[1:])
+        elif words[0] in ("generate", "list", "copy", "plot"):
+            with _own_modules():
+                run_command(words[0], words[1:])
         elif words[0] in COMMANDS or words[0].startswith("--print_completion"):
             _run(words)
         else:
@@ -65,13 +67,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _run(words: Sequence[str]) -> None:
-    """Run a sub-command of Lightning's with the user's own modules in the current folder importable."""
+    """Run a sub-command of Lightning's."""
+    with _own_modules():
+        from lightning_plugins.cli.app import run
+
+        run(words)
+
+
+@contextmanager
+def _own_modules() -> Iterator[None]:
+    """The user's own modules in the current folder can be imported."""
     path = sys.path.copy()
     if not {"", os.getcwd()} & set(path):
         sys.path.append(os.getcwd())  # last, so that a folder called `datasets` hides no library
     try:
-        from lightning_plugins.cli.app import run
-
-        run(words)
+        yield
     finally:
         sys.path[:] = path

@@ -22,7 +22,7 @@ from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
-from lightning_plugins.cli.messages import UsageError
+from lightning_plugins.cli.messages import UsageError, raised_here
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
 from lightning_plugins.core.distributed import close_process_group_at_exit
@@ -202,7 +202,7 @@ class PluginsCLI(LightningCLI):
                     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
                 super()._run_subcommand(subcommand)
         except (ValueError, OSError, MisconfigurationException) as error:
-            if not (_raised_here(error) or isinstance(error, MisconfigurationException)):
+            if not (raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
             raise UsageError(str(error)) from error
         except RuntimeError as error:
@@ -251,7 +251,7 @@ def _model_checkpoints(trainer: Any) -> list[ModelCheckpoint]:
 
 def _checkpoint_folders(root: Path, trainer: Namespace) -> list[Path]:
     """Where the runs of a trainer with this config keep their checkpoints."""
-    folders = [root / "checkpoints", *root.glob("*/*/checkpoints")]
+    folders = checkpoint.checkpoint_folders(root)
     for key, argument in (("logger", "save_dir"), ("callbacks", "dirpath")):
         parts = trainer.get(key) if isinstance(trainer.get(key), list) else [trainer.get(key)]
         for part in parts:
@@ -269,15 +269,9 @@ def _unwrap(error: Exception) -> Exception:
     return error
 
 
-def _raised_here(error: Exception) -> bool:
-    """Whether the error was raised by this package's own code."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
-
-
 def _sentence(error: Exception) -> list[str]:
     """The error's text, with the place in the user's own code if it comes from there."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     foreign = "site-packages" in last.filename
-    where = "" if _raised_here(error) or foreign else f"Raised in {shorten(last.filename)}, line {last.lineno}"
+    where = "" if raised_here(error) or foreign else f"Raised in {shorten(last.filename)}, line {last.lineno}"
     return [str(error), where]

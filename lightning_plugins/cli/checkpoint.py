@@ -14,6 +14,11 @@ from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 
 
+def checkpoint_folders(root: Path) -> list[Path]:
+    """Where runs below ``root`` keep their checkpoints, by Lightning's own rules."""
+    return [root / "checkpoints", *root.glob("*/*/checkpoints")]
+
+
 def find_last(root: Path, folders: Iterable[Path]) -> Path:
     """The newest ``last.ckpt`` in the folders (every run has its own) below the run folder ``root``.
 

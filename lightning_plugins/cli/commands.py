@@ -1,15 +1,17 @@
-"""``list`` and ``copy``: what ships with the package; ``plot``: a run's picture. Heavy imports are left to ``plot``."""
+"""Commands without a Trainer: ``list``, ``copy``, ``plot`` and ``generate``; the last two alone import much."""
 
 import ast
 import shutil
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from shtab import FILE
 
 import lightning_plugins
+from lightning_plugins.cli.generate import EXAMPLES, add_generate_arguments, generate
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.cli.resolve import headline, shipped
 
@@ -18,6 +20,7 @@ COMMANDS = {
     "validate": "one pass over the validation set",
     "test": "one pass over the test set",
     "predict": "write the predictions to a file",
+    "generate": "print the texts a trained model writes, piece by piece",
     "list": "parts, configs and recipes, one line each",
     "copy": "copy a shipped config or recipe, to change it",
     "plot": "a page of pictures from a run with ODEDiagnostics",
@@ -27,11 +30,23 @@ COMMANDS = {
 class _LightParser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         name = self.prog.split()[-1]
-        UsageError(message.strip() + ".", f"All options: lightning-plugins {name} --help").exit()
+        UsageError(" ".join(message.split()) + ".", f"All options: lightning-plugins {name} --help").exit()
+
+
+class _Examples(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Leaves the lines below the options as they are."""
 
 
 def command_parsers() -> dict[str, ArgumentParser]:
     """The parser of each command in this file, by name."""
+    generate_parser = _LightParser(
+        prog="lightning-plugins generate",
+        description=COMMANDS["generate"],
+        epilog=EXAMPLES,
+        formatter_class=_Examples,
+        allow_abbrev=False,
+    )
+    add_generate_arguments(generate_parser)
     list_parser = _LightParser(prog="lightning-plugins list", description=COMMANDS["list"])
     copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
     copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
@@ -42,7 +57,7 @@ def command_parsers() -> dict[str, ArgumentParser]:
     run = plot_parser.add_argument("run", type=str, help=log)
     output = plot_parser.add_argument("--output", type=str, help=picture)
     run.complete = output.complete = FILE
-    return {"list": list_parser, "copy": copy_parser, "plot": plot_parser}
+    return {"generate": generate_parser, "list": list_parser, "copy": copy_parser, "plot": plot_parser}
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:
@@ -50,6 +65,8 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     options: Any = command_parsers()[name].parse_args(argv)
     if name == "list":
         list_parts()
+    elif name == "generate":
+        generate(options)
     elif name == "copy":
         copy(options.name, options.dest)
     else:

@@ -2,8 +2,12 @@
 
 import difflib
 import sys
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NoReturn
+
+import lightning_plugins
 
 MAX_LINES = 5
 
@@ -24,6 +28,12 @@ class UsageError(Exception):
         """Leave with status 2 after printing at most five lines to stderr."""
         sys.stderr.write("error: " + "\n".join(self.lines[:MAX_LINES]) + "\n")
         sys.exit(2)
+
+
+def raised_here(error: Exception) -> bool:
+    """Whether the error was raised by this package's own code."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
 
 
 def closest(word: str, names: Iterable[str]) -> list[str]:
