@@ -1,0 +1,1 @@
+"""UniLM configurations."""

