@@ -136,8 +136,8 @@ def _template_tokens(processor: dict[str, Any] | None) -> set[str]:
 def keep_rows(model: "PreTrainedModel", kept_ids: Tensor) -> None:
     """Leave the model only the kept rows of its embeddings and of its head, in place; ties stay tied.
 
-    The ids of special tokens in ``config``, ``generation_config`` and ``settings`` become the new ones, or ``None``
-    where such a token is not kept.
+    The ids of special tokens in ``config``, ``generation_config`` and ``settings`` become the new ones (``None`` where
+    a config names a token that is not kept): load the model with the ids of the untrimmed tokenizer.
 
     Args:
         model: any masked or causal language model of the BERT kind.
@@ -155,6 +155,13 @@ def keep_rows(model: "PreTrainedModel", kept_ids: Tensor) -> None:
         raise ValueError(f"kept_ids must be distinct ids from 0 to {rows - 1}, got {len(kept)} of another kind.")
     if pad is not None and pad not in kept:
         raise ValueError(f"kept_ids leaves out {pad}, the padding token of the model's config: keep it.")
+    settings, ids = getattr(model, "settings", None), {}
+    if settings is not None:
+        ids = {
+            name: old for name, old in dataclasses.asdict(settings).items() if name.endswith("_id") and old is not None
+        }
+        if missing := {name: old for name, old in ids.items() if old not in kept}:
+            raise ValueError(f"kept_ids leaves out {missing} of the model's settings, ids of the untrimmed tokenizer.")
     owner = model.get_submodule(_name_of(model, head).rpartition(".")[0])  # BERT's head has a bias beside its decoder's
     parameters = [embedding.weight, head.weight, head.bias, *owner.parameters(recurse=False)]
     for old in {id(p): p for p in parameters if p is not None and len(p) == rows}.values():
@@ -167,10 +174,8 @@ def keep_rows(model: "PreTrainedModel", kept_ids: Tensor) -> None:
         for name, value in owner_of_ids.to_dict().items() if owner_of_ids is not None else ():
             if name.endswith("_token_id") and value is not None:
                 setattr(owner_of_ids, name, _renumber(value, new_ids, rows))
-    if hasattr(model, "settings"):
-        ids = {field.name for field in dataclasses.fields(model.settings) if field.name.endswith("_token_id")}
-        ids = {name: new_ids.get(getattr(model.settings, name)) for name in ids}
-        model.settings = dataclasses.replace(model.settings, **ids)
+    if settings is not None:
+        model.settings = dataclasses.replace(settings, **{name: new_ids[old] for name, old in ids.items()})
 
 
 def _renumber(value: int | list[int], new_ids: dict[int, int], rows: int) -> int | list[int] | None:
