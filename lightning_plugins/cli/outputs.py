@@ -1,7 +1,8 @@
 """What a run leaves behind, and where: predictions in one file, the paths of its pictures."""
 
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,52 @@ def join_batches(batches: Sequence[Any]) -> Any:
 
 
 def save_predictions(trainer: Trainer, predictions: Sequence[Any]) -> Path:
-    """Write what ``trainer.predict`` returned to ``predictions.pt`` in the run's folder; several ranks write one each.
+    """Write what ``trainer.predict`` returned into the run's folder; several ranks write a file each.
+
+    Batches of records (lists of dicts of plain values) go to ``predictions.jsonl``, an object a line; anything else,
+    joined, to ``predictions.pt``. With several dataloaders the latter holds a list with one entry for each, and a
+    line of the former tells its number as ``dataloader``.
 
     Returns:
-        The file's path. With several dataloaders it holds a list with one entry for each.
+        The file's path.
     """
     several = len(trainer.predict_dataloaders) > 1 if isinstance(trainer.predict_dataloaders, list) else False
-    joined = [join_batches(batches) for batches in predictions] if several else join_batches(predictions)
     rank = f"_rank{trainer.global_rank}" if trainer.world_size > 1 else ""
     folder = Path(trainer.strategy.broadcast(str(log_dir(trainer))))  # rank zero's
-    path = folder / f"predictions{rank}.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(joined, path)
+    folder.mkdir(parents=True, exist_ok=True)
+    loaders = predictions if several else [predictions]
+    if all(_is_records(batch) for batches in loaders for batch in batches):
+        path = folder / f"predictions{rank}.jsonl"
+        _write_lines(path, ({**r, "dataloader": i} if several else r for i, r in _records(loaders)))
+    else:
+        path = folder / f"predictions{rank}.pt"
+        joined = [join_batches(batches) for batches in loaders]
+        torch.save(joined if several else joined[0], path)
     return path
+
+
+def _records(loaders: Sequence[Sequence[Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each record with its dataloader's number."""
+    for number, batches in enumerate(loaders):
+        for batch in batches:
+            yield from ((number, record) for record in batch)
+
+
+def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def _is_records(batch: Any) -> bool:
+    return isinstance(batch, list) and all(isinstance(record, dict) and _is_plain(record) for record in batch)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (str, int, float))
 
 
 def picture_lines(folder: Path, since: float) -> list[str]:

@@ -136,6 +136,14 @@ def test_lines_of_standard_input_give_as_many_lines(generate):
     assert generate("--text", "a\nb", "--num_beams=2")[0] == "A B 7\n"  # one line, whatever it holds
 
 
+def test_predict_writes_records_a_line_each(generate, cli, project, capsys):
+    cli("predict", "--ckpt_path=last", "--data=my_package.ToyData")
+    assert "Predictions: lightning_logs/version_1/predictions.jsonl\n" in capsys.readouterr().out
+    lines = (project / "lightning_logs/version_1/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 40
+    assert lines[-1] == '{"source": "文 2", "prediction": "a\\nb", "scores": [0.5, null]}'
+
+
 def test_options_reach_the_model_and_only_those_given(generate):
     def asked(*words):
         return generate("--text=x", *words)[1][0]

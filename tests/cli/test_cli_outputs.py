@@ -1,8 +1,12 @@
+import json
 import os
+from types import SimpleNamespace
 
+import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from lightning_plugins.cli.outputs import join_batches, picture_lines
+from lightning_plugins.cli.outputs import join_batches, picture_lines, save_predictions
 
 
 def test_join_batches():
@@ -15,6 +19,56 @@ def test_join_batches():
     assert join_batches(ragged) == ragged
     assert join_batches(["a", "b"]) == ["a", "b"]
     assert join_batches([]) == []
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    """What is asked of a trainer: rank one of two if the test says so."""
+    return SimpleNamespace(
+        predict_dataloaders=DataLoader([0]),
+        global_rank=1,
+        world_size=1,
+        strategy=SimpleNamespace(broadcast=lambda path: path),
+        loggers=[],
+        default_root_dir=tmp_path / "run",
+    )
+
+
+RECORDS = [
+    [{"source": "猫 “\u2028”\n", "prediction": "a", "score": 0.5}, {"source": "", "prediction": None, "ids": [1, [2]]}],
+    [{"source": "b", "kept": True, "more": {"x": 1}}],
+]
+
+
+def test_records_are_a_line_each(trainer, tmp_path):
+    path = save_predictions(trainer, RECORDS)
+    assert path == tmp_path / "run/predictions.jsonl"
+    lines = path.read_bytes().decode().split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == [*RECORDS[0], *RECORDS[1]]
+    assert lines[0].startswith('{"source": "猫 “') and lines[-1] == ""
+
+    trainer.world_size = 2
+    assert save_predictions(trainer, RECORDS[:1]).name == "predictions_rank1.jsonl"
+
+    trainer.predict_dataloaders = [DataLoader([0]), DataLoader([0])]
+    lines = save_predictions(trainer, [RECORDS, RECORDS[1:]]).read_text(encoding="utf-8").split("\n")
+    assert [json.loads(line)["dataloader"] for line in lines[:-1]] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "predictions",
+    [
+        [[{"source": "a", "logits": torch.ones(2)}]],
+        [[{"source": "a"}], ["b"]],
+        [{"source": ["a", "b"]}],
+        [[{1: "a"}]],
+    ],
+)
+def test_anything_else_is_kept_as_it_is(trainer, predictions):
+    path = save_predictions(trainer, predictions)
+    assert path.name == "predictions.pt"
+    found, expected = torch.load(path, weights_only=True), join_batches(predictions)
+    assert str(found) == str(expected)
 
 
 def test_pictures_one_line_each_kind_newest_first_seen_only(tmp_path, monkeypatch):
