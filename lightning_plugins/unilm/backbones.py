@@ -68,6 +68,20 @@ class Backbone:
     window: int | None
 
 
+def check_family(model_type: str) -> None:
+    """Refuse a family by its name.
+
+    Raises:
+        ValueError: if it leaks whatever the mask, or is not known to be free of leaks.
+    """
+    if model_type in _REFUSED:
+        raise ValueError(
+            f"model_type={model_type!r} cannot be used: {_REFUSED[model_type]}. Choose another, as 'bert'."
+        )
+    if model_type not in FAMILIES:
+        raise ValueError(f"model_type={model_type!r} is not known to obey a mask; known are {', '.join(FAMILIES)}.")
+
+
 def find_backbone(config: "PreTrainedConfig") -> Backbone:
     """The facts of a configuration's family.
 
@@ -77,10 +91,9 @@ def find_backbone(config: "PreTrainedConfig") -> Backbone:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     name = config.model_type
-    if name in _REFUSED:
-        raise ValueError(f"model_type={name!r} cannot be used: {_REFUSED[name]}. Choose another, such as 'bert'.")
-    if name not in FAMILIES:
-        raise ValueError(f"model_type={name!r} is not known to obey a mask; known are {', '.join(FAMILIES)}.")
+    check_family(name)
+    if getattr(config, "rotary_value", False):
+        raise ValueError(f"rotary_value=True of {name!r} makes its values depend on padding; only False is exact.")
     has_decoder = type(config) in AutoModelForCausalLM._model_mapping
     stock = (AutoModelForCausalLM if has_decoder else AutoModelForMaskedLM)._model_mapping[type(config)]
     arguments = inspect.signature(stock.forward).parameters

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_plugins.core.pretrained import pretrained_folder
 from lightning_plugins.unilm.backbones import (
     Backbone,
+    check_family,
     check_for_leaks,
     choose_implementation,
     find_backbone,
@@ -19,20 +20,15 @@ from lightning_plugins.unilm.backbones import (
 )
 from lightning_plugins.unilm.cached_attention import LayerByCall, cached_name, plain_name
 from lightning_plugins.unilm.generation import PrefixGeneration
-from lightning_plugins.unilm.masks import MASKS, SOURCE, TARGET, attention_mask
+from lightning_plugins.unilm.masks import attention_mask
 from lightning_plugins.unilm.surgery import extend_token_types
+from lightning_plugins.unilm.token_types import NUM_V1_TYPES, Segment, fitting_segment, token_types
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.cache_utils import Cache
 
-Segment = Literal["sep_as_bos", "su", "unilm_v1", "none"]
 Decoding = Literal["next_token", "mask"]
-
-_SCHEMES = ("sep_as_bos", "su", "unilm_v1", "none")
-_DECODINGS = ("next_token", "mask")
-_V1_TYPES = {"bidirectional": (0, 1), "l2r": (2, 2), "r2l": (3, 3), "seq2seq": (4, 5)}  # of source and target
-_NUM_V1_TYPES = 6
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,7 @@ class Settings:
     """How a model marks source and target, and decodes.
 
     Attributes:
-        segment: scheme of the token types, see :meth:`UniLMMixin.token_types`.
+        segment: scheme of the token types, see :func:`token_types`.
         decoding: ``next_token``, or ``mask`` for models trained to fill a [MASK] behind the tokens known so far.
         pad_token_id: fills rows up.
         sep_token_id: ends sources and targets.
@@ -89,39 +85,10 @@ class UniLMMixin(PrefixGeneration):
     def token_types(
         self, segment_ids: Tensor, kind: str = "seq2seq", sample_ids: Tensor | None = None
     ) -> Tensor | None:
-        """Token types by the model's scheme.
-
-        ``sep_as_bos``: the source's last [SEP] and the target are 1, all else 0 (plain ``generate()`` repeats the last
-        type it is given). ``su``: source 0, target 1. ``unilm_v1``: source and target are 4 and 5 under seq2seq, 2 and
-        2 under l2r, 3 and 3 under r2l, 0 and 1 under a bidirectional mask. ``none``: 0. Padding is 0.
-
-        Args:
-            segment_ids: ``(B, T)``: 0 padding, 1 source, 2 target.
-            kind: of the mask; only ``unilm_v1`` looks at it.
-            sample_ids: ``(B, T)`` for packed rows, 0 at padding.
-
-        Returns:
-            ``(B, T)`` int64, or ``None`` if the family has no token types.
-
-        Raises:
-            ValueError: if ``kind`` is unknown.
-        """
-        if kind not in MASKS and kind != "permutation":
-            raise ValueError(f"kind={kind!r} is no mask; the kinds are {', '.join(MASKS)}, permutation.")
+        """Token types ``(B, T)`` by the model's scheme, ``None`` if the family has none; see :func:`token_types`."""
         if not self.backbone.num_token_types:
             return None
-        scheme, is_source = self.settings.segment, segment_ids == SOURCE
-        if scheme == "none":
-            return torch.zeros_like(segment_ids)
-        if scheme == "unilm_v1":
-            source, target = _V1_TYPES.get(kind, _V1_TYPES["bidirectional"])
-            return is_source * source + (segment_ids == TARGET) * target
-        if scheme == "su":
-            return (segment_ids == TARGET).long()
-        goes_on = is_source[:, :-1] & is_source[:, 1:]
-        if sample_ids is not None:
-            goes_on &= sample_ids[:, :-1] == sample_ids[:, 1:]
-        return ((segment_ids > 0) & ~nn.functional.pad(goes_on, (0, 1))).long()
+        return token_types(segment_ids, self.settings.segment, kind, sample_ids)
 
     def forward(
         self,
@@ -279,7 +246,7 @@ def load_unilm(
         sep_token_id: ends sources and targets; the end of what ``generate()`` writes.
         mask_token_id: ``None`` if there is none.
         vocab_size: the tokenizer's. A model from ``config`` gets as many rows; weights must have at least as many.
-        segment: scheme of the token types, see :meth:`UniLMMixin.token_types`. A family with fewer than two types
+        segment: scheme of the token types, see :func:`token_types`. A family with fewer than two types
             takes ``sep_as_bos`` as ``none``; for ``unilm_v1`` the table is extended to six.
         decoding: ``next_token``; ``mask`` for models trained to fill [MASK]s (UniLM v1 and v2).
         attn_implementation: ``sdpa`` where the family has it, else ``eager``; ``flex_attention`` on a GPU.
@@ -293,20 +260,19 @@ def load_unilm(
     """
     if (model_name_or_path is None) == (config is None):
         raise ValueError("Give either model_name_or_path (weights) or config (random weights), not both or none.")
-    if segment not in _SCHEMES:
-        raise ValueError(f"segment={segment!r} is unknown; the schemes are {', '.join(_SCHEMES)}.")
-    if decoding not in _DECODINGS:
+    if decoding not in get_args(Decoding):
         raise ValueError(f"decoding={decoding!r} must be 'next_token' or 'mask'.")
     if decoding == "mask" and mask_token_id is None:
         raise ValueError("decoding='mask' appends [MASK] at every step: mask_token_id must not be None.")
-    full = _read_config(model_name_or_path, config, pad_token_id, vocab_size)
+    ids = {"pad": pad_token_id, "sep": sep_token_id, "mask": mask_token_id}
+    full = _read_config(model_name_or_path, config, ids, vocab_size)
     backbone = find_backbone(full)
-    segment = _fitting_segment(segment, backbone)
-    _check_ids(full.vocab_size, vocab_size, pad=pad_token_id, sep=sep_token_id, mask=mask_token_id)
+    segment = fitting_segment(segment, full.model_type, backbone.num_token_types, not backbone.type_columns)
+    _check_ids(full.vocab_size, vocab_size, ids)
     model = _build(model_name_or_path, full, backbone, choose_implementation(backbone, attn_implementation))
     model.settings = Settings(segment, decoding, pad_token_id, sep_token_id, mask_token_id)
-    if segment == "unilm_v1" and backbone.num_token_types < _NUM_V1_TYPES:
-        extend_token_types(model, _NUM_V1_TYPES)
+    if segment == "unilm_v1" and backbone.num_token_types < NUM_V1_TYPES:
+        extend_token_types(model, NUM_V1_TYPES)
         model.backbone = find_backbone(model.config)
     defaults = model.generation_config
     defaults.eos_token_id, defaults.pad_token_id, defaults.bos_token_id = sep_token_id, pad_token_id, None
@@ -315,44 +281,30 @@ def load_unilm(
 
 
 def _read_config(
-    name: str | None, config: dict[str, Any] | None, pad_token_id: int, vocab_size: int | None
+    name: str | None, config: dict[str, Any] | None, ids: dict[str, int | None], vocab_size: int | None
 ) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     if config is None:
         try:
-            full = AutoConfig.from_pretrained(pretrained_folder(name))
+            return AutoConfig.from_pretrained(pretrained_folder(name))
         except (OSError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise FileNotFoundError(
                 f"No model called {name!r}: {reason}. Give an id of the Hub (its first use needs the network), a "
                 "folder with a model, or package:NAME/FOLDER."
             ) from error
-    else:
-        if "model_type" not in config:
-            raise ValueError("config has no model_type, the family's name such as 'bert'.")
-        given = {"pad_token_id": pad_token_id, **config}
-        given |= {} if vocab_size is None else {"vocab_size": vocab_size}
-        full = AutoConfig.for_model(**given)
-    if full.model_type == "big_bird":
-        full.attention_type = "original_full"  # its block-sparse attention takes no mask for each pair
-    return full
+    if "model_type" not in config:
+        raise ValueError("config has no model_type, the family's name such as 'bert'.")
+    check_family(config["model_type"])
+    family = AutoConfig.for_model(config["model_type"])
+    ids = {"pad": ids["pad"], "sep": ids["sep"], "mask": ids["mask"], "eos": ids["sep"], "bos": None, "cls": None}
+    known = {f"{name}_token_id": value for name, value in ids.items()}  # the family's own are of another vocabulary
+    given = {name: value for name, value in known.items() if getattr(family, name, None) is not None} | config
+    return AutoConfig.for_model(**given | ({} if vocab_size is None else {"vocab_size": vocab_size}))
 
 
-def _fitting_segment(segment: Segment, backbone: Backbone) -> Segment:
-    if backbone.num_token_types >= 2 or segment == "none":
-        return segment
-    if segment == "sep_as_bos":
-        return "none"
-    if segment == "unilm_v1" and backbone.num_token_types and not backbone.type_columns:
-        return segment
-    raise ValueError(
-        f"segment={segment!r} needs token types, of which {backbone.model_type!r} has {backbone.num_token_types}: "
-        "use 'sep_as_bos' or 'none'."
-    )
-
-
-def _check_ids(size: int, vocab_size: int | None, **ids: int | None) -> None:
+def _check_ids(size: int, vocab_size: int | None, ids: dict[str, int | None]) -> None:
     if vocab_size is not None and vocab_size > size:
         raise ValueError(
             f"vocab_size={vocab_size} of the tokenizer is more than the model's {size}: another tokenizer?"
@@ -367,6 +319,8 @@ def _build(name: str | None, config: "PreTrainedConfig", backbone: Backbone, imp
         config.is_decoder = True  # returns its cache; the mask is always given, so that nothing becomes causal
     if backbone.cache == "attention":
         implementation = cached_name(implementation)
+    if config.model_type == "big_bird":
+        config.attention_type = "original_full"  # its block-sparse attention takes no mask for each pair
     made, dtype = unilm_class(backbone.stock), torch.get_default_dtype()
     with torch.device("cpu"):  # the leak probe needs real weights
         if name is None:
