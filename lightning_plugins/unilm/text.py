@@ -72,7 +72,7 @@ def encode_sources(
 
 def left_padded(input_ids: Tensor, wanted: Tensor, pad_token_id: int) -> dict[str, Tensor]:
     """The wanted tokens of each row, in their order, moved to the right end: ``input_ids``, ``attention_mask``."""
-    order = wanted.long().argsort(1, stable=True)
+    order = wanted.long().argsort(dim=1, stable=True)
     kept = wanted.gather(1, order)
     width = int(wanted.sum(1).max())
     ids = torch.where(kept, input_ids.gather(1, order), pad_token_id)
