@@ -146,6 +146,8 @@ class UniLMMixin(PrefixGeneration):
             output = super().forward(**inputs)
         finally:
             self._places = 0
+        if isinstance(logits_to_keep, Tensor):
+            output.logits = output.logits[0]
         if num_mask_tokens and past_key_values is not None:
             past_key_values.crop(-num_mask_tokens)
         return output if self.backbone.cache == "own" else _with_cache(output, past_key_values)
@@ -188,7 +190,7 @@ class UniLMMixin(PrefixGeneration):
         if isinstance(places, int) and places == 0:
             return output
         hidden = output[0]
-        hidden = hidden[:, -places:] if isinstance(places, int) else hidden[places]
+        hidden = hidden[:, -places:] if isinstance(places, int) else hidden[places][None]  # heads take three dimensions
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden
