@@ -1,6 +1,7 @@
 """Any image-classification set that Hugging Face ``datasets`` reads."""
 
 import math
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,39 @@ if TYPE_CHECKING:
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _IN_MEMORY = 2**30  # bytes of a decoded split up to which it is held in memory
+
+
+def load_splits(owner: str, path: str, name: str | None, train_split: str, folder: str) -> "datasets.DatasetDict":
+    """All splits of an id of the Hub, a folder, or a parquet file, which is a training split.
+
+    Args:
+        owner: the data module, for the sentence.
+        path: id, folder or file; ``~`` is the home folder.
+        name: the configuration, for ids that have several.
+        train_split: what a parquet file is called.
+        folder: what a folder holds, for the sentence.
+
+    Raises:
+        FileNotFoundError: nothing readable there.
+    """
+    import datasets
+
+    place = str(Path(path).expanduser())
+    try:
+        if place.endswith(".parquet"):
+            return datasets.load_dataset("parquet", data_files={train_split: place})
+        return datasets.load_dataset(place, name)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise FileNotFoundError(
+            f"{owner} cannot read path={path!r}: {reason}. Give a dataset id of the Hub (its first use "
+            f"needs the network), {folder}, or a parquet file."
+        ) from error
+
+
+def find_validation(splits: Iterable[str]) -> str | None:
+    """The split that goes by one of the usual names of validation."""
+    return next((name for name in _VALIDATION_NAMES if name in splits), None)
 
 
 class HFImages(ImageData):
@@ -121,24 +155,18 @@ class HFImages(ImageData):
 
     @cached_property
     def _raw(self) -> "datasets.DatasetDict":
-        import datasets
-
-        path = str(Path(self.path).expanduser())
-        try:
-            if path.endswith(".parquet"):
-                return datasets.load_dataset("parquet", data_files={self.split_names["train"]: path})
-            return datasets.load_dataset(path, self.name)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise FileNotFoundError(
-                f"HFImages cannot read path={self.path!r}: {reason}. Give a dataset id of the Hub (its first use "
-                "needs the network), a folder with one folder of images for each class, or a parquet file."
-            ) from error
+        return load_splits(
+            "HFImages",
+            self.path,
+            self.name,
+            self.split_names["train"],
+            "a folder with one folder of images for each class",
+        )
 
     def _has(self, split: str) -> bool:
         """Find the split's name; a name that the user gave for validation must exist."""
         if split == "val" and self.split_names["val"] is None:
-            self.split_names["val"] = next((name for name in _VALIDATION_NAMES if name in self._raw), None)
+            self.split_names["val"] = find_validation(self._raw)
         name = self.split_names[split]
         return name in self._raw or (split == "val" and name is not None)
 

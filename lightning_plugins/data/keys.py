@@ -69,7 +69,42 @@ def random_integers(keys: Tensor, high: int | Tensor, seed: int, stream: int = 0
     return (_shift_right(hash_keys(keys, seed, stream), 31) * high) >> 32  # 32 bits times 31 bits fit in an int64
 
 
-class KeyBatches(Sampler[list[int]]):
+def epoch_generator(epoch: int, seed: int) -> torch.Generator:
+    """The random numbers that order an epoch."""
+    return torch.Generator().manual_seed(int(hash_keys(torch.tensor(epoch), seed, stream=-1)))
+
+
+class Batches(Sampler[list]):
+    """Base of the batches of keys for one process of several: what :class:`KeyLoader` needs of them.
+
+    Args:
+        train: whether each epoch has an order of its own.
+    """
+
+    def __init__(self, train: bool) -> None:
+        self.train = train
+        self.epoch = 0
+        self.start = 0  # batches to skip
+
+    @property
+    def identity(self) -> dict[str, int]:
+        """What must be equal for batch k of an epoch to hold the same keys, by its name in a sentence."""
+        raise NotImplementedError
+
+    @property
+    def sampler(self) -> "Batches":
+        """Itself: Lightning calls ``loader.batch_sampler.sampler.set_epoch`` before each epoch."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the keys of the next epoch; no effect on an evaluation loader."""
+        self.epoch = epoch if self.train else 0
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class KeyBatches(Batches):
     """Batches of keys for one process of several.
 
     Batch k of all processes together is batch k of one process with ``world_size`` times the batch size.
@@ -98,19 +133,18 @@ class KeyBatches(Sampler[list[int]]):
                 f"{num_samples} images are too few for {what}: batch_size={batch_size} on {world_size} process(es) "
                 f"needs at least {least}. Use a smaller batch_size or fewer devices."
             )
-        self.num_samples, self.batch_size, self.train, self.seed = num_samples, batch_size, train, seed
+        super().__init__(train)
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.world_size, self.rank = world_size, rank
-        self.epoch = 0
-        self.start = 0  # batches to skip
 
     @property
-    def sampler(self) -> "KeyBatches":
-        """Itself: Lightning calls ``loader.batch_sampler.sampler.set_epoch`` before each epoch."""
-        return self
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the keys of the next epoch; no effect on an evaluation loader."""
-        self.epoch = epoch if self.train else 0
+    def identity(self) -> dict[str, int]:
+        """Images, images in a batch of all processes, seed."""
+        return {
+            "number of training images": self.num_samples,
+            "batch_size times processes": self.batch_size * self.world_size,
+            "seed of the data": self.seed,
+        }
 
     def __len__(self) -> int:
         share = self.num_samples // self.world_size
@@ -119,7 +153,7 @@ class KeyBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         keys = torch.arange(self.num_samples)
         if self.train:
-            order = torch.Generator().manual_seed(int(hash_keys(torch.tensor(self.epoch), self.seed, stream=-1)))
+            order = epoch_generator(self.epoch, self.seed)
             keys = torch.randperm(self.num_samples, generator=order) + self.epoch * self.num_samples
         step = self.batch_size * self.world_size
         for k in range(self.start, len(self)):
@@ -146,7 +180,7 @@ class KeyLoader:
         pin_memory: copy batches to pinned memory, for a faster transfer to a GPU.
     """
 
-    def __init__(self, dataset: Dataset, batches: KeyBatches, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(self, dataset: Dataset, batches: Batches, num_workers: int = 0, pin_memory: bool = False) -> None:
         self.dataset = dataset
         self.batch_sampler = batches
         self._resume: dict[str, int] | None = None
@@ -173,29 +207,19 @@ class KeyLoader:
             yield batch
 
     def _first_batch(self) -> int:
-        here = self._position()
-        if self._resume is None or self._resume["epoch"] != here["epoch"]:
+        if self._resume is None or self._resume["epoch"] != self.batch_sampler.epoch:
             return 0  # the checkpoint was the end of an epoch
-        names = {
-            "images": "number of training images",
-            "global_batch": "batch_size times processes",
-            "seed": "seed of the data",
-        }
-        for key, name in names.items():
-            if self._resume[key] != here[key]:
+        for name, value in self.batch_sampler.identity.items():
+            if self._resume.get(name) != value:
                 raise ValueError(
-                    f"Cannot resume in mid-epoch: the {name} was {self._resume[key]} and is now {here[key]}. "
+                    f"Cannot resume in mid-epoch: the {name} was {self._resume.get(name)} and is now {value}. "
                     f"Set it back, or resume from a checkpoint written at the end of an epoch."
                 )
         return self._resume["batches"]
 
-    def _position(self) -> dict[str, int]:
-        b = self.batch_sampler
-        return {"epoch": b.epoch, "images": b.num_samples, "global_batch": b.batch_size * b.world_size, "seed": b.seed}
-
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches handed out, and what must be equal for them to mean the same."""
-        return {**self._position(), "batches": self._done}
+        return {"epoch": self.batch_sampler.epoch, "batches": self._done, **self.batch_sampler.identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continue after the last batch of ``state`` if the next iteration is of the same epoch."""
@@ -227,7 +251,7 @@ def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor
     count = round(size * num_samples) if isinstance(size, float) else size
     if not 0 <= count < num_samples:
         raise ValueError(
-            f"val_size={size} must leave training images: give a count below {num_samples} or a fraction below 1."
+            f"val_size={size} must leave training samples: give a count below {num_samples} or a fraction below 1."
         )
     order = hash_keys(torch.arange(num_samples), seed, stream=-2).argsort()
     return order[count:].sort().values, order[:count].sort().values

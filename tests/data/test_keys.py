@@ -103,7 +103,7 @@ def test_random_split_refuses_to_leave_nothing():
     with pytest.raises(ValueError) as error:
         random_split(100, 100, seed=0)
     assert str(error.value) == (
-        "val_size=100 must leave training images: give a count below 100 or a fraction below 1."
+        "val_size=100 must leave training samples: give a count below 100 or a fraction below 1."
     )
 
 

@@ -1,0 +1,262 @@
+"""What all text data modules share: one tokenizer for data and model, limits of length, resumable loaders."""
+
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from lightning_plugins.data.images import at_least
+from lightning_plugins.data.keys import KeyLoader
+from lightning_plugins.data.text_batches import TextBatches
+from lightning_plugins.data.text_pairs import KeyedPairs, KeyedText, Marks, Ragged, Texts, encode, marks_of
+from lightning_plugins.data.wordpiece import train_wordpiece
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class TextData(LightningDataModule):
+    """Base of the text data modules: a subclass gives ``read(split)``. Its batches: :class:`KeyedText`.
+
+    Args:
+        tokenizer: an id of the Hub, a folder, or ``package:NAME/FOLDER``. Default: the model's, if it has one; else a
+            WordPiece tokenizer is learnt from the training texts.
+        vocab_size: of a tokenizer that is learnt.
+        lowercase: whether a tokenizer that is learnt folds upper case and accents.
+        max_source_length: tokens of a source, with its ``[CLS]`` and ``[SEP]``.
+        max_target_length: tokens of a target, with its ``[SEP]``.
+        long_sources: ``"truncate"``: a longer source loses its end, and how many did is told; ``"raise"``: it is an
+            error.
+        long_targets: a target is never cut, for a model would learn to stop there. ``"raise"``: a longer one is an
+            error; ``"drop"``: its pair is left out of training, and how many were is told. In validation and test it
+            stays, with its text in ``target`` but no target tokens: it counts for what is generated, not for the loss.
+        batch_size: pairs in a batch of one process; with packing, rows.
+        packing: training rows of up to ``max_source_length + max_target_length`` tokens hold as many pairs as fit.
+        length_grouping: pairs of a batch are alike in length, so that little is padding. No effect on packed rows.
+        num_workers: processes that prepare batches. Texts are encoded once, so the default 0 is the fastest.
+        seed: of the order and of random splits.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | None = None,
+        vocab_size: int = 8000,
+        lowercase: bool = False,
+        max_source_length: int = 448,
+        max_target_length: int = 64,
+        long_sources: Literal["truncate", "raise"] = "truncate",
+        long_targets: Literal["raise", "drop"] = "raise",
+        batch_size: int = 32,
+        packing: bool = False,
+        length_grouping: bool = True,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        at_least("max_source_length", max_source_length, 3)
+        at_least("max_target_length", max_target_length, 2)
+        at_least("batch_size", batch_size, 1)
+        at_least("num_workers", num_workers, 0)
+        for name, value, known in (
+            ("long_sources", long_sources, ("truncate", "raise")),
+            ("long_targets", long_targets, ("raise", "drop")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
+        self.tokenizer_name, self.vocab_size, self.lowercase = tokenizer, vocab_size, lowercase
+        self.max_source_length, self.max_target_length = max_source_length, max_target_length
+        self.long_sources, self.long_targets = long_sources, long_targets
+        self.batch_size, self.packing, self.length_grouping = batch_size, packing, length_grouping
+        self.num_workers, self.seed = num_workers, seed
+        self._texts: dict[str, Texts | None] = {}
+        self._datasets: dict[str, tuple[PreTrainedTokenizerBase, KeyedText]] = {}
+
+    # Texts
+
+    def read(self, split: str) -> Texts | None:
+        """Read ``"train"``, ``"val"``, ``"test"`` or ``"predict"``; ``None`` if the data have no such split."""
+        raise NotImplementedError
+
+    def texts(self, split: str) -> Texts | None:
+        """The split as read, kept in memory; prediction without sources of its own takes the test's."""
+        if split not in self._texts:
+            texts = self.read(split)
+            self._texts[split] = self.texts("test") if texts is None and split == "predict" else texts
+        return self._texts[split]
+
+    def require(self, split: str) -> Texts:
+        """The split, or one sentence if there is none."""
+        texts = self.texts(split)
+        if texts is None:
+            raise ValueError(f"{type(self).__name__} has no {split} texts.")
+        return texts
+
+    def setup(self, stage: str) -> None:
+        """Before training all processes agree on a tokenizer; without validation texts, there is no validation."""
+        if stage == "fit":
+            self.require("train")
+            if self.texts("val") is None and self.trainer is not None:
+                self.trainer.limit_val_batches = 0
+            self.tokenizer  # noqa: B018 (where it must be learnt, all processes are here to share it)
+
+    # The tokenizer
+
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The named one, else the model's, else one learnt from the training texts.
+
+        Where it is learnt, every process of the run must ask for it: the first one learns, for all.
+
+        Raises:
+            ValueError: data and model name different ones, or there is none and nothing to learn from.
+        """
+        theirs = getattr(self.trainer.lightning_module, "tokenizer", None) if self.trainer is not None else None
+        if self.tokenizer_name is None:
+            return self._learnt if theirs is None else theirs
+        if theirs is not None and theirs.get_vocab() != self._named.get_vocab():
+            raise ValueError(
+                f"tokenizer={self.tokenizer_name!r} of the data has {len(self._named)} tokens and is not the model's, "
+                f"which has {len(theirs)}: leave it out, then the data use the model's."
+            )
+        return self._named
+
+    @cached_property
+    def _named(self) -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self.tokenizer_name)
+
+    @cached_property
+    def _learnt(self) -> "PreTrainedTokenizerBase":
+        texts = self.texts("train")
+        if texts is None:
+            raise ValueError(
+                f"{type(self).__name__} has no tokenizer: the model has none, tokenizer= names none, and there are no "
+                "training texts to learn one from."
+            )
+        trainer = self.trainer
+        files = None
+        if trainer is None or trainer.is_global_zero:
+            content = [*texts.sources, *(texts.targets or [])]
+            tokenizer = train_wordpiece(content, self.vocab_size, self.lowercase)
+            if trainer is None or trainer.world_size == 1:
+                return tokenizer
+            files = pack_tokenizer(tokenizer)
+        return unpack_tokenizer(trainer.strategy.broadcast(files))
+
+    # Token ids
+
+    def dataset(self, split: str) -> KeyedText:
+        """What the loaders draw from; encoded once."""
+        tokenizer = self.tokenizer
+        if split not in self._datasets or self._datasets[split][0] is not tokenizer:
+            self._datasets[split] = tokenizer, self.encode(split, self.require(split), tokenizer)
+        return self._datasets[split][1]
+
+    def encode(self, split: str, texts: Texts, tokenizer: "PreTrainedTokenizerBase") -> KeyedText:
+        """Pairs as framed ids; for prediction, sources alone."""
+        marks, targets = marks_of(tokenizer), Ragged([] for _ in texts.sources)
+        if split != "predict" and texts.targets is not None:
+            targets = self._targets(split, texts, tokenizer, marks)
+            if split == "train":
+                kept = (targets.lengths > 0).nonzero()[:, 0].tolist()
+                if not kept:
+                    raise ValueError(f"No target fits max_target_length={self.max_target_length}: raise it.")
+                texts, targets = texts.select(kept), Ragged(targets[i].tolist() for i in kept)
+        sources = self._sources(split, texts, tokenizer, marks)
+        return KeyedPairs(texts, sources, targets, marks, self._packs(split), with_texts=split != "train")
+
+    def _packs(self, split: str) -> bool:
+        return self.packing and split == "train"
+
+    def _targets(self, split: str, texts: Texts, tokenizer: "PreTrainedTokenizerBase", marks: Marks) -> Ragged:
+        """Framed targets; empty for those that are too long."""
+        found: list[list[int]] = []
+        for place, ids in zip(texts.places, encode(tokenizer, texts.targets), strict=True):
+            _not_empty("target", ids, place)
+            if marks.sep in ids:
+                token = tokenizer.sep_token
+                raise ValueError(f"{place}: the target holds {token}, which ends it: remove it from the text.")
+            fits = len(ids) + 1 <= self.max_target_length
+            if not fits and self.long_targets == "raise":
+                raise ValueError(
+                    f"{place}: the target has {len(ids) + 1} tokens with its {tokenizer.sep_token}, but "
+                    f"max_target_length={self.max_target_length}: raise it, or leave such pairs out with "
+                    "long_targets='drop'."
+                )
+            found.append([*ids, marks.sep] if fits else [])
+        if long := found.count([]):
+            fate = "left out" if split == "train" else "not in the loss"
+            rank_zero_info(self._told(split, long, len(found), "target", self.max_target_length, fate))
+        return Ragged(found)
+
+    def _sources(self, split: str, texts: Texts, tokenizer: "PreTrainedTokenizerBase", marks: Marks) -> Ragged:
+        """Framed sources, cut where they are too long."""
+        room = self.max_source_length - len(marks.first) - 1
+        found: list[list[int]] = []
+        long = 0
+        for place, ids in zip(texts.places, encode(tokenizer, texts.sources), strict=True):
+            _not_empty("source", ids, place)
+            if len(ids) > room:
+                long += 1
+                if self.long_sources == "raise":
+                    length = len(ids) + self.max_source_length - room
+                    raise ValueError(
+                        f"{place}: the source has {length} tokens with its special ones, but max_source_length="
+                        f"{self.max_source_length}: raise it, or cut such sources with long_sources='truncate'."
+                    )
+            found.append([*marks.first, *ids[:room], marks.sep])
+        if long:
+            rank_zero_info(self._told(split, long, len(found), "source", self.max_source_length, "cut"))
+        return Ragged(found)
+
+    def _told(self, split: str, long: int, count: int, what: str, limit: int, fate: str) -> str:
+        return (
+            f"{type(self).__name__}: {long:,} of {count:,} {split} {what}s ({long / count:.1%}) are longer than "
+            f"max_{what}_length={limit} and {fate}."
+        )
+
+    # Loaders
+
+    @property
+    def row_length(self) -> int:
+        """The most tokens of a row."""
+        return self.max_source_length + self.max_target_length
+
+    def _loader(self, split: str) -> KeyLoader:
+        dataset, trainer = self.dataset(split), self.trainer
+        share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        batches = TextBatches(
+            dataset.lengths,
+            self.batch_size,
+            train=split == "train"
+            and not (trainer and trainer.overfit_batches),  # overfitting repeats the same batches
+            length_grouping=self.length_grouping and split != "predict",
+            row_length=self.row_length if self._packs(split) else None,
+            seed=self.seed,
+            world_size=share["num_replicas"],
+            rank=share["rank"],
+        )
+        pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pin)
+
+    def train_dataloader(self) -> KeyLoader:
+        """Every training pair once an epoch, shuffled."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> KeyLoader:
+        """Every validation pair once, the longest first, with its texts."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> KeyLoader:
+        """Every test pair once, the longest first, with its texts."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> KeyLoader:
+        """Sources in their order, with their texts."""
+        return self._loader("predict")
+
+
+def _not_empty(what: str, ids: list[int], place: str) -> None:
+    if not ids:
+        raise ValueError(f"{place}: the {what} is empty (it has no tokens). Fill or remove it.")
