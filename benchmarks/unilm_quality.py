@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -30,22 +30,68 @@ from unilm_tasks import MINILM, Task, load_task, training_batches, validation_ba
 
 from lightning_plugins.core.pretrained import pretrained_folder
 from lightning_plugins.metrics.generation_scores import GenerationScores
+from lightning_plugins.unilm.module import UniLMSeq2Seq
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SMOOTHING = 0.1
 MAX_NEW_TOKENS = 40
 Batch = dict[str, Tensor]
 
 
-class Seq2Seq(LightningModule):
-    """Training shared by all models: :meth:`target_logits` is theirs."""
+class UniLM(UniLMSeq2Seq):
+    """One stack under the sequence-to-sequence mask, trained by the module's own defaults but for the rate."""
 
-    def __init__(self, lr: float, steps: int, warmup: int) -> None:
-        super().__init__()
-        self.lr, self.steps, self.warmup = lr, steps, warmup
+    def __init__(self, config: dict[str, Any] | None, task: Task, lr: float) -> None:
+        super().__init__(None if config else MINILM, config, label_smoothing=SMOOTHING, lr=lr)
+        self.task = task
+
+    def build_tokenizer(self) -> "PreTrainedTokenizerBase":
+        """The task's."""
+        return self.task.tokenizer
 
     def target_logits(self, batch: Batch) -> Tensor:
-        """``(N, V)``: row by row, what predicts each target token."""
-        raise NotImplementedError
+        """The token before each target token predicts it."""
+        return self(batch)
+
+
+class Bert2Bert(LightningModule):
+    """Two stacks joined by cross-attention, the decoder started with [CLS] and ended by [SEP]; trained as UniLM is."""
+
+    def __init__(self, config: dict[str, Any] | None, task: Task, lr: float) -> None:
+        super().__init__()
+        from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
+
+        if config is None:
+            folder = pretrained_folder(MINILM)
+            self.network = EncoderDecoderModel.from_encoder_decoder_pretrained(folder, folder)
+        else:
+            both = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**config), BertConfig(**config))
+            self.network = EncoderDecoderModel(both)
+        self.lr, self.tokenizer = lr, task.tokenizer
+        for settings in (self.network.config, self.network.generation_config):
+            settings.decoder_start_token_id = self.tokenizer.cls_token_id
+            settings.eos_token_id, settings.pad_token_id = self.tokenizer.sep_token_id, self.tokenizer.pad_token_id
+
+    def target_logits(self, batch: Batch) -> Tensor:
+        """The decoder reads ``[CLS] y_1 ... y_n`` and predicts ``y_1 ... y_n [SEP]``."""
+        source = batch["segment_ids"] == 1
+        width, height = int(source.sum(1).max()), len(source)
+        real = batch["segment_ids"] == 2
+        lengths = real.sum(1)
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        decoder = torch.full(inside.shape, self.tokenizer.pad_token_id)
+        decoder[inside] = batch["input_ids"][real]
+        decoder = torch.cat([torch.full((height, 1), self.tokenizer.cls_token_id), decoder[:, :-1]], 1)
+        output = self.network(
+            input_ids=batch["input_ids"][:, :width].masked_fill(~source[:, :width], self.tokenizer.pad_token_id),
+            attention_mask=source[:, :width].long(),
+            decoder_input_ids=decoder,
+            decoder_attention_mask=inside.long(),
+            use_cache=False,
+        )
+        return output.logits[inside]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy of the target tokens with label smoothing."""
@@ -62,72 +108,11 @@ class Seq2Seq(LightningModule):
             {"params": [p for p in self.parameters() if p.dim() < 2], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW(groups, lr=self.lr)
-        scheduler = get_linear_schedule_with_warmup(optimizer, self.warmup, self.steps)
+        scheduler = get_linear_schedule_with_warmup(optimizer, self.trainer.max_steps // 10, self.trainer.max_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-class Bert2Bert(Seq2Seq):
-    """Two stacks joined by cross-attention, the decoder started with [CLS] and ended by [SEP]."""
-
-    def __init__(self, config: dict[str, Any] | None, ids: dict[str, int], **training: Any) -> None:
-        super().__init__(**training)
-        from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
-
-        if config is None:
-            folder = pretrained_folder(MINILM)
-            self.network = EncoderDecoderModel.from_encoder_decoder_pretrained(folder, folder)
-        else:
-            both = EncoderDecoderConfig.from_encoder_decoder_configs(BertConfig(**config), BertConfig(**config))
-            self.network = EncoderDecoderModel(both)
-        self.ids = ids
-        for settings in (self.network.config, self.network.generation_config):
-            settings.decoder_start_token_id, settings.eos_token_id = ids["cls"], ids["sep"]
-            settings.pad_token_id = ids["pad"]
-
-    def target_logits(self, batch: Batch) -> Tensor:
-        """The decoder reads ``[CLS] y_1 ... y_n`` and predicts ``y_1 ... y_n [SEP]``."""
-        source = batch["segment_ids"] == 1
-        width, height = int(source.sum(1).max()), len(source)
-        real = batch["segment_ids"] == 2
-        lengths = real.sum(1)
-        inside = torch.arange(int(lengths.max())) < lengths[:, None]
-        decoder = torch.full(inside.shape, self.ids["pad"])
-        decoder[inside] = batch["input_ids"][real]
-        decoder = torch.cat([torch.full((height, 1), self.ids["cls"]), decoder[:, :-1]], 1)
-        output = self.network(
-            input_ids=batch["input_ids"][:, :width].masked_fill(~source[:, :width], self.ids["pad"]),
-            attention_mask=source[:, :width].long(),
-            decoder_input_ids=decoder,
-            decoder_attention_mask=inside.long(),
-            use_cache=False,
-        )
-        return output.logits[inside]
-
-
-class UniLM(Seq2Seq):
-    """One stack under the sequence-to-sequence mask."""
-
-    def __init__(self, config: dict[str, Any] | None, ids: dict[str, int], **training: Any) -> None:
-        super().__init__(**training)
-        from lightning_plugins.unilm.model import load_unilm
-
-        name = None if config else MINILM
-        special = {f"{key}_token_id": ids[key] for key in ("pad", "sep", "mask")}
-        self.network = load_unilm(name, config, **special)
-
-    def target_logits(self, batch: Batch) -> Tensor:
-        """The token before each target token predicts it; the head runs there only."""
-        from lightning_plugins.unilm.masks import positions, seq2seq_mask
-
-        segments = batch["segment_ids"]
-        return self.network(
-            input_ids=batch["input_ids"],
-            attention_mask=seq2seq_mask(segments),
-            position_ids=positions(segments),
-            token_type_ids=self.network.token_types(segments),
-            logits_to_keep=F.pad(segments[:, 1:] == 2, (0, 1)),
-            use_cache=False,
-        ).logits
+Model = UniLM | Bert2Bert
 
 
 def targets(batch: Batch) -> Tensor:
@@ -136,7 +121,7 @@ def targets(batch: Batch) -> Tensor:
 
 
 @torch.inference_mode()
-def validation_loss(model: Seq2Seq, batches: list[Batch]) -> float:
+def validation_loss(model: Model, batches: list[Batch]) -> float:
     """Cross-entropy per target token."""
     model.eval()
     total = sum(F.cross_entropy(model.target_logits(b).float(), targets(b), reduction="sum").item() for b in batches)
@@ -144,7 +129,7 @@ def validation_loss(model: Seq2Seq, batches: list[Batch]) -> float:
 
 
 @torch.inference_mode()
-def predictions(model: Seq2Seq, task: Task, batches: list[Batch], beams: int) -> list[str]:
+def predictions(model: Model, task: Task, batches: list[Batch], beams: int) -> list[str]:
     """One text for each source."""
     model.eval()
     texts = []
@@ -167,7 +152,7 @@ def unrelated(rows: list[tuple[list[int], list[int]]]) -> list[tuple[list[int], 
     return [(rows[i - shift][0], target) for i, (_, target) in enumerate(rows)]
 
 
-def evaluate(model: Seq2Seq, task: Task, num_generate: int | None = None) -> dict[str, Any]:
+def evaluate(model: Model, task: Task, num_generate: int | None = None) -> dict[str, Any]:
     """Losses on all validation pairs, and scores with every text on the first ``num_generate``, or all."""
     rows = [task.ids(pair) for pair in task.val]
     pad = task.tokenizer.pad_token_id
@@ -189,7 +174,7 @@ def evaluate(model: Seq2Seq, task: Task, num_generate: int | None = None) -> dic
     return result
 
 
-def build(name: str, task: Task, **training: Any) -> Seq2Seq:
+def build(name: str, task: Task, lr: float) -> Model:
     """The network called ``name``."""
     random = name.endswith("_random")
     if task.name == "csl" and not random:
@@ -198,11 +183,10 @@ def build(name: str, task: Task, **training: Any) -> Seq2Seq:
     if random:
         config = json.loads((Path(pretrained_folder(MINILM)) / "config.json").read_text())
         config |= {"vocab_size": len(task.tokenizer), "pad_token_id": task.tokenizer.pad_token_id}
-    ids = {key: getattr(task.tokenizer, f"{key}_token_id") for key in ("cls", "sep", "pad", "mask")}
-    return {"unilm": UniLM, "bert2bert": Bert2Bert}[name.removesuffix("_random")](config, ids, **training)
+    return {"unilm": UniLM, "bert2bert": Bert2Bert}[name.removesuffix("_random")](config, task, lr)
 
 
-def train(args: argparse.Namespace, model: Seq2Seq, task: Task) -> float:
+def train(args: argparse.Namespace, model: Model, task: Task) -> float:
     """Fit and keep the weights, or take those that an earlier call kept; return the CPU seconds of the steps."""
     kept = args.folder / "weights.pt"
     if not kept.exists():
@@ -266,9 +250,9 @@ def main(argv: list[str] | None = None) -> None:
     args.folder.mkdir(parents=True, exist_ok=True)
     task = load_task(args.task, args.data)
     seed_everything(args.seed)
-    model = build(args.model, task, lr=args.lr, steps=args.steps, warmup=max(1, args.steps // 10))
+    model = build(args.model, task, args.lr)
     result = {key: getattr(args, key) for key in ("task", "model", "steps", "batch_size", "lr", "precision", "seed")}
-    result["parameters"] = sum(p.numel() for p in model.parameters())
+    result["parameters"] = sum(p.numel() for p in model.network.parameters())
     result["cpu_seconds"] = train(args, model, task)
     result |= evaluate(model, task, args.num_generate)
     (args.folder / "result.json").write_text(json.dumps(result, indent=1, ensure_ascii=False))
