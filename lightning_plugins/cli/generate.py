@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
@@ -33,8 +34,8 @@ class WritesText(Protocol):
     def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
         """One text for each source, decoded as one batch."""
 
-    def stream_text(self, source: str, **generation: Any) -> Iterator[str]:
-        """Pieces of the text for one source, as they are decoded."""
+    def stream_text(self, source: str, **generation: Any) -> Generator[str, None, None]:
+        """Pieces of the text for one source, as they are decoded; closing it ends the decoding."""
 
 
 def add_generate_arguments(parser: ArgumentParser) -> None:
@@ -73,7 +74,8 @@ def generate(options: Namespace) -> None:
     try:
         while batch := list(islice(sources, options.batch_size)):
             if len(batch) == beams == 1 == options.batch_size and batch[0].strip():
-                _print_line(model.stream_text(batch[0], **generation))
+                with closing(model.stream_text(batch[0], **generation)) as pieces:
+                    _print_line(pieces)
             else:
                 for text in _complete(model, batch, generation):
                     _print_line([text])
