@@ -5,6 +5,7 @@ returns the mask, positions and token types of exactly the tokens it feeds, for 
 logit equals that of encoding the whole row anew. Shapes: B rows, T tokens so far, Q fed now, K keys.
 """
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,27 @@ _WRONG = {  # options of generate() that cannot be right, and why
     "prefill_chunk_size": "the source must be encoded in one piece, as its tokens see each other in both directions",
     "guidance_scale": "guidance without a source would run the network on rows it was never trained on",
 }
-_NEEDS_CACHE = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation")
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+
+
+class _Options:
+    """Options of one call of ``generate()``, wherever they are set: the call, its configuration, the model's."""
+
+    def __init__(self, kwargs: dict[str, Any], given: "GenerationConfig | None", defaults: "GenerationConfig"):
+        self.kwargs, self.given, self.defaults = kwargs, copy.deepcopy(given), defaults
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.kwargs.get(name)
+        for config in (self.given, self.defaults):
+            value = getattr(config, name, None) if value is None else value
+        return value
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.kwargs.pop(name, None)
+        if self.given is None:
+            self.kwargs[name] = value
+        else:  # transformers wants options in one place
+            setattr(self.given, name, value)
 
 
 class PrefixGeneration:
@@ -53,9 +74,9 @@ class PrefixGeneration:
             ValueError: an option that cannot be right, or a source that leaves no room.
         """
         input_ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-        for name in ("token_type_ids", "position_ids"):
-            kwargs.pop(name, None)
-        self._check_options(generation_config, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("token_type_ids", "position_ids")}
+        options = _Options(kwargs, generation_config, self.generation_config)
+        self._check_options(options)
         if input_ids is None or input_ids.dim() != 2:
             raise ValueError("generate() needs input_ids (B, T), rows of [CLS] source [SEP].")
         if attention_mask is None:
@@ -64,44 +85,34 @@ class PrefixGeneration:
             shapes = f"{tuple(attention_mask.shape)}; it must be input_ids' {tuple(input_ids.shape)}"
             raise ValueError(f"attention_mask has shape {shapes}: the mask between tokens is built here.")
         if prefix_length is None:
-            if kwargs.get("past_key_values") is not None and self._length(kwargs["past_key_values"]):
+            if self._length(kwargs.get("past_key_values")):
                 raise ValueError("past_key_values must be empty: generate() starts from the source.")
             input_ids, attention_mask = self._pad_left(input_ids, attention_mask.bool())
-            self._set_length(attention_mask, generation_config, kwargs)
+            self._set_length(options, attention_mask)
+        self._set_cache(options, input_ids.shape[1])
         return super().generate(
             input_ids,
             attention_mask=attention_mask.long(),
-            generation_config=generation_config,
+            generation_config=options.given,
             prefix_length=input_ids.shape[1] if prefix_length is None else prefix_length,
-            **self._with_cache(generation_config, kwargs),
+            **options.kwargs,
         )
 
-    def _option(self, name: str, generation_config: "GenerationConfig | None", kwargs: dict[str, Any]) -> Any:
-        """An option of ``generate()`` from where it is set: the call, its configuration, the model's."""
-        given = kwargs.get(name)
-        for config in (generation_config, self.generation_config):
-            given = getattr(config, name, None) if given is None else given
-        return given
-
-    def _check_options(self, generation_config: "GenerationConfig | None", kwargs: dict[str, Any]) -> None:
-        given = {name: self._option(name, generation_config, kwargs) for name in (*_WRONG, *_NEEDS_CACHE)}
+    def _check_options(self, options: _Options) -> None:
         for name, why in _WRONG.items():
-            if given[name] is not None:
-                raise ValueError(f"{name}={given[name]!r} is not possible: {why}.")
-        if given["cache_implementation"] == "paged":
+            if options[name] is not None:
+                raise ValueError(f"{name}={options[name]!r} is not possible: {why}.")
+        if (kind := options["cache_implementation"]) == "paged":
             raise ValueError("cache_implementation='paged' decodes under causal masks of its own; leave it out.")
-        for name in _NEEDS_CACHE:
-            if given[name] is None or (name == "cache_implementation" and given[name] == "dynamic"):
-                continue
-            if self.backbone.cache == "none":
-                family = self.backbone.model_type
-                raise ValueError(f"{name} needs a cache, and {family!r} encodes the whole row at every step.")
-            if self.settings.decoding == "mask" and (name != "cache_implementation" or given[name] == "static"):
-                shown = repr(given[name]) if isinstance(given[name], str | int) else "..."
-                raise ValueError(
-                    f"{name}={shown} is not possible with decoding='mask', whose [MASK] leaves the cache again after "
-                    "every step; leave it out."
-                )
+        given = [name for name in _ASSISTED if options[name] is not None]
+        given += ["cache_implementation"] if kind not in (None, "dynamic") else []
+        if given and self.backbone.cache == "none":
+            family = self.backbone.model_type
+            raise ValueError(f"{given[0]} needs a cache, and {family!r} encodes the whole row at every step.")
+        if given and self.settings.decoding == "mask" and (given[0] in _ASSISTED or kind == "static"):
+            raise ValueError(
+                f"{given[0]} is not possible with decoding='mask', whose [MASK] leaves the cache after every step."
+            )
 
     def _pad_left(self, input_ids: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
         """The same rows with all padding on the left, so that every target starts in the same column."""
@@ -111,44 +122,40 @@ class PrefixGeneration:
         real = real.gather(1, order)
         return input_ids.gather(1, order).masked_fill(~real, self.settings.pad_token_id), real
 
-    def _set_length(self, real: Tensor, generation_config: "GenerationConfig | None", kwargs: dict[str, Any]) -> None:
-        """Give ``max_new_tokens`` a value if it has none, and check that the rows stay within ``max_length``."""
-        width = real.shape[1]
-        longest = int(real.sum(1).max()) if self.backbone.takes_position_ids else width
+    def _set_length(self, options: _Options, real: Tensor) -> None:
+        """Give ``max_new_tokens`` a value if no length is set, and check that the rows stay within ``max_length``."""
+        longest = int(real.sum(1).max()) if self.backbone.takes_position_ids else real.shape[1]
         room = self.max_length - longest
-        new = self._option("max_new_tokens", generation_config, kwargs)
+        new = options["max_new_tokens"]
         if new is None:
-            total = self._option("max_length", generation_config, kwargs)
-            new = room if total is None else total - width
-            if total is None:
-                kwargs["max_new_tokens"] = room
-        if new > room or room < 1:
+            new = max(room, 1) if options["max_length"] is None else options["max_length"] - real.shape[1]
+            if options["max_length"] is None:
+                options["max_new_tokens"] = new
+        if new > room:
             raise ValueError(
-                f"A source of {longest} tokens and max_new_tokens={max(new, 1)} do not fit the model's "
-                f"{self.max_length} positions: shorten the source, lower max_new_tokens, or extend the positions."
+                f"A source of {longest} tokens and {new} new ones do not fit the model's {self.max_length} positions: "
+                "shorten the source, lower max_new_tokens, or extend the positions."
             )
 
-    def _with_cache(self, generation_config: "GenerationConfig | None", kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The arguments with the cache the family needs: none, or one that keeps all keys of a window's layers too."""
+    def _set_cache(self, options: _Options, width: int) -> None:
+        """Give the family the cache it needs: none, or one that keeps all keys of layers with a window too."""
         if self.backbone.cache == "none":
-            return {**kwargs, "use_cache": False}
-        uses_cache = self._option("use_cache", generation_config, kwargs) is not False
-        if self.backbone.window is None or not uses_cache or kwargs.get("past_key_values") is not None:
-            return kwargs
+            options["use_cache"] = False
+        if self.backbone.window is None or options["use_cache"] is False or options.kwargs.get("past_key_values"):
+            return
         from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
-        kind = self._option("cache_implementation", generation_config, kwargs)
-        if kind not in (None, "dynamic", "static"):
+        if (kind := options["cache_implementation"]) not in (None, "dynamic", "static"):
             family = self.backbone.model_type
             raise ValueError(f"cache_implementation={kind!r} loses keys of {family!r}; use 'dynamic' or 'static'.")
-        if kind != "static":
-            return {**kwargs, "past_key_values": DynamicCache(), "cache_implementation": None}
-        layers = PreTrainedConfig(num_hidden_layers=self.config.num_hidden_layers)  # says nothing of a window
-        return {
-            **kwargs,
-            "past_key_values": StaticCache(config=layers, max_cache_len=self.max_length),
-            "cache_implementation": None,
-        }
+        if kind == "static":
+            new = options["max_new_tokens"]
+            total = options["max_length"] if new is None else width + new
+            layers = PreTrainedConfig(num_hidden_layers=self.config.num_hidden_layers)  # says nothing of a window
+            options.kwargs["past_key_values"] = StaticCache(config=layers, max_cache_len=total)
+        else:
+            options.kwargs["past_key_values"] = DynamicCache()
+        options["cache_implementation"] = None
 
     @staticmethod
     def _length(cache: "Cache | None") -> int:
