@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     )
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.core.replay import is_replaying
-    from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST
+    from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST, PythonDocstrings, Seq2SeqData
+    from lightning_plugins.metrics import GenerationScores
     from lightning_plugins.optim import NormRMSprop
+    from lightning_plugins.unilm import UniLMSeq2Seq, plot_masks
 
 __version__ = "0.1.0"
 
@@ -29,17 +31,22 @@ _PUBLIC = {
     "CapsNet": "lightning_plugins.capsnet",
     "Digits": "lightning_plugins.data",
     "Flooding": "lightning_plugins.callbacks",
+    "GenerationScores": "lightning_plugins.metrics",
     "GradientPenalty": "lightning_plugins.callbacks",
     "HFImages": "lightning_plugins.data",
     "IdxImages": "lightning_plugins.data",
     "MultiMNIST": "lightning_plugins.data",
     "NormRMSprop": "lightning_plugins.optim",
     "ODEDiagnostics": "lightning_plugins.callbacks",
+    "PythonDocstrings": "lightning_plugins.data",
     "RandomState": "lightning_plugins.callbacks",
     "SaveOnSigterm": "lightning_plugins.callbacks",
+    "Seq2SeqData": "lightning_plugins.data",
+    "UniLMSeq2Seq": "lightning_plugins.unilm",
     "flood": "lightning_plugins.callbacks",
     "gradient_penalty_backward": "lightning_plugins.callbacks",
     "is_replaying": "lightning_plugins.core.replay",
+    "plot_masks": "lightning_plugins.unilm",
     "plot_ode_diagnostics": "lightning_plugins.callbacks",
 }
 
@@ -47,17 +54,22 @@ __all__ = [
     "CapsNet",
     "Digits",
     "Flooding",
+    "GenerationScores",
     "GradientPenalty",
     "HFImages",
     "IdxImages",
     "MultiMNIST",
     "NormRMSprop",
     "ODEDiagnostics",
+    "PythonDocstrings",
     "RandomState",
     "SaveOnSigterm",
+    "Seq2SeqData",
+    "UniLMSeq2Seq",
     "flood",
     "gradient_penalty_backward",
     "is_replaying",
+    "plot_masks",
     "plot_ode_diagnostics",
 ]
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
@@ -239,6 +240,7 @@ class UniLMSeq2Seq(LightningModule):
             self._tokenizer = self._data_tokenizer()
         self._vocabulary = vocabulary(self._tokenizer, needs_mask=self.objective != "lm")
         self.net = self.build_network(self._tokenizer, record["config"] if record else None)
+        self.net.train(self.training)  # it may be built after eval()
         self.evaluation = Evaluation(lowercases(self._tokenizer))
 
     def _data_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -252,10 +254,10 @@ class UniLMSeq2Seq(LightningModule):
 
     def _checkpoint_record(self) -> Mapping[str, Any] | None:
         """What the checkpoint that the trainer is about to load says of network and tokenizer."""
-        path = self._trainer.ckpt_path if self._trainer is not None else None
-        if not path:
+        given = checkpoint_to_load(self._trainer)
+        if given is None:
             return None
-        path = Path(path) / "meta.pt" if Path(path).is_dir() else Path(path)  # sharded checkpoints are folders
+        path = Path(given) / "meta.pt" if Path(given).is_dir() else Path(given)  # sharded checkpoints are folders
         return torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt").get(_RECORD)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -515,7 +517,11 @@ class UniLMSeq2Seq(LightningModule):
 
     def _encode(self, sources: list[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         network = self.network  # builds the tokenizer, too
-        room = network.max_length - {**self.generation, **generation}["max_new_tokens"]
+        new = {**self.generation, **generation}["max_new_tokens"]
+        if (room := network.max_length - new) < 3:  # [CLS], a token, [SEP]
+            raise ValueError(
+                f"max_new_tokens={new} leaves no room for a source in the network's {network.max_length} positions."
+            )
         rows = encode_sources(self.tokenizer, sources, room)
         return {name: value.to(self.device) for name, value in rows.items()}
 

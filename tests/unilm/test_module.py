@@ -1,0 +1,371 @@
+"""UniLMSeq2Seq: loss, weights of tokens, evaluation, texts, checkpoints, refusals."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader
+
+from lightning_plugins.data import Seq2SeqData
+from lightning_plugins.unilm.module import UniLMSeq2Seq
+
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+CONFIG = {
+    "model_type": "bert",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from transformers import BertTokenizer
+
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    return BertTokenizer(vocab={name: i for i, name in enumerate(names)})
+
+
+@pytest.fixture(scope="session")
+def folder(tokenizer, tmp_path_factory):
+    """A tokenizer's folder."""
+    return str(tokenizer.save_pretrained(tmp_path_factory.mktemp("tokenizer"))[0].rpartition("/")[0])
+
+
+@pytest.fixture
+def module(folder):
+    def build(**arguments):
+        torch.manual_seed(0)
+        defaults = {"config": CONFIG, "tokenizer": folder, "generation": {"max_new_tokens": 8}}
+        return UniLMSeq2Seq(**(defaults | arguments))
+
+    return build
+
+
+def some_pairs(count=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pairs = []
+    for _ in range(count):
+        length = int(torch.randint(1, 6, (), generator=generator))
+        words = [WORDS[i] for i in torch.randint(10, (length,), generator=generator).tolist()]
+        pairs.append([" ".join(words), " ".join(words[::-1])])
+    return pairs
+
+
+def data(folder, **arguments):
+    defaults = {"pairs": some_pairs(), "val_size": 8, "batch_size": 4, "max_source_length": 16, "max_target_length": 12}
+    return Seq2SeqData(**(defaults | {"tokenizer": folder} | arguments))
+
+
+def batch_of(tokenizer, pairs):
+    rows = []
+    for source, target in pairs:
+        first = tokenizer(source)["input_ids"]
+        second = tokenizer(target, add_special_tokens=False)["input_ids"] + [tokenizer.sep_token_id]
+        rows.append((first, second))
+    width = max(len(a) + len(b) for a, b in rows)
+    pad = [width - len(a) - len(b) for a, b in rows]
+    return {
+        "input_ids": torch.tensor([a + b + [0] * p for (a, b), p in zip(rows, pad, strict=True)]),
+        "segment_ids": torch.tensor(
+            [[1] * len(a) + [2] * len(b) + [0] * p for (a, b), p in zip(rows, pad, strict=True)]
+        ),
+    }
+
+
+def fit(model, datamodule, tmp_path, **arguments):
+    defaults = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+    }
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, **(defaults | arguments))
+    trainer.fit(model, datamodule=datamodule)
+    return trainer
+
+
+def stock_logits(network, batch):
+    """Logits of every place from transformers' own class, its mask written out pair by pair."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    stock = BertForMaskedLM(BertConfig.from_dict({**network.config.to_dict(), "is_decoder": False})).eval()
+    stock.load_state_dict(network.state_dict(), strict=False)
+    stock.set_attn_implementation("eager")
+    ids, segments = batch["input_ids"], batch["segment_ids"]
+    types = torch.zeros_like(ids)
+    mask = torch.full((len(ids), 1, ids.shape[1], ids.shape[1]), torch.finfo(torch.float32).min)
+    for b, row in enumerate(segments.tolist()):
+        for i, segment in enumerate(row):
+            types[b, i] = int(segment == 2 or (segment == 1 and row[i + 1] == 2))
+            for j, other in enumerate(row):
+                if other and (other == 1 or (j <= i and segment == 2)):
+                    mask[b, 0, i, j] = 0.0
+    return stock(ids, attention_mask=mask, token_type_ids=types).logits
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_is_the_cross_entropy_of_the_targets_with_their_last_sep(module, tokenizer, smoothing):
+    model, batch = module(label_smoothing=smoothing), batch_of(tokenizer, some_pairs(5))
+    model.network.eval()
+    logits = stock_logits(model.network, batch)
+    terms = []
+    for b, row in enumerate(batch["segment_ids"].tolist()):
+        for i, segment in enumerate(row):
+            if segment == 2:
+                log_p = logits[b, i - 1].log_softmax(-1)
+                nll = -log_p[batch["input_ids"][b, i]]
+                terms.append((1 - smoothing) * nll - smoothing * log_p.mean())
+    torch.testing.assert_close(model.loss(batch)["nll"], torch.stack(terms).mean(), rtol=1e-5, atol=1e-6)
+
+
+def test_pseudo_copies_say_what_an_appended_mask_says(module, tokenizer):
+    """Training by pseudo copies and decoding with [MASK] appended are the same conditional probabilities."""
+    model, batch = module(objective="pseudo"), batch_of(tokenizer, some_pairs(3, seed=1))
+    model.eval()
+    log_p = model(batch).log_softmax(-1)
+    inputs = model.build_inputs(batch)
+    row = 0
+    for b, segments in enumerate(batch["segment_ids"]):
+        source, target = batch["input_ids"][b][segments == 1], batch["input_ids"][b][segments == 2]
+        allowed = iter(target.tolist())
+        output = model.network.generate(
+            source[None],
+            max_new_tokens=len(target),
+            prefix_allowed_tokens_fn=lambda _, ids, allowed=allowed: [next(allowed)],
+            output_logits=True,
+            return_dict_in_generate=True,
+            eos_token_id=None,
+        )
+        steps = torch.cat(output.logits).log_softmax(-1)
+        torch.testing.assert_close(log_p[row : row + len(target)], steps, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(inputs.labels[row : row + len(target)], target)
+        row += len(target)
+
+
+class Plain(LightningDataModule):
+    """The same few batches in the same order."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = DataLoader(batches, batch_size=None)
+
+    def train_dataloader(self):
+        return self.batches
+
+    val_dataloader = train_dataloader
+
+
+def test_tokens_of_accumulated_batches_weigh_the_same(module, tokenizer, tmp_path):
+    """Three batches of unlike token counts, accumulated, are one step on all of them; so is an incomplete window."""
+    pairs = [*some_pairs(4, seed=2), ["one", "two"], *some_pairs(3, seed=3)]
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    steps = {}
+    for name, parts in {"one": [pairs], "many": [pairs[:4], pairs[4:5], pairs[5:]]}.items():
+        model = module(config=CONFIG | off, optimizer=lambda parameters: torch.optim.SGD(parameters, 0.5))
+        model.network  # noqa: B018
+        batches = Plain([batch_of(tokenizer, part) for part in parts])
+        for k in [len(parts)] if name == "one" else [3, 4]:
+            start = {key: value.clone() for key, value in model.state_dict().items()}
+            fit(model, batches, tmp_path, accumulate_grad_batches=k, limit_val_batches=0)
+            steps[name, k] = {key: value - start[key] for key, value in model.state_dict().items()}
+            model.load_state_dict(start)
+    for k in (3, 4):
+        for key, value in steps["one", 1].items():
+            torch.testing.assert_close(steps["many", k][key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_evaluation_logs_scores_and_writes_a_table(module, folder, tmp_path):
+    logger = CSVLogger(tmp_path)
+    model = module(num_generate=5)
+    trainer = fit(model, data(folder), tmp_path, logger=logger, max_epochs=2, num_sanity_val_steps=2)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert {"val/loss", "val/perplexity", "val/rougeL", "val/bleu", "val/chrf", "val/exact_match"} <= logged.keys()
+    assert logged["val/perplexity"] == pytest.approx(math.exp(logged["val/loss"]), rel=1e-4)
+    tables = sorted((tmp_path / "lightning_logs").rglob("tables/val/samples/*.md"))
+    assert [path.stem for path in tables] == ["000004", "000008"]  # none of the sanity check
+    lines = tables[-1].read_text().splitlines()
+    assert lines[0] == "| source | reference | generated |"
+    assert len(lines) == 2 + 8  # two batches of four hold the five samples
+    assert list((tmp_path / "lightning_logs").rglob("images/masks/*.png"))
+    logger.save()
+    columns = next((tmp_path / "lightning_logs").rglob("metrics.csv")).read_text().splitlines()[0]
+    assert "train/tokens_per_second" in columns
+
+
+def test_validation_loss_is_a_mean_over_tokens_without_smoothing(module, folder, tokenizer, tmp_path):
+    model = module(generate_every_n_epochs=0)
+    pairs = some_pairs(8)
+    datamodule = data(folder, pairs=some_pairs(8, seed=5), val_size=0)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    loaders = Plain([batch_of(tokenizer, pairs[:3]), batch_of(tokenizer, pairs[3:])]).batches
+    (result,) = trainer.validate(model, dataloaders=loaders, verbose=False)
+    model.eval()
+    whole = batch_of(tokenizer, pairs)
+    expected = F.cross_entropy(model(whole), model.build_inputs(whole).labels).detach()
+    assert result["val/loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert datamodule.batch_size == 4
+
+
+def test_predict_gives_records_and_texts_come_alone_or_in_batches(module, folder, tmp_path):
+    model, datamodule = module(), data(folder, test_file=None)
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    datamodule.setup("validate")
+    records = [record for batch in trainer.predict(model, datamodule.val_dataloader()) for record in batch]
+    assert len(records) == 8
+    assert all({"source", "prediction", "reference"} == record.keys() for record in records)
+    sources = [record["source"] for record in records]
+    texts = model.generate_text(sources)
+    assert texts == [record["prediction"] for record in records]
+    assert [model.generate_text([source])[0] for source in sources[:3]] == texts[:3]
+    assert "".join(model.stream_text(sources[0])).strip() == texts[0]
+    assert len(model.generate_text(["one two"], num_return_sequences=3, num_beams=3)) == 3
+    with pytest.raises(ValueError, match="leaves no room"):
+        list(model.stream_text("one", max_new_tokens=38))
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_a_checkpoint_needs_neither_the_folder_nor_the_data(module, tokenizer, tmp_path):
+    where = tmp_path / "gone"
+    tokenizer.save_pretrained(where)
+    model = module(tokenizer=str(where))
+    callback = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
+    fit(model, data(str(where)), tmp_path, enable_checkpointing=True, callbacks=[callback])
+    for path in where.iterdir():
+        path.unlink()
+    again = UniLMSeq2Seq.load_from_checkpoint(callback.last_model_path, weights_only=True)
+    sources = ["one two", "nine"]
+    assert again.generate_text(sources) == model.generate_text(sources)
+    third = module(tokenizer=str(where))  # the trainer, too, asks the checkpoint rather than the folder
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    loader = Plain([batch_of(tokenizer, some_pairs(2))]).batches
+    trainer.validate(third, loader, ckpt_path=callback.last_model_path, verbose=False)
+    assert third.generate_text(sources) == model.generate_text(sources)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("objective", ["lm", "masked", "pseudo"])
+def test_a_resumed_run_equals_an_uninterrupted_one(module, folder, tmp_path, objective):
+    from lightning_plugins import RandomState
+
+    settings = {"enable_checkpointing": True, "limit_val_batches": 0}
+    arguments = {"objective": objective, "lr": 1e-2, "target_noise": 0.0 if objective == "masked" else 0.3}
+    whole = module(**arguments)
+    keep = ModelCheckpoint(tmp_path / objective, every_n_train_steps=6, save_top_k=-1)
+    fit(whole, data(folder), tmp_path, max_epochs=3, callbacks=[keep, RandomState()], **settings)
+    (path,) = (tmp_path / objective).glob("*step=6.ckpt")
+    resumed = module(**arguments)
+    keep = ModelCheckpoint(tmp_path / objective, every_n_train_steps=6, save_top_k=-1)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        logger=False,
+        enable_progress_bar=False,
+        callbacks=[keep, RandomState()],
+        **settings,
+    )
+    trainer.fit(resumed, datamodule=data(folder), ckpt_path=path)
+    assert trainer.global_step == 12
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[key], value, rtol=0, atol=0)
+
+
+def test_several_masks_train_together_and_still_generate(module, folder, tmp_path):
+    shares = {"bidirectional": 1 / 3, "l2r": 1 / 6, "r2l": 1 / 6, "seq2seq": 1 / 3}
+    model = module(objective="masked", mask=shares, mask_probability=0.15, segment="unilm_v1")
+    trainer = fit(model, data(folder, batch_size=8), tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
+    assert "val/rougeL" in trainer.callback_metrics
+    only = module(mask="l2r")
+    trainer = fit(only, data(folder), tmp_path)
+    assert "val/rougeL" not in trainer.callback_metrics
+    with pytest.raises(ValueError, match="that needs 'seq2seq'"):
+        only.generate_text(["one"])
+
+
+def test_packed_rows_train_like_separate_ones(module, folder):
+    model = module(label_smoothing=0.0).eval()
+    pairs = some_pairs(12)
+    separate = data(folder, pairs=pairs, val_size=0, batch_size=12)
+    packed = data(folder, pairs=pairs, val_size=0, batch_size=2, packing=True)
+    nll = {}
+    for name, datamodule in {"separate": separate, "packed": packed}.items():
+        datamodule.setup("fit")
+        batches = list(datamodule.train_dataloader())
+        counts = [len(model.build_inputs(batch).labels) for batch in batches]
+        total = sum(float(model.loss(batch)["nll"].detach()) * n for batch, n in zip(batches, counts, strict=True))
+        nll[name] = (total, sum(counts))
+    assert nll["packed"][1] == nll["separate"][1]
+    assert nll["packed"][0] == pytest.approx(nll["separate"][0], rel=1e-5)
+
+
+def test_pretrained_weights_a_smaller_vocabulary_and_more_positions(tokenizer, tmp_path):
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    stock = BertForMaskedLM(BertConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=15))
+    stock.save_pretrained(tmp_path / "stock")
+    tokenizer.save_pretrained(tmp_path / "stock")
+    whole = UniLMSeq2Seq(str(tmp_path / "stock"))
+    torch.testing.assert_close(
+        whole.network.state_dict()["bert.embeddings.word_embeddings.weight"],
+        stock.state_dict()["bert.embeddings.word_embeddings.weight"],
+    )
+    cut = UniLMSeq2Seq(str(tmp_path / "stock"), keep_tokens=["one", "two"], max_positions=60)
+    assert cut.network.config.vocab_size == len(cut.tokenizer) == 7
+    assert cut.network.max_length == 60
+    batch = batch_of(cut.tokenizer, [["one two", "two one"]])
+    rows = [0, 1, 2, 3, 4, 5, 6]
+    torch.testing.assert_close(
+        cut.eval()(batch), whole.eval()(batch_of(tokenizer, [["one two", "two one"]]))[:, rows], rtol=1e-5, atol=1e-6
+    )
+
+
+def test_export_carries_the_last_scores(module, folder, tmp_path):
+    model = module()
+    fit(model, data(folder), tmp_path)
+    where = model.export(tmp_path / "out")
+    card = (where / "README.md").read_text()
+    assert "val/rougeL" in card
+    assert json.loads((where / "config.json").read_text())["model_type"] == "bert"
+    with pytest.raises(FileExistsError, match="out"):
+        model.export(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"config": None, "tokenizer": None}, "Give one of model_name_or_path .* not neither"),
+        ({"model_name_or_path": "bert-base-uncased"}, "not both"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0 must lie in"),
+        ({"objective": "masked", "target_noise": 0.5}, "target_noise=0.5 is for objective 'lm' or 'pseudo'"),
+        ({"keep_tokens": ["one"]}, "keep_tokens cuts a pretrained vocabulary"),
+        ({"generation": {"num_beam": 4}}, "no option 'num_beam'; did you mean 'num_beams'"),
+        ({"num_generate": -1}, "num_generate"),
+    ],
+)
+def test_bad_arguments_are_refused(module, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        module(**arguments)
+
+
+def test_wrong_setups_are_refused_before_training(module, folder, tokenizer, tmp_path):
+    long = data(folder, pairs=[["one " * 30, "two " * 20]] * 4, val_size=0, max_source_length=32, max_target_length=24)
+    with pytest.raises(ValueError, match="longer than the network's 40 positions"):
+        fit(module(), long, tmp_path, limit_val_batches=0)
+    foreign = batch_of(tokenizer, some_pairs(4))
+    foreign["input_ids"] = foreign["input_ids"] + 20
+    with pytest.raises(ValueError, match="made with another tokenizer"):
+        fit(module(), Plain([foreign]), tmp_path, limit_val_batches=0)
+    with pytest.raises(ValueError, match="needs a tokenizer"):
+        fit(module(tokenizer=None), Plain([foreign]), tmp_path, limit_val_batches=0)
