@@ -102,7 +102,7 @@ def export_model(
         ValueError: ``state_dict`` is not the model's or is missing though the model is sharded; the tokenizer is not
             the model's, or not fast; ``max_new_tokens`` leaves no room for a source.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: export to a new folder.")
     options = {name: value for name, value in (generation or {}).items() if name not in _ONLY_HERE}
@@ -148,8 +148,9 @@ def _write_weights(model: "PreTrainedModel", state_dict: Mapping[str, Tensor] | 
         raise ValueError(f"state_dict is not this model's: {len(wrong)} names differ, such as {wrong[0]!r}.")
     if state_dict is None and any(hasattr(weight, "full_tensor") for weight in weights.values()):
         raise ValueError("The model's weights are sharded over processes: give state_dict, gathered on all of them.")
-    for tied in stock.all_tied_weights_keys:
-        del weights[tied]  # loading ties them again; gathered weights hold them twice
+    for tied, source in stock.all_tied_weights_keys.items():
+        if torch.equal(weights[tied], weights[source]):
+            del weights[tied]  # loading ties them again; gathered weights hold them twice
     stock.save_pretrained(folder, state_dict=weights)
 
 
@@ -223,13 +224,14 @@ def _card(
     name: str,
 ) -> str:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    hub_id = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).exists()
+    local = Path(name).expanduser().exists()  # of whose path the card tells only the last part
+    hub_id = not local and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
     parts = [
         _front_matter(metrics, name if hub_id else None),
         "# A sequence-to-sequence model by its attention mask (UniLM)",
         f"A `{model.backbone.model_type}` encoder of {millions:.1f} million parameters that writes text: it reads the "
         "source in both\ndirections and the target from left to right, in one network (Dong et al. 2019, "
-        f"arXiv 1905.03197).\nThe training started from {name if hub_id or ' ' in name else Path(name).name}.",
+        f"arXiv 1905.03197).\nThe training started from {Path(name).name if local else name}.",
         _usage(model, max_new_tokens),
     ]
     if metrics:

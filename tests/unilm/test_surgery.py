@@ -12,11 +12,13 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertTokenizer,
+    ByT5Tokenizer,
     PreTrainedTokenizerFast,
     RobertaTokenizer,
 )
 from transformers.utils import logging
 
+from lightning_plugins.unilm.model import load_unilm
 from lightning_plugins.unilm.surgery import extend_positions, extend_token_types, keep_rows, trim_vocabulary
 
 LETTERS = "abcdefgh"
@@ -119,6 +121,8 @@ def test_what_cannot_be_trimmed_is_said():
     words_only = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a")))
     with pytest.raises(ValueError, match="A WordLevel tokenizer cannot be trimmed"):
         trim_vocabulary(words_only, ["b"])
+    with pytest.raises(ValueError, match="ByT5Tokenizer is not a fast tokenizer"):
+        trim_vocabulary(ByT5Tokenizer(), ["a"])
 
 
 SIZES = {
@@ -148,6 +152,17 @@ def build(family, auto, **arguments):
     return auto.from_config(AutoConfig.for_model(family, **SIZES, **MORE.get(family, {}), **arguments)).eval()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quiet():
+    """No progress bars; one thread, as two of them cost more than these small models."""
+    threads = torch.get_num_threads()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    yield
+    logging.enable_progress_bar()
+    torch.set_num_threads(threads)
+
+
 @torch.no_grad()
 def logits(model, ids):
     return model(ids).logits
@@ -155,7 +170,6 @@ def logits(model, ids):
 
 @pytest.mark.parametrize("auto", [AutoModelForCausalLM, AutoModelForMaskedLM])
 def test_surgery_changes_no_bit_of_what_stays(auto, tmp_path):
-    logging.disable_progress_bar()
     ids = torch.randint(5, 40, (2, 30), generator=torch.Generator().manual_seed(0))
     kept_ids = torch.cat([torch.arange(50), torch.tensor([99])])
     for family in CAUSAL if auto is AutoModelForCausalLM else MASKED:
@@ -213,6 +227,24 @@ def test_special_ids_follow_their_tokens():
     assert (model.config.pad_token_id, model.config.bos_token_id, model.config.eos_token_id) == (0, 1, [2, 3])
     assert (model.generation_config.eos_token_id, model.generation_config.bos_token_id) == (2, None)
     assert model.get_input_embeddings().padding_idx == 0
+
+
+def test_a_model_of_ours_is_trimmed_with_its_settings(tiny_config):
+    config = tiny_config("bert")
+    model = load_unilm(config=config, pad_token_id=1, sep_token_id=3, mask_token_id=4)
+    with pytest.raises(ValueError, match=r"leaves out \{'sep_token_id': 3\} of the model's settings"):
+        keep_rows(model, torch.tensor([1, 4]))
+    model.train()
+    keep_rows(model, torch.tensor([1, 3, 4, 40]))
+    settings, defaults = model.settings, model.generation_config
+    assert (settings.pad_token_id, settings.sep_token_id, settings.mask_token_id) == (0, 1, 2)
+    assert (defaults.pad_token_id, defaults.eos_token_id) == (0, 1)
+    extend_positions(model, 60)
+    assert model.max_length == 60
+    assert model.generate(torch.tensor([[3, 1]]), max_new_tokens=55).shape[1] <= 57
+    without = load_unilm(config=config, pad_token_id=1, sep_token_id=3, mask_token_id=None)
+    keep_rows(without, torch.tensor([1, 3]))
+    assert without.settings.mask_token_id is None
 
 
 def test_what_cannot_be_resized_is_said():
