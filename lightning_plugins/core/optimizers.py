@@ -1,5 +1,8 @@
 """Learning-rate schedules from plain floats, for the optimisers of the papers."""
 
+import math
+from collections.abc import Callable
+
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -31,3 +34,38 @@ def exponential_decay(optimizer: Optimizer, rate: float, steps: int, floor: floa
         return lambda step: max(lowest, rate ** (step / steps))
 
     return LambdaLR(optimizer, [factor(group["lr"]) for group in optimizer.param_groups])
+
+
+def linear_warmup_decay(optimizer: Optimizer, warmup: int | float, total: Callable[[], int | float]) -> LambdaLR:
+    r"""Linear warm-up from 0, then linear decay to 0 at the last step, stepped once per optimiser step.
+
+    .. math:: \eta_t = \eta_0 \min\left(\frac{t}{w},\; \frac{\max(0, n - t)}{n - w}\right)
+
+    Args:
+        optimizer: its groups' ``lr`` are the highest rates :math:`\eta_0`.
+        warmup: steps :math:`w`, or below 1 their share of :math:`n`; 0 for none.
+        total: tells the number of steps :math:`n`; infinite for a rate that stays. It is not asked before the first
+            step has been taken: ``trainer.estimated_stepping_batches`` loads the training data, and Lightning 2.6 does
+            not give loaders their place in an epoch back that were loaded before a checkpoint.
+
+    Returns:
+        A scheduler to be stepped per optimiser step (Lightning: ``"interval": "step"``).
+
+    Raises:
+        ValueError: ``warmup`` is negative, or a share of steps without end.
+    """
+    if warmup < 0:
+        raise ValueError(f"warmup={warmup} must be 0 (none) or more; below 1 it is a share of all steps.")
+
+    def factor(step: int) -> float:
+        if step == 0:
+            return 0.0 if warmup else 1.0
+        n = total()
+        if warmup < 1 and warmup and math.isinf(n):
+            raise ValueError(f"warmup={warmup} is a share of all steps, which have no end here: give a count of steps.")
+        w = int(warmup if warmup >= 1 else warmup * n)
+        if step < w:
+            return step / w
+        return 1.0 if math.isinf(n) else max(0.0, n - step) / max(1, n - w)
+
+    return LambdaLR(optimizer, factor)

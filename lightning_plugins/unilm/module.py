@@ -17,6 +17,7 @@ from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
+from lightning_plugins.core.optimizers import linear_warmup_decay
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation
 from lightning_plugins.unilm.export import export_model
@@ -376,8 +377,6 @@ class UniLMSeq2Seq(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
-        from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
-
         optimizer = self._optimizer(self.parameters()) if self._optimizer else self._adamw()
         if self._scheduler:
             scheduler = self._scheduler(optimizer)
@@ -385,16 +384,7 @@ class UniLMSeq2Seq(LightningModule):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
         if self._optimizer:
             return optimizer
-        total = self.trainer.estimated_stepping_batches
-        known = total != float("inf")
-        if self.warmup_steps < 1 and not known:
-            raise ValueError(
-                f"warmup_steps={self.warmup_steps} is a share of all steps, whose number is not known here: give "
-                "warmup_steps as a count, or trainer.max_steps."
-            )
-        warmup = int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total)
-        make = get_linear_schedule_with_warmup if known else get_constant_schedule_with_warmup
-        schedule = make(optimizer, warmup, int(total)) if known else make(optimizer, warmup)
+        schedule = linear_warmup_decay(optimizer, self.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _adamw(self) -> torch.optim.AdamW:

@@ -1,9 +1,11 @@
-"""The schedule against its formula."""
+"""The schedules against their formulas."""
+
+import math
 
 import pytest
 import torch
 
-from lightning_plugins.core.optimizers import exponential_decay
+from lightning_plugins.core.optimizers import exponential_decay, linear_warmup_decay
 
 
 def rates(optimizer, schedule, steps):
@@ -42,3 +44,38 @@ def test_bad_numbers_are_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         exponential_decay(optimizer, **arguments)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(3, 10), (0, 7), (0.25, 8), (5, math.inf)])
+def test_linear_warmup_and_decay_is_that_of_transformers(warmup, total):
+    from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
+
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5) for _ in range(2))
+    steps = warmup if warmup >= 1 else int(warmup * total)
+    if math.isinf(total):
+        reference = get_constant_schedule_with_warmup(theirs, steps)
+    else:
+        reference = get_linear_schedule_with_warmup(theirs, steps, total)
+    asked = []
+
+    def tell():
+        asked.append(True)
+        return total
+
+    schedule = linear_warmup_decay(ours, warmup, tell)
+    assert not asked  # asking too early makes Lightning load the data before the checkpoint
+    for _ in range(12):
+        assert schedule.get_last_lr() == pytest.approx(reference.get_last_lr())
+        for optimizer, scheduler in ((ours, schedule), (theirs, reference)):
+            optimizer.step()
+            scheduler.step()
+
+
+def test_a_share_of_endless_steps_is_refused():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], 0.5)
+    schedule = linear_warmup_decay(optimizer, 0.1, lambda: math.inf)
+    optimizer.step()
+    with pytest.raises(ValueError, match=r"warmup=0.1 is a share of all steps"):
+        schedule.step()
+    with pytest.raises(ValueError, match=r"warmup=-1 must be 0"):
+        linear_warmup_decay(optimizer, -1, lambda: 10)
