@@ -240,6 +240,10 @@ class TextData(LightningDataModule):
         pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return KeyLoader(dataset, batches, self.num_workers, pin_memory=pin)
 
+    def __str__(self) -> str:
+        """The class's name: Lightning's own text goes through all batches, and the command line asks for it."""
+        return type(self).__name__
+
     def train_dataloader(self) -> KeyLoader:
         """Every training pair once an epoch, shuffled."""
         return self._loader("train")
