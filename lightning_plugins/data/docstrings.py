@@ -1,6 +1,7 @@
 """Real text pairs on every machine: docstrings of the running Python's own standard library."""
 
 import ast
+import gc
 import inspect
 import re
 import sysconfig
@@ -97,7 +98,13 @@ class PythonDocstrings(TextData):
 @cache
 def _splits() -> dict[str, list[Docstring]]:
     """Modules in the order of a checksum of their names: test until it has its share, validation likewise, train."""
-    modules = mine_docstrings(Path(sysconfig.get_path("stdlib")))
+    collecting = gc.isenabled()
+    gc.disable()  # trees have no cycles, and looking for some in millions of new nodes takes most of the time
+    try:
+        modules = mine_docstrings(Path(sysconfig.get_path("stdlib")))
+    finally:
+        if collecting:
+            gc.enable()
     total = sum(map(len, modules.values()))
     if not total:
         raise FileNotFoundError(
