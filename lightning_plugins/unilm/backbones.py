@@ -37,6 +37,7 @@ _REFUSED = {
 }
 _BY_PLACE = {"roformer", "mpnet"}  # distances are counted in places of the row, whatever position_ids say
 _TYPE_COLUMNS = {"tapas": 7}  # token types of several kinds; the first is the segment
+_UNREAD = ("pooler.", "entity_", "w2e_", "e2w_", "e2e_")  # parts of names: what no logit of a word depends on
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,13 @@ def num_positions(model: "PreTrainedModel") -> int:
     if table is None:
         return model.config.max_position_embeddings
     return table.weight.shape[0] - position_offset(model)
+
+
+def freeze_unread(model: "PreTrainedModel") -> None:
+    """Freeze weights that no logit depends on (poolers, LUKE's entities): DDP would wait for their gradients."""
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in _UNREAD):
+            parameter.requires_grad_(False)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from lightning_plugins.unilm.backbones import (
     check_for_leaks,
     choose_implementation,
     find_backbone,
+    freeze_unread,
 )
 from lightning_plugins.unilm.cached_attention import cached_name
 from lightning_plugins.unilm.network import Decoding, Settings, UniLMMixin, unilm_class
@@ -76,6 +77,7 @@ def load_unilm(
         model.backbone = find_backbone(model.config)
     defaults = model.generation_config
     defaults.eos_token_id, defaults.pad_token_id, defaults.bos_token_id = sep_token_id, pad_token_id, None
+    freeze_unread(model)
     check_for_leaks(model)
     if implementation != on_cpu:
         model.set_attn_implementation(_function_name(backbone, implementation))
