@@ -144,7 +144,7 @@ def keep_rows(model: "PreTrainedModel", kept_ids: Tensor) -> None:
         kept_ids: ``(V',)`` int64, distinct: the new id i is the old ``kept_ids[i]``.
 
     Raises:
-        ValueError: ids out of range, the padding token's not among them, or an embedding of a kind of its own.
+        ValueError: ids out of range, special tokens not among them, or an embedding or head of a kind of its own.
     """
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if not isinstance(embedding, nn.Embedding) or not isinstance(head, nn.Linear):
@@ -162,9 +162,7 @@ def keep_rows(model: "PreTrainedModel", kept_ids: Tensor) -> None:
         }
         if missing := {name: old for name, old in ids.items() if old not in kept}:
             raise ValueError(f"kept_ids leaves out {missing} of the model's settings, ids of the untrimmed tokenizer.")
-    owner = model.get_submodule(_name_of(model, head).rpartition(".")[0])  # BERT's head has a bias beside its decoder's
-    parameters = [embedding.weight, head.weight, head.bias, *owner.parameters(recurse=False)]
-    for old in {id(p): p for p in parameters if p is not None and len(p) == rows}.values():
+    for old in {id(p): p for p in (embedding.weight, head.weight, head.bias) if p is not None}.values():
         _replace(model, old, old.detach()[kept_ids.to(old.device)])
     embedding.num_embeddings = head.out_features = model.config.vocab_size = len(kept)
     new_ids = {old: new for new, old in enumerate(kept)}
@@ -268,10 +266,6 @@ def _tables(model: nn.Module, names: tuple[str, ...]) -> list[nn.Embedding]:
 def _extend_rows(model: nn.Module, table: nn.Embedding, rows: Tensor) -> None:
     _replace(model, table.weight, rows)
     table.num_embeddings = len(rows)
-
-
-def _name_of(model: nn.Module, wanted: nn.Module) -> str:
-    return next(name for name, module in model.named_modules() if module is wanted)
 
 
 def _replace(model: nn.Module, old: nn.Parameter, values: Tensor) -> None:
