@@ -1,0 +1,59 @@
+"""From a file of pairs to texts in the terminal, by the command line alone."""
+
+import json
+import random
+
+from lightning_plugins.cli import main
+
+SMALL = {
+    "model_type": "bert",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false", "--trainer.accelerator=cpu"]
+
+
+def write_pairs(path, count, seed):
+    """Three words, and the same in capitals: a vocabulary of twelve words."""
+    draw = random.Random(seed)
+    rows = [" ".join(draw.choices(["eins", "zwei", "drei", "vier", "猫", "犬"], k=3)) for _ in range(count)]
+    path.write_text("source\ttarget\n" + "".join(f"{row}\t{row.upper()}\n" for row in rows), encoding="utf-8")
+    return rows
+
+
+def test_fit_generate_predict(project, capsys):
+    write_pairs(project / "train.tsv", 1000, seed=0)
+    rows = write_pairs(project / "test.tsv", 10, seed=1)
+    data = ["--data=Seq2SeqData", "--data.max_source_length=12", "--data.max_target_length=8"]
+    fit = [
+        *("fit", *QUIET, *data, "--data.train_file=train.tsv", "--data.vocab_size=60", "--data.batch_size=16"),
+        *("--model=UniLMSeq2Seq", f"--model.config={json.dumps(SMALL)}", "--model.lr=5e-3"),
+        *(
+            "--model.generation={max_new_tokens: 6}",
+            "--model.generate_every_n_epochs=3",
+            "--trainer.max_epochs=3",
+            "--trainer.log_every_n_steps=9",
+        ),
+        *("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"),
+    ]
+    main(fit)
+    capsys.readouterr()
+
+    generate = ["generate", "--ckpt_path=last"]
+    for words in ([], ["--num_beams=2", "--batch_size=2"]):
+        main([*generate, *words, "--text=drei eins 猫", "--text=zwei 犬 zwei"])
+        assert [line.strip() for line in capsys.readouterr().out.splitlines()] == ["DREI EINS 猫", "ZWEI 犬 ZWEI"]
+    main([*generate, "--max_new_tokens=1", "--text=vier vier vier"])
+    assert capsys.readouterr().out.split() == ["VIER"]
+
+    main(["predict", "--ckpt_path=last", *QUIET, *data, "--data.test_file=test.tsv"])
+    assert "predictions.jsonl" in capsys.readouterr().out
+    lines = (project / "lightning_logs/version_1/predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"source": row, "prediction": row.upper(), "reference": row.upper()} for row in rows
+    ]
