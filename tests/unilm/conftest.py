@@ -59,3 +59,20 @@ def tiny_model(tiny_config):
             return load_unilm(config=tiny_config(family), **ids, **options).double().eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def stock_model(tiny_config, tiny_model):
+    """``stock_model(family)``: transformers' own masked language model, an encoder, with ``tiny_model``'s weights."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    @functools.cache
+    def build(family):
+        config = AutoConfig.for_model(**tiny_config(family))
+        with torch.random.fork_rng():
+            made = AutoModelForMaskedLM.from_config(config, attn_implementation="eager").double().eval()
+        assert not getattr(made.config, "is_decoder", False)
+        made.load_state_dict(tiny_model(family).state_dict())
+        return made
+
+    return build

@@ -32,7 +32,8 @@ RUNS = [*((family, kind) for family in BOTH for kind in ("sdpa", "eager")), *((f
 
 
 def tolerance(family):
-    return 1e-6 if family == "roformer" else EXACT  # whose table of sines is fp32: the difference of two rounds
+    """RoFormer's table of sines is fp32, and so are the others' rotations and eager softmax."""
+    return 3e-6 if family in ("roformer", "eurobert", "modernbert") else EXACT
 
 
 def test_the_list_of_families_is_complete():
@@ -136,16 +137,6 @@ def test_a_changed_token_changes_the_logits_of_those_who_may_see_it(tiny_model, 
     assert effect[real][~allow[real]].max() < EXACT
 
 
-def stock(model, tiny_config, family, **options):
-    """transformers' own class of masked language models with the same weights: an encoder, nothing of ours."""
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    made = AutoModelForMaskedLM.from_config(AutoConfig.for_model(**tiny_config(family)), **options).double().eval()
-    assert not getattr(made.config, "is_decoder", False)
-    made.load_state_dict(model.state_dict())
-    return made
-
-
 def stock_types(model, types):
     """What a stock class is given as token types: by its own argument's name and form."""
     if types is None:
@@ -163,11 +154,10 @@ def lengths_batch(sources=(6, 3, 5), targets=(3, 5, 1), width=12):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_source_rows_are_what_the_stock_encoder_makes_of_the_source_alone(tiny_model, tiny_config, family):
+def test_source_rows_are_what_the_stock_encoder_makes_of_the_source_alone(tiny_model, stock_model, family):
     """Also: positions as the family counts them, RoBERTa's from behind its padding id, ModernBERT's windows."""
-    model = tiny_model(family)
-    plain = stock(model, tiny_config, family)
-    segment_ids = lengths_batch((14, 9, 5), (3, 5, 1), 18)
+    model, plain = tiny_model(family), stock_model(family)
+    segment_ids = lengths_batch((14, 9, 5), (3, 5, 1), 18)  # longer than ModernBERT's window of 4 to each side
     input_ids = tokens_of(segment_ids)
     with torch.no_grad():
         logits = run(model, input_ids, segment_ids, seq2seq_mask(segment_ids))
@@ -288,11 +278,6 @@ def test_modernberts_windows_cut_the_mask_by_position(tiny_config, window):
     input_ids = tokens_of(segment_ids)
     pattern = dependence(model, lambda: run(model, input_ids, segment_ids, allow, position_ids, sample_ids))
     assert torch.equal(pattern[segment_ids > 0], (step @ step > 0)[segment_ids > 0])
-    plain = stock(model, lambda family: tiny_config(family, **layers), "modernbert")
-    ids = draw((1, 16))
-    ones = torch.ones_like(ids)
-    with torch.no_grad():
-        torch.testing.assert_close(run(model, ids, ones, seq2seq_mask(ones)), plain(ids).logits, atol=EXACT, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["bert", "modernbert"])
