@@ -43,6 +43,7 @@ def write_lines(path, rows):
 
 
 def test_the_recipe_trains_scores_shows_and_exports(recipe, tmp_path, capsys):
+    torch.set_num_threads(1)  # two cost more than so small a network
     data, folder = write_lines(tmp_path / "questions.jsonl", PLAIN * 10), tmp_path / "asker"
     files = ["--data", str(data), "--model", tiny_bert(tmp_path / "bert"), "--export", str(folder)]
     limits = ["--max_source_length", "24", "--max_target_length", "10"]
