@@ -141,7 +141,9 @@ class PrefixGeneration:
         """Give the family the cache it needs: none, or one that keeps all keys of layers with a window too."""
         if self.backbone.cache == "none":
             options["use_cache"] = False
-        if self.backbone.window is None or options["use_cache"] is False or options.kwargs.get("past_key_values"):
+        if self.backbone.window is None or options["use_cache"] is False:
+            return
+        if options.kwargs.get("past_key_values") is not None:
             return
         from transformers import DynamicCache, PreTrainedConfig, StaticCache
 
