@@ -1,6 +1,7 @@
 """Every shipped config says what it is, and trains a step."""
 
 import gzip
+import json
 import re
 import struct
 from pathlib import Path
@@ -74,9 +75,44 @@ def image_folder(folder, size=28, count=3):
     return folder
 
 
+def text_folder(folder):
+    """Rows with the columns of SQuAD and of CNN/DailyMail, as ``datasets`` reads them from a folder."""
+    folder.mkdir()
+    row = {"answers": {"text": ["a cat"]}, "context": "There sat a cat.", "question": "What sat there?"}
+    row |= {"article": "A cat sat there.", "highlights": "Cat sits."}
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("\n".join([json.dumps(row)] * 4))
+    return folder
+
+
+def tiny_bert(folder):
+    """A BERT of one layer with a tokenizer, in place of one from the hub."""
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "sat", "there", "what", "sits", ".", "?"]
+    BertTokenizer(vocab={word: i for i, word in enumerate(words)}).save_pretrained(folder)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    BertForMaskedLM(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+    return folder
+
+
+def local_model(model, folder):
+    """Options that give a config a model of this machine in place of the hub's."""
+    name = model.get("init_args", {}).get("model_name_or_path", "package:")
+    if name.startswith("package:"):
+        return []
+    return ["--model.model_name_or_path", str(tiny_bert(folder / "bert")), "--model.generation.max_new_tokens", "4"]
+
+
 def local_data(data, folder):
     """Options that give a config data of this machine in place of what it would read from elsewhere."""
     name, arguments = data["class_path"].split(".")[-1], data.get("init_args", {})
+    if name == "Seq2SeqData" and "path" in arguments:
+        return ["--data.path", str(text_folder(folder / "text")), "--data.name", "null"]
+    if name == "Seq2SeqData":
+        rows = folder / "rows.tsv"
+        rows.write_text("\t".join(["a cat"] * len(arguments["columns"])) + "\n")
+        return ["--data.train_file", str(rows), "--data.val_file", str(rows)]
     if name == "IdxImages":
         return ["--data.folder", str(idx_folder(folder / "idx")), "--data.val_size", "10"]
     if name == "HFImages":
@@ -89,5 +125,5 @@ def local_data(data, folder):
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_one_step(name, tmp_path):
     config = yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text(encoding="utf-8"))
-    data = local_data(config["data"], tmp_path)
-    main(["fit", "--config", name, *data, "--data.batch_size", "4", "--trainer.fast_dev_run", "1"])
+    options = [*local_data(config["data"], tmp_path), *local_model(config["model"], tmp_path)]
+    main(["fit", "--config", name, *options, "--data.batch_size", "4", "--trainer.fast_dev_run", "1"])
