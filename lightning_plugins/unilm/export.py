@@ -139,10 +139,10 @@ def export_model(
 def _write_weights(model: "PreTrainedModel", state_dict: Mapping[str, Tensor] | None, folder: Path) -> None:
     """``config.json`` and ``model.safetensors`` of the family's own class."""
     config = copy.deepcopy(model.config)
-    if hasattr(config, "is_decoder"):
-        config.is_decoder = False  # what lets plain transformers read the source in both directions
     with torch.device("meta"):
         stock = model.backbone.stock._from_config(config, dtype=model.dtype, attn_implementation="eager")
+    if hasattr(config, "is_decoder"):  # set late, as building the class without it gives wrong advice
+        stock.config.is_decoder = False  # so plain transformers reads the source in both directions
     weights = dict(model.state_dict() if state_dict is None else state_dict)
     if wrong := sorted(stock.state_dict().keys() ^ weights.keys()):
         raise ValueError(f"state_dict is not this model's: {len(wrong)} names differ, such as {wrong[0]!r}.")
