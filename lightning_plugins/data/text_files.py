@@ -36,9 +36,12 @@ def read_rows(file: str | Path, columns: Sequence[str] | None = None) -> Iterato
         ValueError: another ending, ``columns`` for a file that is no table, or what stands in a line cannot be read.
 
     Example:
-        >>> _ = Path("pairs.tsv").write_text("source\ttarget\n1 2\t2 1\n", encoding="utf-8")
-        >>> list(read_rows("pairs.tsv"))
-        [Row(values={'source': '1 2', 'target': '2 1'}, place='pairs.tsv, line 2')]
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     path = Path(folder, "pairs.tsv")
+        ...     _ = path.write_text("source\ttarget\n1 2\t2 1\n", encoding="utf-8")
+        ...     [row.values for row in read_rows(path)]
+        [{'source': '1 2', 'target': '2 1'}]
     """
     path = Path(file).expanduser()
     ending = Path(path.stem).suffix if path.suffix == ".gz" else path.suffix

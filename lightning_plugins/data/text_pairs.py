@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -70,7 +71,7 @@ class Ragged:
         for sequence in sequences:
             values.extend(sequence)
             ends.append(len(values))
-        self.values, self.ends = torch.tensor(values, dtype=torch.int32), torch.tensor(ends)
+        self.values, self.ends = torch.from_numpy(np.array(values)), torch.tensor(ends)
 
     def __len__(self) -> int:
         return len(self.ends) - 1
