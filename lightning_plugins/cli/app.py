@@ -27,7 +27,7 @@ from lightning_plugins.cli.outputs import picture_lines, save_predictions, short
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
-from lightning_plugins.data import ImageData
+from lightning_plugins.data import ImageData, TextData
 
 LINKS = ("image_shape", "num_classes", "num_labels")
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
@@ -227,8 +227,8 @@ class PluginsCLI(LightningCLI):
         sys.exit(status)
 
     def before_fit(self) -> None:
-        """Look for the test images before hours of training, if they are wanted after it."""
-        if self.config.fit.test_after_fit and isinstance(self.datamodule, ImageData):
+        """Look for the test data before hours of training, if they are wanted after it."""
+        if self.config.fit.test_after_fit and isinstance(self.datamodule, (ImageData, TextData)):
             self.datamodule.require("test")
 
     def after_fit(self) -> None:

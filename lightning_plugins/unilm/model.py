@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_plugins.core.pretrained import pretrained_folder
 from lightning_plugins.unilm.backbones import (
@@ -128,8 +129,23 @@ def _build(name: str | None, config: "PreTrainedConfig", backbone: Backbone, imp
     with torch.device("cpu"):  # the leak probe needs real weights
         if name is None:
             return made._from_config(config, attn_implementation=implementation, dtype=dtype)
-        folder = pretrained_folder(name)
-        return made.from_pretrained(folder, config=config, attn_implementation=implementation, dtype=dtype)
+        return _pretrained(made, pretrained_folder(name), config, attn_implementation=implementation, dtype=dtype)
+
+
+def _pretrained(made: type, folder: str, config: "PreTrainedConfig", **options: Any) -> "PreTrainedModel":
+    """Load, and tell in one line what transformers tells in twenty: which weights start at random."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report, which calls an encoder without a head "corrupted"
+    try:
+        model, report = made.from_pretrained(folder, config=config, output_loading_info=True, **options)
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(report["missing_keys"]):
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+        rank_zero_info(f"{folder} has no weights for {shown}: they start at random and must be trained.")
+    return model
 
 
 def _function_name(backbone: Backbone, implementation: str) -> str:

@@ -19,7 +19,7 @@ from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
 from lightning_plugins.core.optimizers import linear_warmup_decay
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
-from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation
+from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
 from lightning_plugins.unilm.masks import positions
 from lightning_plugins.unilm.model import Segment, load_unilm
@@ -200,9 +200,12 @@ class UniLMSeq2Seq(LightningModule):
             return load_unilm(config=config, **common)
         if self.config is not None:
             return load_unilm(config=self.config, vocab_size=len(tokenizer), **common)
+        if self.keep_tokens is not None:  # keep_rows renumbers the special tokens, so load with their old numbers
+            whole = load_tokenizer(self._tokenizer_name)
+            common |= {name: getattr(whole, name) for name in common if name.endswith("_token_id")}
         network = load_unilm(self.model_name_or_path, **common)
         if self.keep_tokens is not None:
-            keep_rows(network, trim_vocabulary(load_tokenizer(self._tokenizer_name), self.keep_tokens)[1])
+            keep_rows(network, trim_vocabulary(whole, self.keep_tokens)[1])
         if self.max_positions is not None:
             extend_positions(network, self.max_positions)
         return network
@@ -229,8 +232,9 @@ class UniLMSeq2Seq(LightningModule):
         network = self.network
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
-        if shard_parts(self, *layers):
-            register_fsdp_forward_method(self, "generate_ids")
+        if shard_parts(self, *layers) and "logits" not in vars(self):
+            for name in ("logits", "generate_ids"):  # what runs the network, besides forward
+                register_fsdp_forward_method(self, name)
 
     def _build(self, record: Mapping[str, Any] | None = None) -> None:
         """Build from a checkpoint's record, or from the arguments and the data's tokenizer."""
@@ -242,6 +246,11 @@ class UniLMSeq2Seq(LightningModule):
         self._vocabulary = vocabulary(self._tokenizer, needs_mask=self.objective != "lm")
         self.net = self.build_network(self._tokenizer, record["config"] if record else None)
         self.net.train(self.training)  # it may be built after eval()
+        if self.objective == "pseudo" and not self.net.backbone.free_positions:
+            raise ValueError(
+                "objective='pseudo' puts copies of the target at its positions, but "
+                f"{self.net.backbone.model_type!r} counts distances by place in the row: use 'lm' or 'masked'."
+            )
         self.evaluation = Evaluation(lowercases(self._tokenizer))
 
     def _data_tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -322,9 +331,8 @@ class UniLMSeq2Seq(LightningModule):
             inputs: ``build_inputs(batch)`` where it has been computed already.
         """
         inputs = self.build_inputs(batch) if inputs is None else inputs
-        total = F.cross_entropy(
-            self.logits(inputs).float(), inputs.labels, label_smoothing=self.label_smoothing, reduction="sum"
-        )
+        logits = widened(self.logits(inputs))
+        total = F.cross_entropy(logits, inputs.labels, label_smoothing=self.label_smoothing, reduction="sum")
         return {"nll": total / max(len(inputs.labels), 1)}
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:

@@ -309,26 +309,27 @@ def test_packed_rows_train_like_separate_ones(module, folder):
     assert nll["packed"][0] == pytest.approx(nll["separate"][0], rel=1e-5)
 
 
-def test_pretrained_weights_a_smaller_vocabulary_and_more_positions(tokenizer, tmp_path):
-    from transformers import BertConfig, BertForMaskedLM
+def test_pretrained_weights_a_smaller_vocabulary_and_more_positions(tmp_path):
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-    torch.manual_seed(0)
-    stock = BertForMaskedLM(BertConfig(**{k: v for k, v in CONFIG.items() if k != "model_type"}, vocab_size=15))
-    stock.save_pretrained(tmp_path / "stock")
+    names = [*WORDS[:3], "[PAD]", "[UNK]", *WORDS[3:6], "[CLS]", "[SEP]", "[MASK]"]  # special ids change with the cut
+    tokenizer = BertTokenizer(vocab={name: i for i, name in enumerate(names)})
     tokenizer.save_pretrained(tmp_path / "stock")
-    whole = UniLMSeq2Seq(str(tmp_path / "stock"))
-    torch.testing.assert_close(
-        whole.network.state_dict()["bert.embeddings.word_embeddings.weight"],
-        stock.state_dict()["bert.embeddings.word_embeddings.weight"],
-    )
-    cut = UniLMSeq2Seq(str(tmp_path / "stock"), keep_tokens=["one", "two"], max_positions=60)
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    stock = BertForMaskedLM(BertConfig(**sizes, vocab_size=len(names), pad_token_id=names.index("[PAD]")))
+    stock.save_pretrained(tmp_path / "stock")
+    whole = UniLMSeq2Seq(str(tmp_path / "stock")).eval()
+    name = "bert.embeddings.word_embeddings.weight"
+    torch.testing.assert_close(whole.network.state_dict()[name], stock.state_dict()[name], rtol=0, atol=0)
+
+    cut = UniLMSeq2Seq(str(tmp_path / "stock"), keep_tokens=["two", "five"], max_positions=60).eval()
     assert cut.network.config.vocab_size == len(cut.tokenizer) == 7
     assert cut.network.max_length == 60
-    batch = batch_of(cut.tokenizer, [["one two", "two one"]])
-    rows = [0, 1, 2, 3, 4, 5, 6]
-    torch.testing.assert_close(
-        cut.eval()(batch), whole.eval()(batch_of(tokenizer, [["one two", "two one"]]))[:, rows], rtol=1e-5, atol=1e-6
-    )
+    pairs = [["two five", "five two"]]
+    rows = [names.index(token) for token in cut.tokenizer.convert_ids_to_tokens(range(7))]
+    torch.testing.assert_close(cut(batch_of(cut.tokenizer, pairs)), whole(batch_of(tokenizer, pairs))[:, rows])
+    assert set(cut.generate_text(["two"], max_new_tokens=5)[0].split()) <= {"two", "five", "[UNK]"}
 
 
 def test_export_carries_the_last_scores(module, folder, tmp_path):
@@ -357,6 +358,11 @@ def test_export_carries_the_last_scores(module, folder, tmp_path):
 def test_bad_arguments_are_refused(module, arguments, words):
     with pytest.raises(ValueError, match=words):
         module(**arguments)
+
+
+def test_pseudo_copies_need_positions_of_their_own(module):
+    with pytest.raises(ValueError, match=r"objective='pseudo' .* 'roformer'"):
+        module(objective="pseudo", config=CONFIG | {"model_type": "roformer"}).network  # noqa: B018
 
 
 def test_wrong_setups_are_refused_before_training(module, folder, tokenizer, tmp_path):
