@@ -15,6 +15,11 @@ COLUMNS = ("source", "reference", "generated")
 _SHOWN = 16  # samples kept for the table
 
 
+def widened(logits: Tensor) -> Tensor:
+    """In at least fp32, where probabilities are summed."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 class Evaluation(nn.Module):
     """One pass over validation or test data, on every rank.
 
@@ -31,7 +36,7 @@ class Evaluation(nn.Module):
     def add_nll(self, logits: Tensor, labels: Tensor) -> None:
         """Negative log-likelihood of ``labels`` ``(N,)`` under ``logits`` ``(N, V)``; every token weighs the same."""
         if len(labels):
-            self.nll.update(F.cross_entropy(logits.float(), labels), weight=len(labels))
+            self.nll.update(F.cross_entropy(widened(logits), labels), weight=len(labels))
 
     def add_texts(self, sources: Sequence[str], references: Sequence[str], predictions: Sequence[str]) -> None:
         """Score predictions; keep the first samples."""

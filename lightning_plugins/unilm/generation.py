@@ -195,6 +195,8 @@ class PrefixGeneration:
             raise ValueError("prefix_length is missing: call generate() of the model itself.")
         past = self._length(past_key_values)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        # synced_gpus: a rank that is done goes on for the others, with a mask that grows beside ids that do not
+        input_ids = pad(input_ids, (0, real.shape[1] - input_ids.shape[1]), value=self.settings.pad_token_id)
         num_mask_tokens = int(self.settings.decoding == "mask")
         if num_mask_tokens:
             input_ids, real = pad(input_ids, (0, 1), value=self.settings.mask_token_id), pad(real, (0, 1), value=1)

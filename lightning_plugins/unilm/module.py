@@ -36,6 +36,7 @@ from lightning_plugins.unilm.text import (
     vocabulary,
 )
 from lightning_plugins.unilm.token_counts import TokenSpeed, TokenWeights
+from lightning_plugins.unilm.trainer_rules import refuse_blind_callbacks, refuse_early_copy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -229,6 +230,8 @@ class UniLMSeq2Seq(LightningModule):
         """Build the network; shard it layer by layer under ``ModelParallelStrategy`` (FSDP2)."""
         if self._trainer is None:  # a checkpoint is being read, which says itself what to build
             return
+        if self.net is None and self.trainer.state.fn == TrainerFn.FITTING:
+            refuse_early_copy(self.trainer)
         network = self.network
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
@@ -372,6 +375,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the clock of the token counter."""
+        refuse_blind_callbacks(self.trainer)  # the accumulation may change from epoch to epoch
         self.speed.start()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -459,6 +463,14 @@ class UniLMSeq2Seq(LightningModule):
             references = decode(self.tokenizer, left_padded(ids, segments == 2, pad)["input_ids"])
         return sources, references, predictions
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new pass. Not at the last one's end, whose inference mode training could not go on with."""
+        self.evaluation.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin a new pass."""
+        self.evaluation.reset()
+
     def on_validation_epoch_end(self) -> None:
         """Log ``val/loss``, ``val/perplexity`` and, where texts were generated, their scores and a table of them."""
         self._log_evaluation("val")
@@ -475,7 +487,6 @@ class UniLMSeq2Seq(LightningModule):
             log_text_table(self.trainer, f"{stage}/samples", COLUMNS, self.evaluation.samples, self.global_step)
         if not self.trainer.sanity_checking:
             self._results = {f"{stage}/{name}": float(value) for name, value in results.items()}
-        self.evaluation.reset()
 
     # Texts.
 
