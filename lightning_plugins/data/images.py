@@ -215,6 +215,10 @@ class ImageData(LightningDataModule):
         pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
         return KeyLoader(dataset, batches, self.num_workers, pin_memory=pin)
 
+    def __str__(self) -> str:
+        """The class's name: Lightning's own text goes through all batches."""
+        return type(self).__name__
+
     def train_dataloader(self) -> KeyLoader:
         """Shuffled and augmented; the last incomplete batch of an epoch is dropped."""
         return self._loader("train")

@@ -1,7 +1,7 @@
 """Texts in, texts out: what stands between a tokenizer and ``generate()``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -87,22 +87,31 @@ def decode(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
 def stream(
     generate: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase", rows: Mapping[str, Tensor], **options: Any
 ) -> Iterator[str]:
-    """Pieces of one row's text as they are decoded; ``generate`` runs in a thread, whose error is raised here."""
+    """Pieces of one row's text as they are decoded; ``generate`` runs in a thread, whose error is raised here.
+
+    Closing the generator ends the thread after its current token: one that outlives Python's end aborts the process.
+    """
     from transformers import TextIteratorStreamer
 
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     failure: list[BaseException] = []
+    left = Event()
+    criteria = [lambda ids, scores, **_: torch.full((len(ids),), left.is_set(), device=ids.device)]
+    criteria += options.pop("stopping_criteria", None) or []
 
     def run() -> None:
         try:
-            generate(**rows, streamer=streamer, **options)
+            generate(**rows, streamer=streamer, stopping_criteria=criteria, **options)
         except BaseException as error:  # told in the caller's thread, which would otherwise wait for ever
             failure.append(error)
             streamer.end()
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:
+        left.set()
+        thread.join()
     if failure:
         raise failure[0]

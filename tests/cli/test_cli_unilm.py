@@ -2,7 +2,11 @@
 
 import json
 import random
+import threading
 
+import pytest
+
+from lightning_plugins import UniLMSeq2Seq
 from lightning_plugins.cli import main
 
 SMALL = {
@@ -50,6 +54,19 @@ def test_fit_generate_predict(project, capsys):
         assert [line.strip() for line in capsys.readouterr().out.splitlines()] == ["DREI EINS 猫", "ZWEI 犬 ZWEI"]
     main([*generate, "--max_new_tokens=1", "--text=vier vier vier"])
     assert capsys.readouterr().out.split() == ["VIER"]
+
+    with pytest.raises(SystemExit):
+        main([*generate, "--max_new_tokens=40", "--text=vier"])
+    assert capsys.readouterr().err.startswith("error: max_new_tokens=40 leaves no room for a source")
+
+    last = project / "lightning_logs/version_0/checkpoints/last.ckpt"
+    pieces = UniLMSeq2Seq.load_from_checkpoint(last, weights_only=True).stream_text(
+        "vier", min_new_tokens=20, max_new_tokens=20
+    )
+    before = threading.active_count()
+    next(pieces)
+    pieces.close()  # as `generate` does when its reader leaves
+    assert threading.active_count() == before, "a thread that outlives Python's end aborts the process"
 
     main(["predict", "--ckpt_path=last", *QUIET, *data, "--data.test_file=test.tsv"])
     assert "predictions.jsonl" in capsys.readouterr().out
