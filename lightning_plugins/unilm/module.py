@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
@@ -35,8 +37,7 @@ from lightning_plugins.unilm.text import (
     stream,
     vocabulary,
 )
-from lightning_plugins.unilm.token_counts import TokenSpeed, TokenWeights
-from lightning_plugins.unilm.trainer_rules import refuse_blind_callbacks, refuse_early_copy
+from lightning_plugins.unilm.token_counts import TokenSpeed, TokenWeights, refuse_blind_callbacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -230,14 +231,23 @@ class UniLMSeq2Seq(LightningModule):
         """Build the network; shard it layer by layer under ``ModelParallelStrategy`` (FSDP2)."""
         if self._trainer is None:  # a checkpoint is being read, which says itself what to build
             return
-        if self.net is None and self.trainer.state.fn == TrainerFn.FITTING:
-            refuse_early_copy(self.trainer)
+        if self.net is None:
+            self._refuse_early_copy()
         network = self.network
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
         if shard_parts(self, *layers) and "logits" not in vars(self):
             for name in ("logits", "generate_ids"):  # what runs the network, besides forward
                 register_fsdp_forward_method(self, name)
+
+    def _refuse_early_copy(self) -> None:
+        averages = any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks)
+        if averages and self.trainer.state.fn == TrainerFn.FITTING:
+            raise MisconfigurationException(
+                "StochasticWeightAveraging has copied the module before its network was built and would average "
+                "nothing: touch module.network before fit (from a config that needs tokenizer=), or use "
+                "EMAWeightAveraging."
+            )
 
     def _build(self, record: Mapping[str, Any] | None = None) -> None:
         """Build from a checkpoint's record, or from the arguments and the data's tokenizer."""

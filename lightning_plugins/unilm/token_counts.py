@@ -4,7 +4,8 @@ import time
 
 import torch
 import torch.distributed
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plugins.core.replay import is_replaying
@@ -54,6 +55,22 @@ class TokenWeights:
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
         self.reset()
+
+
+def refuse_blind_callbacks(trainer: Trainer) -> None:
+    """Refuse Flooding, GradientPenalty and ODEDiagnostics under accumulation.
+
+    They see the losses and gradients of a window before it is known how many tokens it has.
+
+    Raises:
+        MisconfigurationException: one of them is among the callbacks, and batches are accumulated.
+    """
+    names = [type(callback).__name__ for callback in trainer.callbacks if hasattr(callback, "gradient_order")]
+    if names and trainer.accumulate_grad_batches > 1:
+        raise MisconfigurationException(
+            f"{' and '.join(names)} cannot see how UniLMSeq2Seq weighs accumulated batches by their tokens: set "
+            f"accumulate_grad_batches=1, got {trainer.accumulate_grad_batches}, or take the callback out."
+        )
 
 
 class TokenSpeed:
