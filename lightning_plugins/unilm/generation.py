@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_plugins.unilm.cached_attention import roomy_cache
 from lightning_plugins.unilm.masks import SOURCE, TARGET
 
 if TYPE_CHECKING:
@@ -141,23 +142,34 @@ class PrefixGeneration:
         """Give the family the cache it needs: none, or one that keeps all keys of layers with a window too."""
         if self.backbone.cache == "none":
             options["use_cache"] = False
-        if self.backbone.window is None or options["use_cache"] is False:
+        if options["use_cache"] is False or options.kwargs.get("past_key_values") is not None:
             return
-        if options.kwargs.get("past_key_values") is not None:
-            return
-        from transformers import DynamicCache, PreTrainedConfig, StaticCache
-
-        if (kind := options["cache_implementation"]) not in (None, "dynamic", "static"):
+        kind = options["cache_implementation"]
+        if kind in (None, "dynamic"):
+            options.kwargs["past_key_values"] = roomy_cache()
+            options.kwargs["num_copies"] = self._num_copies(options)
+        elif self.backbone.window is None:
+            return  # transformers makes it
+        elif kind == "static":
+            options.kwargs["past_key_values"] = self._static_cache(options, width)
+        else:
             family = self.backbone.model_type
             raise ValueError(f"cache_implementation={kind!r} loses keys of {family!r}; use 'dynamic' or 'static'.")
-        if kind == "static":
-            new = options["max_new_tokens"]
-            total = options["max_length"] if new is None else width + new
-            layers = PreTrainedConfig(num_hidden_layers=self.config.num_hidden_layers)  # says nothing of a window
-            options.kwargs["past_key_values"] = StaticCache(config=layers, max_cache_len=total)
-        else:
-            options.kwargs["past_key_values"] = DynamicCache()
         options["cache_implementation"] = None
+
+    def _num_copies(self, options: _Options) -> int:
+        """How many rows each source becomes (beams, samples): it is encoded once for all of them."""
+        if options["output_hidden_states"] or options["output_attentions"]:  # of each copy
+            return 1
+        return max(options["num_beams"] or 1, options["num_return_sequences"] or 1)
+
+    def _static_cache(self, options: _Options, width: int) -> "Cache":
+        from transformers import PreTrainedConfig, StaticCache
+
+        new = options["max_new_tokens"]
+        total = options["max_length"] if new is None else width + new
+        layers = PreTrainedConfig(num_hidden_layers=self.config.num_hidden_layers)  # says nothing of a window
+        return StaticCache(config=layers, max_cache_len=total)
 
     @staticmethod
     def _length(cache: "Cache | None") -> int:
@@ -171,6 +183,7 @@ class PrefixGeneration:
         position_ids: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         prefix_length: int | None = None,
+        num_copies: int = 1,
         next_sequence_length: int | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
@@ -184,6 +197,7 @@ class PrefixGeneration:
             position_ids: not read; positions follow from the padding.
             token_type_ids: not read; types follow from the segment scheme.
             prefix_length: how many columns are source.
+            num_copies: rows in succession that have the same source.
             next_sequence_length: not read; the cache says how many tokens it holds.
             is_first_iteration: not read.
             **kwargs: passed on.
@@ -197,6 +211,9 @@ class PrefixGeneration:
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         # synced_gpus: a rank that is done goes on for the others, with a mask that grows beside ids that do not
         input_ids = pad(input_ids, (0, real.shape[1] - input_ids.shape[1]), value=self.settings.pad_token_id)
+        if past:
+            num_copies = 1  # they differ by now
+        input_ids, real = input_ids[::num_copies], real[::num_copies]
         num_mask_tokens = int(self.settings.decoding == "mask")
         if num_mask_tokens:
             input_ids, real = pad(input_ids, (0, 1), value=self.settings.mask_token_id), pad(real, (0, 1), value=1)
@@ -212,6 +229,7 @@ class PrefixGeneration:
             "token_type_ids": None if types is None else types[:, past:],
             "past_key_values": past_key_values,
             "num_mask_tokens": num_mask_tokens,
+            "num_copies": num_copies,
         }
 
     def _rows_of_mask(self, segments: Tensor, past: int, cache: "Cache | None") -> Tensor:

@@ -89,6 +89,7 @@ class UniLMMixin(PrefixGeneration):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_mask_tokens: int = 0,
+        num_copies: int = 1,
         **kwargs: Any,
     ) -> Any:
         """The family's forward pass under a mask of one's own.
@@ -103,6 +104,7 @@ class UniLMMixin(PrefixGeneration):
             logits_to_keep: the last so many places, 0 for all; or ``(B, Q)`` bool, the places whose logits are
                 computed. The head never sees the others.
             num_mask_tokens: how many of the last tokens the cache forgets again after the call.
+            num_copies: how many rows cache and logits have for each row given.
             **kwargs: passed on.
 
         Returns:
@@ -142,6 +144,9 @@ class UniLMMixin(PrefixGeneration):
             output.logits = output.logits[0]
         if num_mask_tokens and past_key_values is not None:
             past_key_values.crop(-num_mask_tokens)
+        if num_copies > 1:
+            past_key_values.batch_repeat_interleave(num_copies)
+            output.logits = output.logits.repeat_interleave(num_copies, 0)
         return output if self.backbone.cache == "own" else _with_cache(output, past_key_values)
 
     def _mask(self, given: "Tensor | dict[str, Tensor] | None", position_ids: Tensor, past: int) -> Any:
