@@ -190,6 +190,33 @@ def test_a_permutation_is_a_causal_mask_on_permuted_tokens(tiny_model, family):
     torch.testing.assert_close(logits[torch.arange(2)[:, None], by_rank][real], causal[real], atol=EXACT, rtol=0)
 
 
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in BY_PLACE])
+def test_a_pseudo_copy_predicts_what_a_mask_behind_the_known_tokens_does(tiny_model, family):
+    """What objective 'pseudo' trains in one run is what decoding with [MASK]s asks for, step by step."""
+    model = tiny_model(family)
+    segment_ids = lengths_batch()
+    input_ids, index = tokens_of(segment_ids), pseudo_index(segment_ids)
+    place = index.clamp(min=0)
+    copied = [torch.cat([of, of.gather(1, place)], 1) for of in (segment_ids, positions(segment_ids))]
+    types = model.token_types(segment_ids)
+    with torch.no_grad():
+        logits = model(
+            torch.cat([input_ids, torch.full_like(index, MASK)], 1),
+            attention_mask=pseudo_mask(segment_ids, index),
+            position_ids=copied[1],
+            token_type_ids=None if types is None else torch.cat([types, types.gather(1, place)], 1),
+        ).logits[:, segment_ids.shape[1] :]
+        for b, places in enumerate(index.tolist()):
+            for copy_number, p in enumerate(places):
+                if p == -1:
+                    continue
+                known = segment_ids[b, : p + 1] > 0
+                ids = torch.cat([input_ids[b, :p], torch.tensor([MASK])])[known][None]
+                own = segment_ids[b, : p + 1][known][None]
+                asked = run(model, ids, own, seq2seq_mask(own))[0, -1]
+                torch.testing.assert_close(logits[b, copy_number], asked, atol=tolerance(family), rtol=0)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_sample_is_the_same_alone_beside_longer_ones_and_packed(tiny_model, family):
     model = tiny_model(family)
