@@ -236,8 +236,8 @@ class UniLMSeq2Seq(LightningModule):
         network = self.network
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
-        if shard_parts(self, *layers) and "logits" not in vars(self):
-            for name in ("logits", "generate_ids"):  # what runs the network, besides forward
+        if shard_parts(self, *layers) and "loss" not in vars(self):
+            for name in ("loss", "generate_ids"):  # what runs the network, besides forward
                 register_fsdp_forward_method(self, name)
 
     def _refuse_early_copy(self) -> None:
@@ -301,9 +301,9 @@ class UniLMSeq2Seq(LightningModule):
 
     # What the network computes.
 
-    def forward(self, batch: Mapping[str, Any]) -> Tensor:
-        """Logits ``(N, V)`` of the predicted tokens of a batch, in the order of its rows."""
-        return self.logits(self.build_inputs(batch))
+    def forward(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> Tensor:
+        """Logits ``(N, V)`` of the predicted tokens of a batch, row by row; arguments as in :meth:`loss`."""
+        return self.logits(self.build_inputs(batch) if inputs is None else inputs)
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Logits ``(N, V)`` at the places ``inputs.predict``; no others are ever computed."""
@@ -452,7 +452,7 @@ class UniLMSeq2Seq(LightningModule):
         if batch_idx == 0:
             self._check_batch(batch)
         inputs = self.build_inputs(batch, torch.Generator().manual_seed(batch_idx))
-        self.evaluation.add_nll(self.logits(inputs), inputs.labels)
+        self.evaluation.add_nll(self(batch, inputs), inputs.labels)
 
     def _score_texts(self, batch: Mapping[str, Any]) -> None:
         sources, references, predictions = self._texts(batch)
@@ -563,6 +563,7 @@ class UniLMSeq2Seq(LightningModule):
                 folder,
                 metrics=self._results,
                 generation=self.generation,
+                training={k: v for k, v in self.hparams.items() if v is not None and not k.startswith("_")},
                 name=self.model_name_or_path or "a network from scratch",
                 state_dict=weights,
             )
