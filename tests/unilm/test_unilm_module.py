@@ -283,7 +283,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(module, folder, tmp_path, obj
 def test_several_masks_train_together_and_still_generate(module, folder, tmp_path):
     shares = {"bidirectional": 1 / 3, "l2r": 1 / 6, "r2l": 1 / 6, "seq2seq": 1 / 3}
     model = module(objective="masked", mask=shares, mask_probability=0.15, segment="unilm_v1")
-    trainer = fit(model, data(folder, batch_size=8), tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    (tmp_path / "running.txt").write_text("\n\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(10)))
+    text = {"pairs": None, "train_file": str(tmp_path / "running.txt"), "text_column": "text", "val_size": 2}
+    trainer = fit(model, data(folder, **text), tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
     assert "val/rougeL" in trainer.callback_metrics
     only = module(mask="l2r")
@@ -338,6 +340,7 @@ def test_export_carries_the_last_scores(module, folder, tmp_path):
     where = model.export(tmp_path / "out")
     card = (where / "README.md").read_text()
     assert "val/rougeL" in card
+    assert "label_smoothing" in card
     assert json.loads((where / "config.json").read_text())["model_type"] == "bert"
     with pytest.raises(FileExistsError, match="out"):
         model.export(tmp_path / "out")
