@@ -155,6 +155,8 @@ class UniLMSeq2Seq(LightningModule):
             )
         if keep_tokens is not None and model_name_or_path is None:
             raise ValueError("keep_tokens cuts a pretrained vocabulary; without model_name_or_path there is none.")
+        if max_positions is not None and model_name_or_path is None:
+            raise ValueError("max_positions extends a pretrained model: write max_position_embeddings into config.")
         if warmup_steps < 0 or generate_every_n_epochs < 0 or num_generate < 0:
             raise ValueError("warmup_steps, generate_every_n_epochs and num_generate must be 0 or more.")
         self.model_name_or_path, self.config = model_name_or_path, config
@@ -257,7 +259,8 @@ class UniLMSeq2Seq(LightningModule):
         elif self.tokenizer is None:
             self._tokenizer = self._data_tokenizer()
         self._vocabulary = vocabulary(self._tokenizer, needs_mask=self.objective != "lm")
-        self.net = self.build_network(self._tokenizer, record["config"] if record else None)
+        with torch.device("cpu"):  # the trainer's context makes every new tensor on its device; it moves the network
+            self.net = self.build_network(self._tokenizer, record["config"] if record else None)
         self.net.train(self.training)  # it may be built after eval()
         if self.objective == "pseudo" and not self.net.backbone.free_positions:
             raise ValueError(
@@ -295,6 +298,11 @@ class UniLMSeq2Seq(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint describes, unless there is one."""
+        if _RECORD not in checkpoint:
+            raise ValueError(
+                "The checkpoint describes no network of UniLMSeq2Seq: it is another module's, or on_save_checkpoint "
+                "did not call super()."
+            )
         if self.net is None:
             self._build(checkpoint[_RECORD])
         self._results = checkpoint[_RECORD]["results"]
@@ -514,10 +522,12 @@ class UniLMSeq2Seq(LightningModule):
         options = {**self.generation, **generation}
         training = self.network.training
         self.network.eval()
-        output = self.network.generate(
-            input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
-        )
-        self.network.train(training)
+        try:
+            output = self.network.generate(
+                input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
+            )
+        finally:
+            self.network.train(training)
         return output[:, input_ids.shape[1] :]
 
     def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
@@ -535,6 +545,8 @@ class UniLMSeq2Seq(LightningModule):
         return stream(self.generate_ids, self.tokenizer, rows, **generation)
 
     def _encode(self, sources: list[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        if isinstance(sources, str) or not sources:
+            raise ValueError(f"sources={sources!r} must be a list of texts, at least one.")
         network = self.network  # builds the tokenizer, too
         new = {**self.generation, **generation}["max_new_tokens"]
         if (room := network.max_length - new) < 3:  # [CLS], a token, [SEP]

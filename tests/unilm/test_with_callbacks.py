@@ -1,4 +1,4 @@
-"""UniLMSeq2Seq with callbacks that change or read gradients, and with those that average weights."""
+"""UniLMSeq2Seq in the trainer's hands: callbacks for gradients and averages of weights, devices, foreign files."""
 
 import copy
 
@@ -179,3 +179,32 @@ def test_validation_before_training_leaves_nothing_behind(module, data):
     other = fit(fresh, data(), [], num_sanity_val_steps=2)
     assert before["val/loss"] != trainer.callback_metrics["val/loss"]
     assert trainer.callback_metrics["val/loss"] == other.callback_metrics["val/loss"]
+
+
+def test_the_network_begins_on_cpu_whatever_the_trainers_device(module, tokenizer, tmp_path):
+    """Lightning makes new tensors on its device, where the leak probe has no generator."""
+    first = module()
+    with torch.device("meta"):
+        first.network  # noqa: B018
+    first.export(tmp_path / "pretrained")
+    second = UniLMSeq2Seq(str(tmp_path / "pretrained"), max_positions=50)
+    with torch.device("meta"):
+        second.network  # noqa: B018
+    for model in (first, second):
+        assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+def test_mistakes_are_told_in_a_sentence(module, data):
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, **quiet)
+    trainer.fit(BoringModel(), torch.utils.data.DataLoader(torch.zeros(2, 32)))
+    trainer.save_checkpoint("other.ckpt")
+    with pytest.raises(ValueError, match="describes no network of UniLMSeq2Seq: it is another module's"):
+        trainer.validate(module(), data(), ckpt_path="other.ckpt", verbose=False)
+    with pytest.raises(ValueError, match="max_positions extends a pretrained model: write max_position_embeddings"):
+        module(max_positions=60)
+    for sources in ("one text", []):
+        with pytest.raises(ValueError, match=r"sources=.* must be a list of texts, at least one"):
+            module().generate_text(sources)
