@@ -254,20 +254,20 @@ class UniLMSeq2Seq(LightningModule):
     def _build(self, record: Mapping[str, Any] | None = None) -> None:
         """Build from a checkpoint's record, or from the arguments and the data's tokenizer."""
         record = self._checkpoint_record() if record is None else record
-        if record:
-            self._tokenizer = unpack_tokenizer(record["tokenizer"])
-        elif self.tokenizer is None:
-            self._tokenizer = self._data_tokenizer()
-        self._vocabulary = vocabulary(self._tokenizer, needs_mask=self.objective != "lm")
-        with torch.device("cpu"):  # the trainer's context makes every new tensor on its device; it moves the network
-            self.net = self.build_network(self._tokenizer, record["config"] if record else None)
-        self.net.train(self.training)  # it may be built after eval()
-        if self.objective == "pseudo" and not self.net.backbone.free_positions:
+        with torch.device("cpu"):  # the trainer makes new tensors on its device, and moves the network there later
+            if record:
+                self._tokenizer = unpack_tokenizer(record["tokenizer"])
+            elif self.tokenizer is None:
+                self._tokenizer = self._data_tokenizer()
+            self._vocabulary = vocabulary(self._tokenizer, needs_mask=self.objective != "lm")
+            network = self.build_network(self._tokenizer, record["config"] if record else None)
+            self.evaluation = Evaluation(lowercases(self._tokenizer))
+        if self.objective == "pseudo" and not network.backbone.free_positions:
             raise ValueError(
                 "objective='pseudo' puts copies of the target at its positions, but "
-                f"{self.net.backbone.model_type!r} counts distances by place in the row: use 'lm' or 'masked'."
+                f"{network.backbone.model_type!r} counts distances by place in the row: use 'lm' or 'masked'."
             )
-        self.evaluation = Evaluation(lowercases(self._tokenizer))
+        self.net = network.train(self.training).to(self.device)  # it may be built after eval() and to()
 
     def _data_tokenizer(self) -> "PreTrainedTokenizerBase":
         data = getattr(self._trainer, "datamodule", None)

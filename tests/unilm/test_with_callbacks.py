@@ -1,11 +1,13 @@
 """UniLMSeq2Seq in the trainer's hands: callbacks for gradients and averages of weights, devices, foreign files."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics, Seq2SeqData, UniLMSeq2Seq
@@ -181,17 +183,30 @@ def test_validation_before_training_leaves_nothing_behind(module, data):
     assert trainer.callback_metrics["val/loss"] == other.callback_metrics["val/loss"]
 
 
-def test_the_network_begins_on_cpu_whatever_the_trainers_device(module, tokenizer, tmp_path):
-    """Lightning makes new tensors on its device, where the leak probe has no generator."""
-    first = module()
-    with torch.device("meta"):
-        first.network  # noqa: B018
-    first.export(tmp_path / "pretrained")
-    second = UniLMSeq2Seq(str(tmp_path / "pretrained"), max_positions=50)
-    with torch.device("meta"):
-        second.network  # noqa: B018
-    for model in (first, second):
+def test_the_network_begins_on_cpu_whatever_the_trainers_device(module, data, tmp_path, monkeypatch):
+    """Lightning makes new tensors on its device, where the leak probe and the split of the data have no generator."""
+
+    @contextmanager
+    def other_device(strategy, empty_init=None):
+        with torch.device("meta"):
+            yield
+
+    monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", other_device)
+    learnt = module(tokenizer=None)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    Trainer(accelerator="cpu", **quiet).validate(learnt, data(), verbose=False)
+    learnt.export(tmp_path / "pretrained")
+    pretrained = UniLMSeq2Seq(str(tmp_path / "pretrained"), max_positions=50, generation={"max_new_tokens": 4})
+    (result,) = Trainer(accelerator="cpu", **quiet).validate(pretrained, data(), verbose=False)
+    assert result["val/loss"] > 0
+    for model in (learnt, pretrained):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+
+
+def test_a_network_that_is_built_late_is_where_its_module_is(module):
+    model = module().eval().to("meta")
+    assert model.network.device.type == "meta"
+    assert not model.network.training
 
 
 def test_mistakes_are_told_in_a_sentence(module, data):
