@@ -1,4 +1,4 @@
-"""What every test starts from: two threads, no network, a folder of its own, and nothing left behind."""
+"""What every test starts from: two threads over all workers, no network, a folder of its own, nothing left behind."""
 
 import os
 import signal
@@ -10,9 +10,10 @@ import torch
 
 _CACHE = tempfile.TemporaryDirectory(prefix="lightning_plugins_tests_")  # not the user's own
 os.environ.update(HF_HOME=_CACHE.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read at import, later
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # also for the processes that tests start
+_THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # also for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
-torch.set_num_threads(2)
+torch.set_num_threads(_THREADS)
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 

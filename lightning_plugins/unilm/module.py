@@ -105,7 +105,9 @@ class UniLMSeq2Seq(LightningModule):
 
     The network is built when the trainer starts, or at first use of :attr:`network`. A subclass may override
     :meth:`build_network`, :meth:`build_tokenizer`, :meth:`build_inputs`, :meth:`loss` and
-    :meth:`configure_optimizers`.
+    :meth:`configure_optimizers`. For ``torch.compile`` let ``build_network`` call ``network.compile()``
+    before it returns the network. Under FSDP2 weights are gathered inside the steps, ``forward``, ``loss``,
+    ``generate_text`` and ``export``, not by ``network`` itself.
 
     Source: Dong et al. 2019, arXiv 1905.03197; Bao et al. 2020, arXiv 2002.12804; Bao et al. 2021 (s2s-ft),
     arXiv 2110.13640; Su, kexue.fm/archives/6933.
