@@ -8,7 +8,7 @@ DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
 help:
 	@echo "make demo    install into $(VENV), train a capsule network on handwritten digits, print accuracy and pictures"
-	@echo "make test    install into $(VENV) with the test extra, run the whole suite (PYTEST_ARGS=... to choose)"
+	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make clean   remove $(VENV) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
@@ -16,7 +16,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/lightning-plugins fit --config capsnet/digits
 
 test: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python

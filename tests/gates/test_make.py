@@ -63,11 +63,11 @@ def test_demo_and_test_install_once_and_run(checkout, fake_python):
     assert make(checkout, "test", python, "PYTEST_ARGS=-k squash").returncode == 0
     assert log.read_text().splitlines() == [
         "-m pip install --disable-pip-version-check -c constraints.txt -e .[test]",
-        "-m pytest -k squash",
+        "-m pytest -n 2 --dist loadfile -k squash",
     ]
     log.unlink()
     assert make(checkout, "test", python).returncode == 0
-    assert log.read_text().splitlines() == ["-m pytest"]
+    assert log.read_text().splitlines() == ["-m pytest -n 2 --dist loadfile"]
     log.unlink()
     later = (checkout / ".venv/installed-test").stat().st_mtime + 10
     os.utime(checkout / "constraints.txt", (later, later))
@@ -84,7 +84,7 @@ def test_an_interrupted_installation_is_taken_up_again(checkout, fake_python):
     assert make(checkout, "test", python).returncode == 0
     assert [line for line in log.read_text().splitlines() if "pip install" in line or "pytest" in line] == [
         "-m pip install --disable-pip-version-check -c constraints.txt -e .[test]",
-        "-m pytest",
+        "-m pytest -n 2 --dist loadfile",
     ]
 
 
