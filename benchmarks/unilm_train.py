@@ -1,6 +1,6 @@
 """What a training step of UniLM costs in time and memory, and what padding costs.
 
-    python benchmarks/unilm_train.py --rounds 3 --json unilm_train.json
+    python benchmarks/unilm_train.py --json unilm_train.json
 
 Steps: random weights in the shapes of MiniLM and BERT-base, batch 8, 96 source and 32 target tokens, dropout on, one
 thread. ``target logits`` is this package; ``all logits`` the same network with the head run on every token, as in code
@@ -265,8 +265,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", choices=list(SHAPES), default=["MiniLM", "BERT-base"])
     parser.add_argument("--limits", nargs="*", type=int, choices=list(LIMITS), default=list(LIMITS))
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each step; the fastest counts")
-    parser.add_argument("--batches", type=int, default=8, help="of the docstrings, of each kind, run twice")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each step after the first; the fastest counts")
+    parser.add_argument("--batches", type=int, default=6, help="of the docstrings, of each kind, run twice")
     parser.add_argument("--memory_of", nargs=2, help=argparse.SUPPRESS)  # shape and variant, in a process of its own
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     args = parser.parse_args(argv)
