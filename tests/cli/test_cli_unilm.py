@@ -3,8 +3,10 @@
 import json
 import random
 import threading
+from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_plugins import UniLMSeq2Seq
 from lightning_plugins.cli import main
@@ -74,3 +76,15 @@ def test_fit_generate_predict(project, capsys):
     assert [json.loads(line) for line in lines] == [
         {"source": row, "prediction": row.upper(), "reference": row.upper()} for row in rows
     ]
+
+
+@pytest.mark.parametrize("name", ["cnn_dailymail", "csl_titles", "question_generation"])
+def test_configs_leave_room_and_do_not_stop_at_a_long_target(name):
+    file = Path(__file__).parents[2] / "configs/unilm" / f"{name}.yaml"
+    content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model, data = content["model"]["init_args"], content["data"]["init_args"]
+    positions = model.get("max_positions", 512)
+    assert data["max_source_length"] + data["max_target_length"] <= positions
+    assert data["max_source_length"] + model["generation"]["max_new_tokens"] <= positions
+    assert model["generation"]["max_new_tokens"] >= data["max_target_length"]
+    assert data["long_targets"] == "drop"  # the longest title of csl/dev.tsv has 46 tokens, summaries have hundreds
