@@ -25,7 +25,7 @@ class Seq2SeqData(TextData):
 
     With ``text_column`` the rows are running text: each document is cut into pieces of
     ``max_source_length + max_target_length`` tokens and each piece into source and target, at a random place that is
-    another one in every epoch.
+    another one in every epoch; sources stay within ``max_source_length``, targets may be longer than theirs.
 
     Args:
         train_file: file or list of files.
@@ -211,7 +211,9 @@ class Seq2SeqData(TextData):
             return super().encode(split, texts, tokenizer)
         documents = encode(tokenizer, texts.sources)
         packed, with_texts = self._packs(split), split != "train"
-        pieces = KeyedPieces(documents, self.row_length, tokenizer, self.seed, packed, with_texts)
+        pieces = KeyedPieces(
+            documents, self.row_length, self.max_source_length, tokenizer, self.seed, packed, with_texts
+        )
         if not len(pieces):
             raise ValueError(f"No {split} document has two tokens or more.")
         return pieces

@@ -190,6 +190,7 @@ class KeyedPieces(KeyedText):
         documents: ids of whole documents.
         row_length: the most tokens of a sample; documents are cut into pieces of this length, special tokens included,
             the last one shorter. A single token that is left over is left out: it cannot be cut in two.
+        max_source_length: the most tokens of a source, framed, so that there is room to generate behind it.
         tokenizer: to turn pieces back into text.
         seed: of the places.
         packed: whether rows hold several samples.
@@ -200,6 +201,7 @@ class KeyedPieces(KeyedText):
         self,
         documents: Iterable[Sequence[int]],
         row_length: int,
+        max_source_length: int,
         tokenizer: "PreTrainedTokenizerBase",
         seed: int,
         packed: bool,
@@ -208,7 +210,7 @@ class KeyedPieces(KeyedText):
         super().__init__(marks_of(tokenizer), packed, with_texts)
         self.tokenizer, self.seed = tokenizer, seed
         framing = len(self.marks.first) + 2
-        step = row_length - framing
+        step, self.longest = row_length - framing, max_source_length - framing + 1
         pieces = (ids[start : start + step] for ids in documents for start in range(0, len(ids), step))
         self.pieces = Ragged(piece for piece in pieces if len(piece) > 1)
         self.lengths = self.pieces.lengths + framing
@@ -216,7 +218,7 @@ class KeyedPieces(KeyedText):
     def halves(self, key: int) -> tuple[Tensor, Tensor]:
         """The two parts of a piece, at least one token each."""
         piece = self.pieces[key % len(self)]
-        cut = 1 + int(random_integers(torch.tensor(key), len(piece) - 1, self.seed, _CUT))
+        cut = 1 + int(random_integers(torch.tensor(key), min(len(piece) - 1, self.longest), self.seed, _CUT))
         return piece[:cut], piece[cut:]
 
     def parts(self, key: int) -> tuple[Tensor, Tensor]:

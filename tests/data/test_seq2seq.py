@@ -143,7 +143,7 @@ def test_running_text_is_cut_anew_in_every_epoch(tmp_path):
         cuts = {}
         for source, target in chain(*(samples(batch, tokenizer) for batch in keyed(data.train_dataloader(), epoch))):
             assert source[0] == tokenizer.cls_token_id and source[-1] == target[-1] == tokenizer.sep_token_id
-            assert len(source) > 2 and len(target) > 1
+            assert 2 < len(source) <= 15 and len(target) > 1
             piece = tokenizer.decode(source[1:-1] + target[:-1])
             cuts[piece] = len(source)
         assert sorted(map(len, map(str.split, cuts))) == [3, 15, 20, 20, 20, 20]  # 60 + 35 + 3, and nothing of the "w1"
