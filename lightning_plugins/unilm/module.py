@@ -34,6 +34,7 @@ from lightning_plugins.unilm.text import (
     encode_sources,
     left_padded,
     lowercases,
+    refuse_misleading,
     stream,
     vocabulary,
 )
@@ -150,7 +151,7 @@ class UniLMSeq2Seq(LightningModule):
             ("mask_probability", mask_probability, 1.0 + 1e-9),
         ):
             if not 0 <= value < below:
-                raise ValueError(f"{name}={value} must lie in [0, 1).")
+                raise ValueError(f"{name}={value} must lie in [0, 1{']' if below > 1 else ')'}.")
         if target_noise and objective == "masked":
             raise ValueError(
                 f"target_noise={target_noise} is for objective 'lm' or 'pseudo'; 'masked' hides by itself."
@@ -360,7 +361,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss`, log them, and weight the batch by its tokens."""
-        if batch_idx == 0:
+        if batch_idx == 0 or batch["input_ids"].shape[1] > self.network.max_length:
             self._check_batch(batch)
         inputs = self.build_inputs(batch)
         terms = self.loss(batch, inputs)
@@ -373,7 +374,7 @@ class UniLMSeq2Seq(LightningModule):
         return loss * self.weights.weight(len(inputs.labels), self.device)
 
     def _check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Once per epoch, as it waits for the device."""
+        """Of the first batch, and of rows that may be too long; not of each, as it waits for the device."""
         longest, width = self.network.max_length, int((positions(batch["segment_ids"], batch.get("sample_ids"))).max())
         if width >= longest:
             raise ValueError(
@@ -459,7 +460,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def _add_nll(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Without smoothing; the random choices of an objective are the same in every epoch."""
-        if batch_idx == 0:
+        if batch_idx == 0 or batch["input_ids"].shape[1] > self.network.max_length:
             self._check_batch(batch)
         inputs = self.build_inputs(batch, torch.Generator().manual_seed(batch_idx))
         self.evaluation.add_nll(self(batch, inputs), inputs.labels)
@@ -537,7 +538,8 @@ class UniLMSeq2Seq(LightningModule):
 
         Args:
             sources: texts; what does not fit beside the new tokens is cut at the end.
-            **generation: options of ``generate()`` that go before the module's own, such as ``num_beams=4``.
+            **generation: options of ``generate()`` that go before the module's own, such as ``num_beams=4``; with
+                ``num_return_sequences`` each source has so many texts in succession.
         """
         return decode(self.tokenizer, self.generate_ids(**self._encode(sources, generation), **generation))
 
@@ -550,6 +552,7 @@ class UniLMSeq2Seq(LightningModule):
         if isinstance(sources, str) or not sources:
             raise ValueError(f"sources={sources!r} must be a list of texts, at least one.")
         network = self.network  # builds the tokenizer, too
+        refuse_misleading(generation)
         new = {**self.generation, **generation}["max_new_tokens"]
         if (room := network.max_length - new) < 3:  # [CLS], a token, [SEP]
             raise ValueError(

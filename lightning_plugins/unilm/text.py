@@ -42,7 +42,7 @@ def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:
     """The options of ``generate()`` as a dict.
 
     Raises:
-        ValueError: an option that transformers does not know.
+        ValueError: an option that transformers does not know, or that would not do here what it says.
     """
     from difflib import get_close_matches
 
@@ -57,17 +57,46 @@ def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:
                 + (f"; did you mean {near[0]!r}?" if near else ".")
                 + " The options are those of transformers.GenerationConfig."
             )
-    return dict(options or {})
+    options = dict(options or {})
+    refuse_misleading(options)
+    if (options.get("num_return_sequences") or 1) > 1:
+        raise ValueError(
+            f"generation: num_return_sequences={options['num_return_sequences']} gives several texts for a source, but "
+            "one is scored or written: give it to generate_text() instead."
+        )
+    return options
+
+
+def refuse_misleading(options: Mapping[str, Any]) -> None:
+    """Refuse options of ``generate()`` that would be passed over here, or change what it returns.
+
+    Raises:
+        ValueError: ``max_length``, ``return_dict_in_generate``, or ``max_new_tokens`` without a number.
+    """
+    if options.get("max_length") is not None:
+        raise ValueError(
+            f"max_length={options['max_length']} counts the source, too, and yields to max_new_tokens: give "
+            "max_new_tokens, the most tokens of a text."
+        )
+    if options.get("return_dict_in_generate"):
+        raise ValueError("return_dict_in_generate is for network.generate(), not where texts are wanted: leave it out.")
+    if not isinstance(new := options.get("max_new_tokens", 1), int) or new < 1:
+        raise ValueError(f"max_new_tokens={new!r} must be a whole number of 1 or more: the most tokens of a text.")
 
 
 def encode_sources(
     tokenizer: "PreTrainedTokenizerBase", sources: Sequence[str], max_length: int
 ) -> Mapping[str, Tensor]:
     """``input_ids`` and ``attention_mask`` ``(B, T)`` of rows ``[CLS] source [SEP]``; a long source loses its end."""
-    rows = tokenizer(
-        list(sources), truncation=True, max_length=max_length, padding=True, padding_side="left", return_tensors="pt"
-    )
-    return {name: rows[name] for name in ("input_ids", "attention_mask")}
+    first = [] if tokenizer.cls_token_id is None else [tokenizer.cls_token_id]
+    found = tokenizer(list(sources), add_special_tokens=False, verbose=False)["input_ids"]  # framed as the data are,
+    room = max_length - len(first) - 1  # for a tokenizer of one's own may frame nothing
+    rows = [torch.tensor([*first, *ids[:room], tokenizer.sep_token_id]) for ids in found]
+    ids = torch.full((len(rows), max(map(len, rows))), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, -len(row) :], mask[n, -len(row) :] = row, 1
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def left_padded(input_ids: Tensor, wanted: Tensor, pad_token_id: int) -> dict[str, Tensor]:

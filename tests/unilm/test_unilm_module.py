@@ -355,12 +355,37 @@ def test_export_carries_the_last_scores(module, folder, tmp_path):
         ({"objective": "masked", "target_noise": 0.5}, "target_noise=0.5 is for objective 'lm' or 'pseudo'"),
         ({"keep_tokens": ["one"]}, "keep_tokens cuts a pretrained vocabulary"),
         ({"generation": {"num_beam": 4}}, "no option 'num_beam'; did you mean 'num_beams'"),
+        ({"generation": {"max_length": 20}}, "max_length=20 counts the source.* give max_new_tokens"),
+        ({"generation": {"max_new_tokens": None}}, "max_new_tokens=None must be"),
+        ({"generation": {"num_return_sequences": 2}}, "num_return_sequences=2 .* generate_text"),
+        ({"generation": {"return_dict_in_generate": True}}, "return_dict_in_generate is for network.generate"),
         ({"num_generate": -1}, "num_generate"),
     ],
 )
 def test_bad_arguments_are_refused(module, arguments, words):
     with pytest.raises(ValueError, match=words):
         module(**arguments)
+
+
+def test_sources_are_framed_as_in_training_whatever_the_tokenizer_adds(module, tokenizer, tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(WordLevel(tokenizer.get_vocab(), unk_token="[UNK]"))
+    backend.pre_tokenizer = Whitespace()
+    names = {name: getattr(tokenizer, name) for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
+    model = module(tokenizer=str(tmp_path))
+    rows = model._encode(["one two", "three " * 60], {})
+    assert model.tokenizer("one two")["input_ids"] == [5, 6]
+    assert rows["input_ids"].shape == (2, 40 - 8)
+    assert rows["input_ids"][0, -5:].tolist() == [0, 2, 5, 6, 3]
+    assert rows["attention_mask"].sum(1).tolist() == [4, 32]
+    assert rows["input_ids"][1].tolist() == [2, *[7] * 30, 3]
+    with pytest.raises(ValueError, match="max_length=9 counts the source"):
+        model.generate_text(["one"], max_length=9)
 
 
 def test_pseudo_copies_need_positions_of_their_own(module):
@@ -372,6 +397,9 @@ def test_wrong_setups_are_refused_before_training(module, folder, tokenizer, tmp
     long = data(folder, pairs=[["one " * 30, "two " * 20]] * 4, val_size=0, max_source_length=32, max_target_length=24)
     with pytest.raises(ValueError, match="longer than the network's 40 positions"):
         fit(module(), long, tmp_path, limit_val_batches=0)
+    batches = [batch_of(tokenizer, some_pairs(4)), batch_of(tokenizer, [["one " * 30, "two " * 20]])]
+    with pytest.raises(ValueError, match="A sample of 53 tokens is longer than the network's 40"):  # not in the first
+        fit(module(), Plain(batches), tmp_path, limit_val_batches=0)
     foreign = batch_of(tokenizer, some_pairs(4))
     foreign["input_ids"] = foreign["input_ids"] + 20
     with pytest.raises(ValueError, match="made with another tokenizer"):
