@@ -42,6 +42,7 @@ class Seq2SeqData(TextData):
             fraction if a float; 0: none. Rows with a common source may then stand on both sides: give ``val_file`` if
             that matters.
         source_format: the source as a template over the columns of a row: ``"{answers[text][0]} [SEP] {context}"``.
+            ``[SEP]`` is read as the tokenizer spells it: write ``</s>`` for one of RoBERTa's kind.
         target_format: the target, likewise.
         text_column: the column with the documents of running text; in a ``.txt`` file, ``text``.
         columns: names for the columns of .tsv and .csv files whose first line does not name them.

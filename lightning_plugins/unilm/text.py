@@ -1,6 +1,7 @@
 """Texts in, texts out: what stands between a tokenizer and ``generate()``."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from string import ascii_uppercase
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,9 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", needs_mask: bool) -> Vocabu
 
 def lowercases(tokenizer: "PreTrainedTokenizerBase") -> bool:
     """Whether capitals are lost, so that texts can only be compared without them."""
-    return tokenizer.tokenize("A") == tokenizer.tokenize("a")
+    pairs = [(tokenizer.tokenize(letter), tokenizer.tokenize(letter.lower())) for letter in ascii_uppercase]
+    known = [upper == lower for upper, lower in pairs if tokenizer.unk_token not in lower]
+    return bool(known) and all(known)
 
 
 def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_plugins.data import Seq2SeqData
+from lightning_plugins.data.wordpiece import train_wordpiece
 from lightning_plugins.unilm.module import UniLMSeq2Seq
+from lightning_plugins.unilm.text import lowercases
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 CONFIG = {
@@ -365,6 +367,12 @@ def test_export_carries_the_last_scores(module, folder, tmp_path):
 def test_bad_arguments_are_refused(module, arguments, words):
     with pytest.raises(ValueError, match=words):
         module(**arguments)
+
+
+def test_capitals_that_are_unknown_are_not_lost():
+    assert not lowercases(train_wordpiece(["猫 B bX", "犬 X x"], 40))  # neither A nor a is known
+    assert lowercases(train_wordpiece(["猫 B bX", "犬 X x"], 40, lowercase=True))
+    assert not lowercases(train_wordpiece(["1 2", "2 1"], 40))
 
 
 def test_sources_are_framed_as_in_training_whatever_the_tokenizer_adds(module, tokenizer, tmp_path):
