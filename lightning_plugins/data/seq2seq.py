@@ -123,6 +123,11 @@ class Seq2SeqData(TextData):
         if len(given) > 1 or not (given or test_file or predict_file):
             got = " and ".join(given) or "none"
             raise ValueError(f"Seq2SeqData takes its training pairs from one of {', '.join(origins)}; got {got}.")
+        if text_column is not None and (source_format, target_format) != ("{source}", "{target}"):
+            raise ValueError(
+                f"text_column={text_column!r} is cut into source and target, which source_format and target_format "
+                "would put together: leave out one or the other."
+            )
         self.files = {split: [file] if isinstance(file, str) else file for split, file in files.items()}
         self.path, self.name, self.pairs, self.val_size, self.columns = path, name, pairs, val_size, columns
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}

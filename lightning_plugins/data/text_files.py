@@ -133,6 +133,8 @@ def _table(lines: _Lines, ending: str, columns: Sequence[str] | None) -> Iterato
             continue  # an empty line
         if names is None:
             names = _distinct(fields, lines.place)
+        elif columns is not None and fields == names:
+            raise ValueError(f"{lines.place}, names the columns already: leave out columns={names}.")
         elif len(fields) != len(names):
             raise ValueError(
                 f"{lines.place}, has {len(fields)} fields, but there are {len(names)} columns: {', '.join(names)}."

@@ -441,6 +441,7 @@ def test_what_is_no_text_is_not_learnt_as_text(tmp_path, row, reason):
         ({"pairs": PAIRS, "source_format": "{"}, "source_format='{' is malformed: Single '{' encountered in format"),
         ({"pairs": PAIRS, "source_format": "text"}, "source_format='text' must name a column in braces, such as"),
         ({"pairs": PAIRS, "target_format": "{}"}, "target_format='{}' must name a column in braces"),
+        ({"train_file": "x.txt", "text_column": "text", "source_format": "{a}"}, "text_column='text' is cut into"),
         ({"pairs": PAIRS, "max_source_length": 2}, "max_source_length=2 must be 3 or more."),
         ({"pairs": PAIRS, "batch_size": 0}, "batch_size=0 must be 1 or more."),
         ({"pairs": PAIRS, "long_targets": "cut"}, "long_targets='cut' must be one of 'raise', 'drop'."),

@@ -46,6 +46,8 @@ def test_columns_name_those_of_a_table_without_header(tmp_path):
     path = write(tmp_path / "titles.tsv", "to title\t摘要\t题目\nto title\tb\tt\n")
     assert rows(path, ["prompt", "abstract", "title"])[0] == {"prompt": "to title", "abstract": "摘要", "title": "题目"}
     assert len(rows(path, ["prompt", "abstract", "title"])) == 2
+    with pytest.raises(ValueError, match=r"titles.tsv, line 1, names the columns already: leave out columns=\["):
+        rows(write(tmp_path / "titles.tsv", "source\ttarget\na\tb\n"), ["source", "target"])
 
 
 def test_quoted_fields_of_csv_hold_line_ends_and_places_are_lines(tmp_path):
