@@ -95,6 +95,11 @@ def find_backbone(config: "PreTrainedConfig") -> Backbone:
     check_family(name)
     if getattr(config, "rotary_value", False):
         raise ValueError(f"rotary_value=True of {name!r} makes its values depend on padding; only False is exact.")
+    if "relative_key" in str(kind := getattr(config, "position_embedding_type", None)):
+        raise ValueError(
+            f"position_embedding_type={kind!r} of {name!r} is not in transformers 5, which would leave out its trained "
+            "distances without a word; only 'absolute' is exact."
+        )
     has_decoder = type(config) in AutoModelForCausalLM._model_mapping
     stock = (AutoModelForCausalLM if has_decoder else AutoModelForMaskedLM)._model_mapping[type(config)]
     arguments = inspect.signature(stock.forward).parameters

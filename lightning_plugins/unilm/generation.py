@@ -110,7 +110,7 @@ class PrefixGeneration:
         if given and self.backbone.cache == "none":
             family = self.backbone.model_type
             raise ValueError(f"{given[0]} needs a cache, and {family!r} encodes the whole row at every step.")
-        if given and self.settings.decoding == "mask" and (given[0] in _ASSISTED or kind == "static"):
+        if given and self.settings.decoding == "mask" and (given[0] in _ASSISTED or kind != "offloaded"):
             raise ValueError(
                 f"{given[0]} is not possible with decoding='mask', whose [MASK] leaves the cache after every step."
             )

@@ -78,6 +78,7 @@ def load_unilm(
         model.backbone = find_backbone(model.config)
     defaults = model.generation_config
     defaults.eos_token_id, defaults.pad_token_id, defaults.bos_token_id = sep_token_id, pad_token_id, None
+    defaults.max_length = defaults.use_cache = None  # a checkpoint's were set for another task, or for its training
     freeze_unread(model)
     check_for_leaks(model)
     if implementation != on_cpu:
@@ -117,11 +118,17 @@ def _check_ids(size: int, vocab_size: int | None, ids: dict[str, int | None]) ->
     for name, value in ids.items():
         if value is not None and not 0 <= value < size:
             raise ValueError(f"{name}_token_id={value} is outside the model's vocabulary of {size}.")
+    if ids["pad"] == ids["sep"]:
+        raise ValueError(
+            f"pad_token_id and sep_token_id are both {ids['sep']}: the end of a source would count as padding. Give "
+            "the tokenizer a padding token of its own."
+        )
 
 
 def _build(name: str | None, config: "PreTrainedConfig", backbone: Backbone, implementation: str) -> "PreTrainedModel":
     if backbone.cache == "own":
         config.is_decoder = True  # returns its cache; the mask is always given, so that nothing becomes causal
+        config.add_cross_attention = False  # that of an encoder-decoder's half, which nothing here would train
     if config.model_type == "big_bird":
         config.attention_type = "original_full"  # its block-sparse attention takes no mask for each pair
     made, dtype = unilm_class(backbone.stock), torch.get_default_dtype()

@@ -7,7 +7,13 @@ import pickle
 import pytest
 import torch
 from torch.nn.functional import log_softmax, pad
-from transformers import AutoConfig, AutoModelForMaskedLM, GenerationConfig, TextIteratorStreamer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    TextIteratorStreamer,
+)
 
 from lightning_plugins.unilm.masks import seq2seq_mask
 from lightning_plugins.unilm.model import load_unilm
@@ -192,6 +198,7 @@ def test_what_stock_generate_offers_besides(tiny_model, tiny_config):
         ("mpnet", "next_token", dict(cache_implementation="static"), "'mpnet' encodes the whole row"),
         ("mpnet", "next_token", dict(prompt_lookup_num_tokens=2), "needs a cache, and 'mpnet'"),
         ("bert", "mask", dict(cache_implementation="static"), "not possible with decoding='mask'"),
+        ("bert", "mask", dict(cache_implementation="offloaded_static"), "not possible with decoding='mask'"),
         ("bert", "mask", dict(prompt_lookup_num_tokens=2), "not possible with decoding='mask'"),
     ],
 )
@@ -273,6 +280,22 @@ def test_weights_of_a_folder_and_their_refusals(tmp_path, tiny_config):
         load_unilm("nothing/here", **IDS)
 
 
+def test_a_checkpoint_saved_in_half_after_another_task(tmp_path, tiny_config):
+    """fp32 again; a total length, a switched-off cache and cross-attention are not taken over, the search is."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**tiny_config("bert"), is_decoder=True, add_cross_attention=True, use_cache=False)
+    AutoModelForCausalLM.from_config(config).bfloat16().save_pretrained(tmp_path)
+    GenerationConfig(max_length=5, num_beams=3, use_cache=False, eos_token_id=[6, 7]).save_pretrained(tmp_path)
+    model = load_unilm(str(tmp_path), **IDS).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not [name for name, _ in model.named_parameters() if "crossattention" in name]
+    fed = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, out: fed.append(tuple(args[0].shape)))
+    assert model.generate(sources(lengths=(7,)), min_new_tokens=4).shape[1] >= 11  # not ended at 5 tokens in all
+    handle.remove()
+    assert fed[:4] == [(1, 7), (3, 1), (3, 1), (3, 1)]  # the source once, then a token a step of three beams
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -286,6 +309,8 @@ def test_weights_of_a_folder_and_their_refusals(tmp_path, tiny_config):
             "'flash_attention_2' cannot take UniLM's mask in 'bert'; use one",
         ),
         (dict(attn_implementation="flex_attention"), "needs a GPU"),
+        (dict(pad_token_id=SEP), "pad_token_id and sep_token_id are both 3"),
+        (dict(config={"model_type": "bert", "position_embedding_type": "relative_key"}), "not in transformers 5"),
     ],
 )
 def test_bad_arguments_get_a_sentence(tiny_config, monkeypatch, options, words):
