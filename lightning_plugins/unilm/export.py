@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_plugins.unilm.backbones import position_offset
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _GENERATE = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -88,8 +88,9 @@ def export_model(
         tokenizer: its fast tokenizer; not changed. The folder's pads on the left and gives the scheme's token types.
         folder: new, or empty.
         metrics: results for the model card, by name (``val/rougeL``).
-        generation: default options of ``generate()``, such as ``max_new_tokens`` (64 by default) and ``num_beams``.
-            Options of the cache are left out: they change no token here, but those of plain ``generate()``.
+        generation: default options of ``generate()``, such as ``max_new_tokens`` (64 by default) and ``num_beams``;
+            where it names none, those of ``model.generation_config``. Options of the cache are left out: they change no
+            token here, but those of plain ``generate()``.
         training: data and hyperparameters for the model card, by name.
         name: what the training started from, for the model card.
         state_dict: full weights, gathered, where the model's own are sharded (FSDP2).
@@ -105,7 +106,8 @@ def export_model(
     folder = Path(folder).resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: export to a new folder.")
-    options = {name: value for name, value in (generation or {}).items() if name not in _ONLY_HERE}
+    options = {**_options_set(model.generation_config), **(generation or {})}
+    options = {name: value for name, value in options.items() if name not in _ONLY_HERE}
     options = {"max_new_tokens": min(64, model.max_length // 2), **options}
     if options["max_new_tokens"] >= model.max_length:
         raise ValueError(
@@ -152,6 +154,13 @@ def _write_weights(model: "PreTrainedModel", state_dict: Mapping[str, Tensor] | 
         if torch.equal(weights[tied], weights[source]):
             del weights[tied]  # loading ties them again; gathered weights hold them twice
     stock.save_pretrained(folder, state_dict=weights)
+
+
+def _options_set(config: "GenerationConfig") -> dict[str, Any]:
+    """The options that ``generate()`` would follow; a total length gives way to new tokens."""
+    left_out = ("transformers_version", "max_length")
+    every = config.to_diff_dict().items()
+    return {k: v for k, v in every if v is not None and v is not False and k not in left_out and k[0] != "_"}
 
 
 def _generation_config(model: "PreTrainedModel", generation: Mapping[str, Any]) -> Any:

@@ -211,6 +211,9 @@ class UniLMSeq2Seq(LightningModule):
             whole = load_tokenizer(self._tokenizer_name)
             common |= {name: getattr(whole, name) for name in common if name.endswith("_token_id")}
         network = load_unilm(self.model_name_or_path, **common)
+        # the search is an argument of this module: a checkpoint's own would be lost when resumed
+        ids = {name: getattr(network.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+        network.generation_config = type(network.generation_config)(**ids)
         if self.keep_tokens is not None:
             keep_rows(network, trim_vocabulary(whole, self.keep_tokens)[1])
         if self.max_positions is not None:

@@ -67,6 +67,11 @@ def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:
             f"generation: num_return_sequences={options['num_return_sequences']} gives several texts for a source, but "
             "one is scored or written: give it to generate_text() instead."
         )
+    try:
+        GenerationConfig(**options).validate(strict=True)
+    except ValueError as error:  # transformers would only refuse to write it, at the export after the training
+        reasons = " ".join(line.removeprefix("- ") for line in str(error).splitlines() if line.startswith("- "))
+        raise ValueError(f"generation={options} is contradictory: {reasons or error}") from error
     return options
 
 

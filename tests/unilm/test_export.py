@@ -336,7 +336,13 @@ def test_the_card_and_the_generation_settings(build, tmp_path):
     settings.pop("transformers_version")
     new = {"max_new_tokens": 20, "eos_token_id": 3, "pad_token_id": 1}  # half of the 40 positions
     assert settings == {"num_beams": 4, "no_repeat_ngram_size": 3, **new}
-    card = card_of(export_model(model, bert_tokenizer(), tmp_path / "two", name="google/bert"))
+    model.generation_config.update(repetition_penalty=2.0, max_new_tokens=7)  # as a checkpoint's own file may do
+    folder = export_model(
+        model, bert_tokenizer(), tmp_path / "two", generation={"max_new_tokens": 9}, name="google/bert"
+    )
+    settings = json.loads((folder / "generation_config.json").read_text())
+    assert (settings["repetition_penalty"], settings["max_new_tokens"]) == (2.0, 9)
+    card = card_of(folder)
     assert yaml.safe_load(card.split("---\n")[1])["base_model"] == "google/bert"
     assert "## Results" not in card and "## Training" not in card and "metrics:" not in card
 

@@ -323,6 +323,8 @@ def test_pretrained_weights_a_smaller_vocabulary_and_more_positions(tmp_path):
     sizes = {key: value for key, value in CONFIG.items() if key != "model_type"}
     stock = BertForMaskedLM(BertConfig(**sizes, vocab_size=len(names), pad_token_id=names.index("[PAD]")))
     stock.save_pretrained(tmp_path / "stock")
+    options = {"do_sample": True, "forced_eos_token_id": 5, "num_beams": 3, "bos_token_id": 0}
+    (tmp_path / "stock" / "generation_config.json").write_text(json.dumps(options))
     whole = UniLMSeq2Seq(str(tmp_path / "stock")).eval()
     name = "bert.embeddings.word_embeddings.weight"
     torch.testing.assert_close(whole.network.state_dict()[name], stock.state_dict()[name], rtol=0, atol=0)
@@ -330,6 +332,9 @@ def test_pretrained_weights_a_smaller_vocabulary_and_more_positions(tmp_path):
     cut = UniLMSeq2Seq(str(tmp_path / "stock"), keep_tokens=["two", "five"], max_positions=60).eval()
     assert cut.network.config.vocab_size == len(cut.tokenizer) == 7
     assert cut.network.max_length == 60
+    search = cut.network.generation_config  # the module's argument alone decides on the search
+    assert (search.do_sample, search.forced_eos_token_id, search.num_beams, search.bos_token_id) == (None,) * 4
+    assert (search.eos_token_id, search.pad_token_id) == (cut.tokenizer.sep_token_id, cut.tokenizer.pad_token_id)
     pairs = [["two five", "five two"]]
     rows = [names.index(token) for token in cut.tokenizer.convert_ids_to_tokens(range(7))]
     torch.testing.assert_close(cut(batch_of(cut.tokenizer, pairs)), whole(batch_of(tokenizer, pairs))[:, rows])
@@ -360,6 +365,7 @@ def test_export_carries_the_last_scores(module, folder, tmp_path):
         ({"generation": {"max_length": 20}}, "max_length=20 counts the source.* give max_new_tokens"),
         ({"generation": {"max_new_tokens": None}}, "max_new_tokens=None must be"),
         ({"generation": {"num_return_sequences": 2}}, "num_return_sequences=2 .* generate_text"),
+        ({"generation": {"temperature": 0.7}}, "contradictory.*do_sample"),
         ({"generation": {"return_dict_in_generate": True}}, "return_dict_in_generate is for network.generate"),
         ({"num_generate": -1}, "num_generate"),
     ],
