@@ -5,8 +5,9 @@ model. Only what cannot be read stands in the tables below.
 """
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,31 @@ def check_family(model_type: str) -> None:
         )
     if model_type not in FAMILIES:
         raise ValueError(f"model_type={model_type!r} is not known to obey a mask; known are {', '.join(FAMILIES)}.")
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Refuse what transformers would pass over: it keeps any name, and the default is trained.
+
+    Args:
+        config: of a network from scratch, with ``model_type``.
+
+    Raises:
+        ValueError: an unknown family, or a name that its configuration does not have.
+    """
+    from difflib import get_close_matches
+
+    from transformers import AutoConfig
+
+    if "model_type" not in config:
+        raise ValueError("config has no model_type, the family's name such as 'bert'.")
+    check_family(config["model_type"])
+    family = AutoConfig.for_model(config["model_type"])
+    known = {*family.to_dict(), *vars(family), *family.attribute_map}
+    for name in config:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out."
+            raise ValueError(f"config: {config['model_type']!r} has no {name!r}; {hint}")
 
 
 def find_backbone(config: "PreTrainedConfig") -> Backbone:

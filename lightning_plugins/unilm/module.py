@@ -21,6 +21,7 @@ from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
 from lightning_plugins.core.optimizers import linear_warmup_decay
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
 from lightning_plugins.unilm.masks import positions
@@ -144,6 +145,8 @@ class UniLMSeq2Seq(LightningModule):
                 "Give one of model_name_or_path (a pretrained model) and config (a network from scratch), not "
                 + ("both." if config else "neither.")
             )
+        if config is not None:
+            check_config(config)
         self.shares = check_objective(objective, mask)
         for name, value, below in (
             ("label_smoothing", label_smoothing, 1.0),

@@ -367,6 +367,10 @@ def test_export_carries_the_last_scores(module, folder, tmp_path):
         ({"generation": {"num_return_sequences": 2}}, "num_return_sequences=2 .* generate_text"),
         ({"generation": {"temperature": 0.7}}, "contradictory.*do_sample"),
         ({"generation": {"return_dict_in_generate": True}}, "return_dict_in_generate is for network.generate"),
+        (
+            {"config": {"model_type": "bert", "hiden_size": 64}},
+            "'bert' has no 'hiden_size'; did you mean 'hidden_size'",
+        ),
         ({"num_generate": -1}, "num_generate"),
     ],
 )
