@@ -38,9 +38,11 @@ class Evaluation(nn.Module):
         if len(labels):
             self.nll.update(F.cross_entropy(widened(logits), labels), weight=len(labels))
 
-    def add_texts(self, sources: Sequence[str], references: Sequence[str], predictions: Sequence[str]) -> None:
-        """Score predictions; keep the first samples."""
-        self.scores.update(list(predictions), list(references))
+    def add_texts(
+        self, sources: Sequence[str], references: Sequence[str], predictions: Sequence[str], written: Sequence[str]
+    ) -> None:
+        """Score predictions against ``written``, the references in the tokenizer's spelling; keep the first samples."""
+        self.scores.update(list(predictions), list(written))
         rows = zip(sources, references, predictions, strict=True)
         self.samples += list(rows)[: max(0, _SHOWN - len(self.samples))]
 

@@ -30,6 +30,7 @@ from lightning_plugins.unilm.objectives import InputBuilder, Inputs, MaskKind, O
 from lightning_plugins.unilm.plots import plot_masks
 from lightning_plugins.unilm.surgery import extend_positions, keep_rows, trim_vocabulary
 from lightning_plugins.unilm.text import (
+    as_written,
     check_generation,
     decode,
     encode_sources,
@@ -475,7 +476,7 @@ class UniLMSeq2Seq(LightningModule):
         sources, references, predictions = self._texts(batch)
         if references is None:
             raise ValueError("Texts are scored against references, but the batch has no target.")
-        self.evaluation.add_texts(sources, references, predictions)
+        self.evaluation.add_texts(sources, references, predictions, as_written(self.tokenizer, references))
 
     def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
         """Sources, references and generated texts of a batch."""

@@ -121,6 +121,16 @@ def decode(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
+def as_written(tokenizer: "PreTrainedTokenizerBase", texts: Sequence[str]) -> list[str]:
+    """Texts in the tokenizer's own spelling, which is all that a model can write.
+
+    WordPiece writes "file - like" for "file-like": against the texts as they are, perfect tokens would have a BLEU of
+    0.93 and match exactly in three cases of four (docstrings, MiniLM's tokenizer).
+    """
+    ids = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
 def stream(
     generate: Callable[..., Any], tokenizer: "PreTrainedTokenizerBase", rows: Mapping[str, Tensor], **options: Any
 ) -> Iterator[str]:

