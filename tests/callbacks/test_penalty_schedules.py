@@ -89,7 +89,7 @@ def measured(penalty, **trainer):
         ({"schedule": [[2, 0.0], [6, 2.0], [8, 1.0]]}, lambda s: 0.2 * [0, 0, 0, 0.5, 1, 1.5, 2, 1.5, 1, 1, 1, 1][s]),
         ({"schedule": [[0, 2.0]], "warmup_steps": 5, "every_n_steps": 2}, lambda s: 0.4 * min(1, s / 5) * (1 - s % 2)),
     ],
-    ids=str,
+    ids=lambda value: str(value) if isinstance(value, dict) else "expected",
 )
 def test_coefficient_of_each_step(arguments, expected, engine):
     found = measured(GradientPenalty(0.2, engine=engine, **arguments))
