@@ -87,9 +87,10 @@ def forward_round(unilm: nn.Module, pair: nn.Module, sizes: argparse.Namespace, 
         fastest(f"first {beams}", partial(decoder_step, pair, torch.full((rows, 1), CLS), states, both))
         both.self_attention_cache = fill(DynamicCache(), pair.config.decoder, rows, sizes.target // 2)
         own, token = fill(roomy_cache(), unilm.config, rows, middle), torch.full((rows, 1), 7)
-        for _ in range(5):
+        for _ in range(5):  # in a row, as in decoding, where each step finds what the last one left in the CPU's cache
             fastest(f"step {beams}", partial(step, unilm, token, own))
             own.crop(-1)
+        for _ in range(5):
             fastest(f"decoder {beams}", partial(decoder_step, pair, token, states, both))
             both.self_attention_cache.crop(-1)
         row = torch.randint(1000, 30000, (rows, middle))
