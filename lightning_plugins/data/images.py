@@ -3,7 +3,7 @@
 Shapes: N images of a split, B images of a batch, C channels, H height, W width.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_plugins.data.keys import KeyBatches, KeyLoader, random_integers
+from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
 
 _SHIFT_Y, _SHIFT_X, _FLIP = range(3)  # streams of random numbers, one for each use
 _NOISE = {"train": (20, 21), "val": (22, 23)}  # which labels are wrong, and what they say; test labels stay clean
@@ -201,19 +201,14 @@ class ImageData(LightningDataModule):
         return KeyedImages(self.require(split), self.seed, **augment)
 
     def _loader(self, split: str) -> KeyLoader:
-        dataset, trainer = self.dataset(split), self.trainer
-        share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        dataset = self.dataset(split)
         batches = KeyBatches(
             len(dataset),
             self.batch_size,
-            train=split == "train"
-            and not (trainer and trainer.overfit_batches),  # overfitting repeats the same batches
             seed=self.seed,
-            world_size=share["num_replicas"],
-            rank=share["rank"],
+            **share_of_run(self.trainer, split),
         )
-        pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pin)
+        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
 
     def __str__(self) -> str:
         """The class's name: Lightning's own text goes through all batches."""

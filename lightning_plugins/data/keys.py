@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -159,6 +160,18 @@ class KeyBatches(Batches):
         for k in range(self.start, len(self)):
             end = (k + 1) * step if self.train or k + 1 < len(self) else self.num_samples
             yield keys[k * step + self.rank : end : self.world_size].tolist()
+
+
+def share_of_run(trainer: Trainer | None, split: str) -> dict[str, Any]:
+    """``train``, ``world_size`` and ``rank`` for the batches of a split in a trainer's run, or without a trainer."""
+    share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+    repeats = bool(trainer and trainer.overfit_batches)  # overfitting repeats the same batches
+    return {"train": split == "train" and not repeats, "world_size": share["num_replicas"], "rank": share["rank"]}
+
+
+def pins_memory(trainer: Trainer | None) -> bool:
+    """Whether batches go to a GPU."""
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"
 
 
 def _as_is(batch: Any) -> Any:

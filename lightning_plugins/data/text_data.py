@@ -1,14 +1,14 @@
 """What all text data modules share: one tokenizer for data and model, limits of length, resumable loaders."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.data.images import at_least
-from lightning_plugins.data.keys import KeyLoader
+from lightning_plugins.data.keys import KeyLoader, pins_memory, share_of_run
 from lightning_plugins.data.text_batches import TextBatches
 from lightning_plugins.data.text_pairs import KeyedPairs, KeyedText, Marks, Ragged, Texts, encode, marks_of
 from lightning_plugins.data.wordpiece import train_wordpiece
@@ -224,21 +224,16 @@ class TextData(LightningDataModule):
         return self.max_source_length + self.max_target_length
 
     def _loader(self, split: str) -> KeyLoader:
-        dataset, trainer = self.dataset(split), self.trainer
-        share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+        dataset = self.dataset(split)
         batches = TextBatches(
             dataset.lengths,
             self.batch_size,
-            train=split == "train"
-            and not (trainer and trainer.overfit_batches),  # overfitting repeats the same batches
             length_grouping=self.length_grouping and split != "predict",
             row_length=self.row_length if self._packs(split) else None,
             seed=self.seed,
-            world_size=share["num_replicas"],
-            rank=share["rank"],
+            **share_of_run(self.trainer, split),
         )
-        pin = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pin)
+        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
 
     def __str__(self) -> str:
         """The class's name: Lightning's own text goes through all batches, and the command line asks for it."""
