@@ -1,10 +1,11 @@
-"""Several processes: sharding a module's parts (FSDP2), and a clean end."""
+"""Several processes: sharding a module's parts (FSDP2), sums and rows of all of them with gradient, a clean end."""
 
 import atexit
+from typing import Any
 
 import torch.distributed
 from lightning.pytorch import LightningModule
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
@@ -45,6 +46,57 @@ def largest_over_ranks(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return int(largest)
+
+
+def gather_rows(rows: Tensor, group: torch.distributed.ProcessGroup | None = None) -> tuple[Tensor, slice]:
+    """All processes' rows with gradient, in the order of their ranks; one process gets its own rows back.
+
+    The gradient is that of the mean over processes of their losses, which is what DDP and FSDP2 train: a loss of all
+    rows, computed by every process, then moves each network as one process with the joined batch would. It can be
+    differentiated again.
+
+    Args:
+        rows: ``(n, ...)``; processes may differ in n.
+        group: the processes; all by default.
+
+    Returns:
+        ``(N, ...)`` with N the sum of all n, and where this process's rows stand in it.
+    """
+    if not _several_processes(group):
+        return rows, slice(0, len(rows))
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(torch.distributed.get_world_size(group))]
+    torch.distributed.all_gather(counts, count, group)
+    sizes = torch.cat(counts).tolist()
+    start = sum(sizes[: torch.distributed.get_rank(group)])
+    end = start + len(rows)
+    before, after = (rows.new_zeros(size, *rows.shape[1:]) for size in (start, sum(sizes) - end))
+    return sum_over_ranks(torch.cat([before, rows, after]), group), slice(start, end)
+
+
+def sum_over_ranks(value: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """The sum of all processes' values, with gradient of any order; one process gets its own value back."""
+    return _Sum.apply(value, group) if _several_processes(group) else value
+
+
+class _Sum(torch.autograd.Function):
+    """Each process's value acts on every process's sum, so that the gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        total = value.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _Sum.apply(gradient, ctx.group), None
+
+
+def _several_processes(group: torch.distributed.ProcessGroup | None) -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
 
 
 def close_process_group_at_exit() -> None:
