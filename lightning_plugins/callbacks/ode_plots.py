@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lightning_plugins.core.pictures import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -110,8 +112,6 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
     Raises:
         ValueError: no column of ``DRAWN`` has a value, or the steps do not increase.
     """
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
     table = {name: np.asarray(values, dtype=float) for name, values in columns.items()}
     if np.any(np.diff(table["step"]) <= 0):
         raise ValueError("the column 'step' must increase from row to row.")
@@ -123,7 +123,7 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
         cure = "Add ODEDiagnostics() to the Trainer's callbacks, and train past its first logged step."
         raise ValueError(f"nothing to draw, for none of {', '.join(DRAWN)} has a value. {cure}")
     rows, odd = (len(panels) + 1) // 2, len(panels) % 2
-    figure = Figure(figsize=(7.2, 0.4 + 2.05 * rows), dpi=200, layout="constrained")
+    figure = new_figure(7.2, 0.4 + 2.05 * rows, dpi=200)
     grid = figure.add_gridspec(rows, 2)
     places = [grid[0, :]] * odd + [grid[i // 2, i % 2] for i in range(2 * odd, 2 * rows)]
     for letter, panel, place in zip("abcdefgh", panels, places, strict=False):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_plugins.capsnet.layers import align_labels
 from lightning_plugins.capsnet.routing import RoutingTrace
+from lightning_plugins.core.pictures import new_figure, show_mosaic
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,9 +72,9 @@ def plot_pose_dimensions(sweep: Tensor, values: Tensor, label: int) -> "Figure":
         label: class whose capsule was perturbed.
     """
     K, V = sweep.shape[:2]
-    figure = _figure(0.55 * V + 1.0, 0.55 * K + 0.9)
+    figure = new_figure(0.55 * V + 1.0, 0.55 * K + 0.9)
     axes = figure.add_subplot()
-    _show_mosaic(axes, sweep, [f"dim {k}" for k in range(K)], [f"{value:+.2f}" for value in values.tolist()])
+    show_mosaic(axes, sweep, [f"dim {k}" for k in range(K)], [f"{value:+.2f}" for value in values.tolist()])
     axes.set_title(f"Capsule of class {label}: reconstruction as one pose dimension changes", fontsize=10)
     axes.set_xlabel("added to the dimension", fontsize=8)
     return figure
@@ -91,11 +92,11 @@ def plot_couplings(images: Tensor, trace: RoutingTrace, grid: Sequence[int], lab
     couplings = trace.couplings[-1].float().unflatten(1, tuple(grid)).mean(1)  # (B, H', W', J)
     lengths = trace.poses[-1].float().norm(dim=-1)  # (B, J)
     B, J = lengths.shape
-    figure = _figure(0.95 * (J + 1) + 0.9, 1.05 * B + 0.9)
+    figure = new_figure(0.95 * (J + 1) + 0.9, 1.05 * B + 0.9)
     left, right = figure.subplots(1, 2, width_ratios=[1, J])
-    _show_mosaic(left, images[:, None], [f"label {_join(row)}" for row in labels], ["input"])
+    show_mosaic(left, images[:, None], [f"label {_join(row)}" for row in labels], ["input"])
     cells = torch.nn.functional.interpolate(couplings.permute(0, 3, 1, 2), images.shape[-2:])  # as large as the input
-    maps = _show_mosaic(right, cells[:, :, None], [""] * B, [f"class {j}" for j in range(J)], line=float("nan"))
+    maps = show_mosaic(right, cells[:, :, None], [""] * B, [f"class {j}" for j in range(J)], line=float("nan"))
     height, width = (size + 1 for size in images.shape[-2:])
     for b, j in ((b, j) for b in range(B) for j in range(J)):
         place = (j * width + 0.02 * width, b * height + 0.02 * height)
@@ -108,7 +109,7 @@ def plot_couplings(images: Tensor, trace: RoutingTrace, grid: Sequence[int], lab
 
 def plot_routing(trace: RoutingTrace) -> "Figure":
     """Coupling entropy and k-means objective at each routing iteration, mean and range over the images."""
-    figure = _figure(7.5, 3.0)
+    figure = new_figure(7.5, 3.0)
     panels = {
         "coupling entropy / log J  (1 = uniform)": trace.entropy,
         "k-means objective (lower = tighter clusters)": trace.objective,
@@ -161,42 +162,17 @@ def capsnet_figures(model: Any, batch: dict[str, Tensor]) -> dict[str, "Figure"]
     return figures
 
 
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
-    return Figure(figsize=(width, height), dpi=100, layout="constrained")
-
-
 def _image_table(title: str, rows: dict[str, Tensor], titles: Sequence[str], right: Tensor) -> "Figure":
     """Rows of images ``(B, C, H, W)`` with a title over each column, red where ``right`` is False."""
-    figure = _figure(0.95 * len(titles) + 1.2, 0.95 * len(rows) + 0.8)
+    figure = new_figure(0.95 * len(titles) + 1.2, 0.95 * len(rows) + 0.8)
     axes = figure.add_subplot()
     colours = max(images.shape[1] for images in rows.values())
     table = torch.stack([images.expand(-1, colours, -1, -1) for images in rows.values()])
-    _show_mosaic(axes, table, list(rows), titles)
+    show_mosaic(axes, table, list(rows), titles)
     for text, good in zip(axes.get_xticklabels(), right.tolist(), strict=True):
         text.set_color("black" if good else "red")
     axes.set_title(title, fontsize=10)
     return figure
-
-
-def _show_mosaic(
-    axes: Any, images: Tensor, row_names: Sequence[str], column_names: Sequence[str], line: float = 0.5
-) -> Any:
-    """Draw images ``(rows, columns, C, H, W)`` with lines of one pixel between them, named at the left and on top."""
-    images = images.detach().float().cpu()
-    if images.shape[2] == 2:
-        images = images.mean(2, keepdim=True)  # two channels have no colours
-    rows, columns, C, H, W = images.shape
-    framed = torch.nn.functional.pad(images, (0, 1, 0, 1), value=line)  # a line below and to the right of each
-    canvas = framed.permute(0, 3, 1, 4, 2).reshape(rows * (H + 1), columns * (W + 1), C)[:-1, :-1, :3].clamp(0, 1)
-    shown = axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-    axes.set_xticks([(c + 0.5) * (W + 1) - 1 for c in range(columns)], column_names, fontsize=8)
-    axes.set_yticks([(r + 0.5) * (H + 1) - 1 for r in range(rows)], row_names, fontsize=8)
-    axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    return shown
 
 
 def _join(labels: Tensor) -> str:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.pictures import new_figure
 from lightning_plugins.unilm.masks import MASKS, SOURCE, TARGET, permutation_mask, pseudo_index, pseudo_mask
 
 if TYPE_CHECKING:
@@ -54,14 +55,12 @@ def plot_masks(
         raise ValueError(f"kinds must be some of {', '.join(TITLES)}, not {', '.join(unknown) or 'empty'}.")
     if not tokens[0] and not tokens[1]:
         raise ValueError("tokens must hold a source and a target, of which one may be empty, not both.")
-    from matplotlib.figure import Figure  # not pyplot: no global state, no display
-
     panels = [_panel(kind, *tokens) for kind in kinds]
     columns = min(len(panels), 4 if len(panels) in (4, 7, 8) else 3)
     rows = -(-len(panels) // columns)
     sizes = [len(names) for names, *_ in panels]
     side = max(0.34 * min(sizes), 0.17 * max(sizes)) + 1.1  # inches: the longest row's labels keep clear of each other
-    figure = Figure(figsize=(columns * side, rows * (side + 0.35) + 0.6), dpi=100, layout="constrained")
+    figure = new_figure(columns * side, rows * (side + 0.35) + 0.6)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, kind, panel in zip(grid, kinds, panels, strict=False):

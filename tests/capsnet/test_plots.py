@@ -22,18 +22,6 @@ def names(figure):
     return [label.get_text() for label in figure.axes[0].get_xticklabels()]
 
 
-def test_mosaic_puts_every_image_in_its_cell():
-    from matplotlib.figure import Figure
-
-    images = torch.arange(6.0).view(2, 3, 1, 1, 1).expand(2, 3, 1, 4, 5) / 6
-    axes = Figure().add_subplot()
-    plots._show_mosaic(axes, images, ["a", "b"], ["x", "y", "z"])
-    canvas = axes.images[0].get_array()
-    assert canvas.shape == (9, 17)
-    assert [[canvas[5 * r, 6 * c].item() for c in range(3)] for r in range(2)] == images[:, :, 0, 0, 0].tolist()
-    assert (canvas[4] == 0.5).all() and (canvas[:, 5] == 0.5).all()
-
-
 def test_wrong_readings_are_red():
     images = torch.rand(3, 1, 8, 8)
     figure = plots.plot_reconstructions(images, images, torch.tensor([1, 2, 3]), torch.tensor([1, 5, 3]))
