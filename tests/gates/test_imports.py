@@ -34,6 +34,33 @@ FILE_ORDER = {
         "module",
         "__init__",
     ],
+    "eae": [
+        "entropy",
+        "entropy_metric",
+        "gaussianity",
+        "batch_norm",
+        "networks",
+        "priors",
+        "diagnostics",
+        "paths",
+        "plots",
+        "objectives",
+        "module",
+        "__init__",
+    ],
+    "sid": [
+        "denoiser",
+        "guidance",
+        "losses",
+        "teacher",
+        "lora",
+        "export",
+        "plots",
+        "averaging",
+        "diffusion_teacher",
+        "module",
+        "__init__",
+    ],
 }
 
 
@@ -96,12 +123,12 @@ def folder_of(name):
 def may_import(folder, target):
     """The house's arrows: core <- metrics, data, optim, callbacks, every part <- cli <- configs, recipes.
 
-    A part's module logs metrics, so that parts also see metrics.
+    A part's module logs metrics, and a callback measures with them, so that both also see metrics.
     """
     if folder in ("cli", "recipes"):
         return target not in ("configs", "recipes")
-    part = folder not in SHARED | {"core", "names"}
-    return target == folder or (target == "core" and folder != "names") or (target == "metrics" and part)
+    measures = folder == "callbacks" or folder not in SHARED | {"core", "names"}
+    return target == folder or (target == "core" and folder != "names") or (target == "metrics" and measures)
 
 
 def problems(module, source, is_package=False):
