@@ -1,4 +1,4 @@
-"""Commands without a Trainer: ``list``, ``copy``, ``plot`` and ``generate``; the last two alone import much."""
+"""Commands without a Trainer: ``generate``, ``sample``, ``list``, ``copy`` and ``plot``."""
 
 import ast
 import shutil
@@ -11,9 +11,12 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from shtab import FILE
 
 import lightning_plugins
-from lightning_plugins.cli.generate import EXAMPLES, add_generate_arguments, generate
+from lightning_plugins.cli.generate import EXAMPLES as GENERATE_EXAMPLES
+from lightning_plugins.cli.generate import add_generate_arguments, generate
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.cli.resolve import headline, shipped
+from lightning_plugins.cli.sample import EXAMPLES as SAMPLE_EXAMPLES
+from lightning_plugins.cli.sample import add_sample_arguments, sample
 
 COMMANDS = {
     "fit": "train, validating along the way",
@@ -21,6 +24,7 @@ COMMANDS = {
     "test": "one pass over the test set",
     "predict": "write the predictions to a file",
     "generate": "print the texts a trained model writes, piece by piece",
+    "sample": "draw images from a trained generative model",
     "list": "parts, configs and recipes, one line each",
     "copy": "copy a shipped config or recipe, to change it",
     "plot": "a page of pictures from a run with ODEDiagnostics",
@@ -39,14 +43,10 @@ class _Examples(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def command_parsers() -> dict[str, ArgumentParser]:
     """The parser of each command in this file, by name."""
-    generate_parser = _LightParser(
-        prog="lightning-plugins generate",
-        description=COMMANDS["generate"],
-        epilog=EXAMPLES,
-        formatter_class=_Examples,
-        allow_abbrev=False,
-    )
+    generate_parser = _teaching_parser("generate", GENERATE_EXAMPLES)
     add_generate_arguments(generate_parser)
+    sample_parser = _teaching_parser("sample", SAMPLE_EXAMPLES)
+    add_sample_arguments(sample_parser)
     list_parser = _LightParser(prog="lightning-plugins list", description=COMMANDS["list"])
     copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
     copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
@@ -57,7 +57,24 @@ def command_parsers() -> dict[str, ArgumentParser]:
     run = plot_parser.add_argument("run", type=str, help=log)
     output = plot_parser.add_argument("--output", type=str, help=picture)
     run.complete = output.complete = FILE
-    return {"generate": generate_parser, "list": list_parser, "copy": copy_parser, "plot": plot_parser}
+    return {
+        "generate": generate_parser,
+        "sample": sample_parser,
+        "list": list_parser,
+        "copy": copy_parser,
+        "plot": plot_parser,
+    }
+
+
+def _teaching_parser(name: str, examples: str) -> ArgumentParser:
+    """A parser whose help ends with examples."""
+    return _LightParser(
+        prog=f"lightning-plugins {name}",
+        description=COMMANDS[name],
+        epilog=examples,
+        formatter_class=_Examples,
+        allow_abbrev=False,
+    )
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:
@@ -67,6 +84,8 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         list_parts()
     elif name == "generate":
         generate(options)
+    elif name == "sample":
+        sample(options)
     elif name == "copy":
         copy(options.name, options.dest)
     else:

@@ -5,18 +5,14 @@ import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import ClosedUnitInterval, PositiveFloat, PositiveInt
 from shtab import FILE
 
-import lightning_plugins
-from lightning_plugins.cli.messages import UsageError, did_you_mean, raised_here
-
-if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+from lightning_plugins.cli.load import checkpoint_file, load_model
+from lightning_plugins.cli.messages import UsageError, raised_here
 
 EXAMPLES = """\
 One line comes out for each text that goes in: --text, or the lines of standard input (a blank line stays blank).
@@ -25,6 +21,7 @@ One line comes out for each text that goes in: --text, or the lines of standard 
   lightning-plugins generate --ckpt_path last --top_p 0.9              type lines, read answers; Ctrl-D ends
   lightning-plugins generate --ckpt_path last --num_beams 4 --batch_size 32 < sources.txt > predictions.txt
 """
+_EXPORTED = "An exported model needs no plugin: its README.md shows how plain transformers runs it."
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
@@ -68,7 +65,8 @@ def generate(options: Namespace) -> None:
     generation = {name: value for name, value in generation.items() if value is not None}
     if options.do_sample or {"temperature", "top_p"} & generation.keys():
         generation["do_sample"] = True
-    model = _load(options.ckpt_path, options.model)
+    path = checkpoint_file(options.ckpt_path, _EXPORTED)
+    model: WritesText = load_model(path, options.model, ("generate_text", "stream_text"), "writes no text")
     sources = iter(options.text or _lines())
     beams = {**(model.hparams.get("generation") or {}), **generation}.get("num_beams") or 1
     try:
@@ -116,51 +114,3 @@ def _lines() -> Iterator[str]:
             yield line.decode("utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise UsageError(f"standard input, line {number}: byte {error.start + 1} is not UTF-8.") from error
-
-
-def _load(ckpt_path: str, class_path: str | None) -> Any:
-    """The model of a checkpoint, ready to write.
-
-    Raises:
-        UsageError: the file cannot be read, its class writes no text, or its weights do not fit.
-    """
-    import torch
-
-    from lightning_plugins.cli import checkpoint
-    from lightning_plugins.cli.app import LINKS
-    from lightning_plugins.cli.explain import import_object
-
-    if os.path.isdir(ckpt_path):
-        hint = "An exported model needs no plugin: its README.md shows how plain transformers runs it."
-        raise UsageError(f"--ckpt_path {ckpt_path!r} is a folder; give a checkpoint file.", hint)
-    last = ckpt_path == "last"
-    path = checkpoint.find_last(Path(), checkpoint.checkpoint_folders(Path())) if last else Path(ckpt_path)
-    hparams = checkpoint.read_hyperparameters(path)
-    given = None if class_path is None else Namespace(class_path=_full_path(class_path))
-    cls = import_object(checkpoint.model_config(path, hparams, given, LINKS)["class_path"])
-    _refuse_other_classes(cls, path)
-    try:
-        model = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except RuntimeError as error:
-        if "in loading state_dict" not in str(error):
-            raise
-        raise checkpoint.explain_mismatch(error, path, cls.__name__) from error
-    except (ValueError, OSError) as error:
-        raise UsageError(str(error)) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _full_path(class_path: str) -> str:
-    if "." in class_path or class_path in lightning_plugins._PUBLIC:
-        return class_path if "." in class_path else f"lightning_plugins.{class_path}"
-    hint = did_you_mean(class_path, lightning_plugins._PUBLIC)
-    raise UsageError(f"--model: no class is called {class_path!r}; give the path of your own, such as my.Net.", hint)
-
-
-def _refuse_other_classes(cls: type["LightningModule"], path: Path) -> None:
-    missing = [name for name in ("generate_text", "stream_text") if not hasattr(cls, name)]
-    if missing:
-        raise UsageError(
-            f"{str(path)!r} holds a {cls.__name__}, which writes no text (it has no {' and no '.join(missing)}).",
-            f"Its predictions: lightning-plugins predict --ckpt_path {path} --data CLASS",
-        )

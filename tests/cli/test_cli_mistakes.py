@@ -52,11 +52,11 @@ MISTAKES = {
     "ft": """\
 error: a command comes first, not 'ft'.
 Did you mean fit?
-Commands: fit, validate, test, predict, generate, list, copy, plot
+Commands: fit, validate, test, predict, generate, sample, list, copy, plot
 """,
     "--config capsnet/digits fit": """\
 error: a command comes first, not '--config'.
-Commands: fit, validate, test, predict, generate, list, copy, plot
+Commands: fit, validate, test, predict, generate, sample, list, copy, plot
 """,
     "fit --config capsnet/digts": """\
 error: no file and no shipped config is called 'capsnet/digts'.

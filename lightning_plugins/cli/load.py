@@ -1,0 +1,82 @@
+"""The model of a checkpoint, for commands without a Trainer. Imports nothing heavy before it is wanted."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+
+import lightning_plugins
+from lightning_plugins.cli.messages import UsageError, did_you_mean
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+def checkpoint_file(ckpt_path: str, hint: str = "") -> Path:
+    """The file meant by ``--ckpt_path``; ``last`` is the newest run's below the current folder.
+
+    Args:
+        ckpt_path: the option's value.
+        hint: what to do with a folder.
+
+    Raises:
+        UsageError: it is a folder, or ``last`` and there is none.
+    """
+    from lightning_plugins.cli import checkpoint
+
+    if os.path.isdir(ckpt_path):
+        raise UsageError(f"--ckpt_path {ckpt_path!r} is a folder; give a checkpoint file.", hint)
+    if ckpt_path == "last":
+        return checkpoint.find_last(Path(), checkpoint.checkpoint_folders(Path()))
+    return Path(ckpt_path)
+
+
+def load_model(path: Path, class_path: str | None, methods: Sequence[str], otherwise: str) -> Any:
+    """The model of a checkpoint in evaluation mode, on the GPU if there is one.
+
+    Args:
+        path: the checkpoint.
+        class_path: the class that the user named, needed for a checkpoint made in Python.
+        methods: what the class must have.
+        otherwise: what is said of a class without them, such as ``"writes no text"``.
+
+    Raises:
+        UsageError: the file cannot be read, its class lacks a method, or its weights do not fit.
+    """
+    import torch
+
+    from lightning_plugins.cli import checkpoint
+    from lightning_plugins.cli.app import LINKS
+    from lightning_plugins.cli.explain import import_object
+
+    hparams = checkpoint.read_hyperparameters(path)
+    given = None if class_path is None else Namespace(class_path=_full_path(class_path))
+    cls = import_object(checkpoint.model_config(path, hparams, given, LINKS)["class_path"])
+    _refuse_other_classes(cls, path, methods, otherwise)
+    try:
+        model = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except RuntimeError as error:
+        if "in loading state_dict" not in str(error):
+            raise
+        raise checkpoint.explain_mismatch(error, path, cls.__name__) from error
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _full_path(class_path: str) -> str:
+    if "." in class_path or class_path in lightning_plugins._PUBLIC:
+        return class_path if "." in class_path else f"lightning_plugins.{class_path}"
+    hint = did_you_mean(class_path, lightning_plugins._PUBLIC)
+    raise UsageError(f"--model: no class is called {class_path!r}; give the path of your own, such as my.Net.", hint)
+
+
+def _refuse_other_classes(cls: type["LightningModule"], path: Path, methods: Sequence[str], otherwise: str) -> None:
+    missing = [name for name in methods if not hasattr(cls, name)]
+    if missing:
+        raise UsageError(
+            f"{str(path)!r} holds a {cls.__name__}, which {otherwise} (it has no {' and no '.join(missing)}).",
+            f"Its predictions: lightning-plugins predict --ckpt_path {path} --data CLASS",
+        )
