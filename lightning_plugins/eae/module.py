@@ -1,0 +1,502 @@
+"""EAE as a LightningModule. Shapes: B images, n codes of a process, N of all processes, d latent dimensions."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torchmetrics import MeanMetric
+
+from lightning_plugins.core.distributed import gather_rows, shard_parts
+from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.eae import plots
+from lightning_plugins.eae.batch_norm import LatentBatchNorm
+from lightning_plugins.eae.diagnostics import LatentDiagnostics
+from lightning_plugins.eae.entropy import gaussian_reference_entropy
+from lightning_plugins.eae.networks import Network, build_decoder, build_encoder
+from lightning_plugins.eae.objectives import (
+    Codes,
+    ObjectiveName,
+    Reconstruction,
+    reconstruction_error,
+    regularization,
+    resolve_objective,
+)
+from lightning_plugins.eae.paths import PathMode, interpolate_codes
+from lightning_plugins.eae.priors import LatentPrior, PriorKind
+
+
+class EAE(LightningModule):
+    r"""Entropic autoencoder: batch-normalised codes of maximal entropy are Gaussian, so N(0, I) generates images.
+
+    .. math:: L = \frac1B \sum_i \|x_i - D(z_i)\|^2 - \lambda \hat H(z), \qquad z = \mathrm{BN}(E(x))
+
+    Batch norm without scale and shift gives every latent dimension mean 0 and variance 1; among such distributions
+    N(0, I) has the largest entropy. :math:`\hat H` is the nearest-neighbour estimate in nats of the batch's codes, over
+    all processes: see :func:`~lightning_plugins.eae.knn_entropy`. The weight :math:`\lambda` is per nat of an image,
+    whose error is summed over pixels and channels; with a mean over P values in its place, divide it by P.
+
+    Other models on the same networks, for comparison, are named by ``objective``. Batches are dicts
+    ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with ``conditional``.
+
+    More neighbours need more codes in one batch: ``accumulate_grad_batches`` does not join batches here, several
+    processes do.
+
+    Args:
+        image_shape: ``(C, H, W)`` of the images.
+        num_classes: classes J; read only with ``conditional``.
+        latent_dim: d; 16 for MNIST and 64 for CelebA in Ghosh et al. 2020, at least 32 for CIFAR-10 and CelebA in the
+            paper's supplement.
+        network: ``rae``, the convolutions of Ghosh et al. 2020 for 32 x 32 (also 28 x 28) and 64 x 64, which the paper
+            uses, or ``mlp`` for small images.
+        width: channels of the first convolution [128], or of the hidden layers of ``mlp`` [256].
+        objective: ``eae``; ``ae`` (reconstruction alone), ``ae_bn`` (with batch norm), ``rae_l2`` (Ghosh et al. 2020),
+            ``vae``, ``wae`` (MMD, Tolstikhin et al. 2018), ``sigreg`` and ``mmd`` (these two with batch norm).
+        weight: of the term beside the reconstruction error: :math:`\lambda` of ``eae`` [3], :math:`\beta` of ``vae``
+            [1], and so on. 0: reconstruction alone; ``eae`` is then ``ae_bn``.
+        k: nearest neighbour of the entropy's estimate, or several whose estimates are averaged; 1 as the supplement
+            advises.
+        weight_warmup_steps: optimiser steps in which the weight grows from 0, linearly.
+        conditional: give the class to the decoder, and choose it when sampling.
+        reconstruction: ``mse``, ``bce`` or ``l1``, summed over an image.
+        prior: what :meth:`sample` draws codes from if nothing else is asked for: ``normal``, or ``gaussian`` or
+            ``mixture`` fitted to the training codes, of which the checkpoint keeps the last 10,000.
+        num_components: of the mixture; 10 in Ghosh et al. 2020.
+        lr: Adam's rate; 5e-4 in the code of Ghosh et al. 2020.
+        lr_decay: factor on the rate after each epoch; the supplement calls 0.98 or more critical.
+        pictures_every_n_epochs: log pictures after every so many validation epochs; 0 for none.
+        optimizer: replaces Adam (``lr`` and ``lr_decay`` are then ignored).
+        scheduler: replaces the decay, stepped once per epoch.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit another.
+
+    Example:
+        >>> model = EAE(image_shape=(1, 8, 8), latent_dim=8, network="mlp").eval()
+        >>> model.encode(torch.zeros(4, 1, 8, 8)).shape
+        torch.Size([4, 8])
+        >>> model.sample(3, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([3, 1, 8, 8])
+
+    A subclass that overrides a ``build_*`` method sets what that method reads before ``super().__init__()``.
+
+    Source: Ghose, Rashwan, Poupart, UAI 2020, arXiv 2002.10631; also kexue.fm/archives/7343. Another method of 2026,
+    arXiv 2605.16164, bears the same name.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        num_classes: int = 10,
+        latent_dim: int = 16,
+        network: Network = "rae",
+        width: int | None = None,
+        objective: ObjectiveName = "eae",
+        weight: float | None = None,
+        k: int | Sequence[int] = 1,
+        weight_warmup_steps: int = 0,
+        conditional: bool = False,
+        reconstruction: Reconstruction = "mse",
+        prior: PriorKind = "normal",
+        num_components: int = 10,
+        lr: float = 5e-4,
+        lr_decay: float = 0.98,
+        pictures_every_n_epochs: int = 1,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        _check_arguments(locals())
+        self.objective = resolve_objective(objective, weight)
+        self.image_shape, self.num_classes, self.latent_dim = tuple(image_shape), num_classes, latent_dim
+        self.network, self.width, self.conditional = network, width, conditional
+        self.k = k if isinstance(k, int) else list(k)
+        self.weight_warmup_steps, self.reconstruction, self.default_prior = weight_warmup_steps, reconstruction, prior
+        self.lr, self.lr_decay, self.pictures_every_n_epochs = lr, lr_decay, pictures_every_n_epochs
+        self._optimizer, self._scheduler = optimizer, scheduler
+
+        self.encoder = self.build_encoder()
+        self.decoder = self.build_decoder()
+        self.batch_norm = LatentBatchNorm(latent_dim) if self.objective.batch_norm else None
+        self.prior = LatentPrior(latent_dim, num_components)
+        # Every process remembers the codes of all: DDP need not send them round at each step.
+        self._ddp_params_and_buffers_to_ignore = [f"prior.{name}" for name, _ in self.prior.named_buffers()]
+        self._build_metrics()
+        self._shown: Tensor | None = None  # the images whose pictures are drawn
+        self._shown_labels: Tensor | None = None
+
+    # Networks: override any of these two in a subclass.
+
+    def build_encoder(self) -> nn.Module:
+        """The network from images to ``(B, d)``, or ``(B, 2 d)`` for the mean and log-variance of a VAE."""
+        outputs = self.latent_dim * (2 if self.objective.term == "divergence" else 1)
+        return build_encoder(self.network, self.image_shape, outputs, self.width)
+
+    def build_decoder(self) -> nn.Module:
+        """The network from ``(B, d)``, with the one-hot class behind it if conditional, to images in [0, 1]."""
+        inputs = self.latent_dim + (self.num_classes if self.conditional else 0)
+        return build_decoder(self.network, self.image_shape, inputs, self.width)
+
+    def configure_model(self) -> None:
+        """Shard the parts under ``ModelParallelStrategy`` (FSDP2); no effect otherwise.
+
+        Raises:
+            ValueError: the strategy asks for tensor parallelism, which the networks are not written for.
+        """
+        if shard_parts(self, self.encoder, self.decoder):
+            for name in ("encode", "decode", "sample", "interpolate", "reconstruct"):
+                register_fsdp_forward_method(self, name)
+
+    def _build_metrics(self) -> None:
+        self.metrics = nn.ModuleDict(
+            {
+                f"{stage}_metrics": nn.ModuleDict(
+                    {
+                        "reconstruction": MeanMetric(),
+                        "divergence": MeanMetric(),
+                        "latent": LatentDiagnostics(self.latent_dim, self.k),
+                    }
+                )
+                for stage in ("val", "test")
+            }
+        )
+
+    # What the networks compute.
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """Reconstructions ``(B, C, H, W)`` in [0, 1]."""
+        return self.decode(self.encode(image), label)
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Codes ``(B, d)``: a VAE's are the means; in evaluation each depends on its image alone."""
+        h = self._encode(image)[:, : self.latent_dim]
+        return h if self.batch_norm is None else self.batch_norm(h)
+
+    def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
+        """Images ``(B, C, H, W)`` in [0, 1] of codes ``(B, d)`` and, if conditional, classes ``(B,)``."""
+        if self.conditional:
+            if label is None:
+                raise ValueError("This EAE is conditional: its decoder needs a class for each code, label=(B,) int64.")
+            z = torch.cat([z, torch.nn.functional.one_hot(label, self.num_classes).to(z)], dim=1)
+        elif z.shape[1] != self.latent_dim:
+            raise ValueError(f"Codes must be (B, latent_dim={self.latent_dim}), got {tuple(z.shape)}.")
+        return self.decoder(z)
+
+    def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
+        """The images as the codes know them; ``forward`` by its name."""
+        return self(image, label)
+
+    def _encode(self, image: Tensor) -> Tensor:
+        if tuple(image.shape[1:]) != self.image_shape:
+            raise ValueError(f"EAE was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}.")
+        return self.encoder(image)
+
+    def codes(self, image: Tensor) -> Codes:
+        """What the decoder reads in training, and what the regulariser sees: the codes of all processes."""
+        h = self._encode(image).float()
+        if self.objective.term == "divergence":
+            mean, log_variance = h.chunk(2, dim=1)
+            noise = torch.randn(mean.shape, generator=self._generator(self.global_rank), device=h.device)
+            own = mean + (log_variance / 2).exp() * noise if self.training else mean
+            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
+            return Codes(own, self._all_rows(mean), divergence)
+        if self.batch_norm is None:
+            return Codes(h, self._all_rows(h))
+        every, own_rows = self.batch_norm.all_rows(h)
+        return Codes(every[own_rows], every)
+
+    def _all_rows(self, h: Tensor) -> Tensor:
+        return gather_rows(h)[0] if self.training else h  # ranks may have different numbers of validation batches
+
+    def _generator(self, rank: int = 0) -> torch.Generator:
+        """Random numbers of this step: of one process, or the same on all. Independent of the global random state."""
+        seed = (torch.initial_seed() * 1_000_003 + self.global_step) * 4_099 + rank
+        return torch.Generator(self.device).manual_seed(seed % 2**63)
+
+    # Samples.
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        prior: PriorKind | None = None,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw images, with the networks in evaluation mode.
+
+        Args:
+            num_samples: n.
+            labels: ``(n,)`` int64 classes of a conditional model; uniform at random by default.
+            prior: of the codes, ``normal``, ``gaussian`` or ``mixture``; the constructor's by default. The last two are
+                fitted to the remembered training codes, unless :meth:`fit_prior` came after these.
+            temperature: factor on the codes' standard deviation; below 1 nearer to the middle.
+            generator: of the draws, on any device.
+
+        Returns:
+            ``(n, C, H, W)`` in [0, 1], float32.
+
+        Raises:
+            ValueError: classes for a model that has none, or a prior without codes to be fitted to.
+        """
+        if labels is not None and not self.conditional:
+            raise ValueError("labels were given, but this EAE is not conditional: train one with conditional=True.")
+        z = self.prior.sample(num_samples, prior or self.default_prior, temperature, generator).to(self.device)
+        if self.conditional and labels is None:
+            device = generator.device if generator is not None else self.device
+            labels = torch.randint(self.num_classes, (num_samples,), generator=generator, device=device)
+        if labels is not None:
+            labels = self._check_labels(labels.to(self.device), num_samples)
+        with _evaluation(self):
+            return self.decode(z.to(self.dtype), labels).float()
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        a: Tensor,
+        b: Tensor,
+        num_steps: int = 8,
+        mode: PathMode = "linear",
+        labels: Tensor | None = None,
+    ) -> Tensor:
+        """Images on the way from images ``a`` to images ``b``, in the codes.
+
+        Args:
+            a: ``(B, C, H, W)`` in [0, 1].
+            b: ``(B, C, H, W)`` in [0, 1].
+            num_steps: S, both reconstructions included.
+            mode: ``linear``, or ``slerp`` along a great circle.
+            labels: ``(B,)`` classes to decode as, if conditional.
+
+        Returns:
+            ``(B, S, C, H, W)`` in [0, 1].
+        """
+        with _evaluation(self):
+            z = interpolate_codes(self.encode(a).float(), self.encode(b).float(), num_steps, mode)
+            labels = None if labels is None else labels.repeat_interleave(num_steps)
+            return self.decode(z.flatten(0, 1).to(self.dtype), labels).float().unflatten(0, (len(a), num_steps))
+
+    @torch.no_grad()
+    def fit_prior(self, dataloader: Iterable[Any]) -> None:
+        """Fit the Gaussian and the mixture to the codes of all images, in evaluation mode.
+
+        Without this call they are fitted to the last 10,000 codes of training, which is nearly the same.
+
+        Args:
+            dataloader: batches as in training, or tensors of images.
+        """
+        with _evaluation(self):
+            batches = (batch["image"] if isinstance(batch, Mapping) else batch for batch in dataloader)
+            codes = [self.encode(images.to(self.device, self.dtype)).float() for images in batches]
+        if not codes:
+            raise ValueError("fit_prior was given a dataloader without batches.")
+        self.prior.fit(torch.cat(codes))
+
+    def _check_labels(self, labels: Tensor, count: int) -> Tensor:
+        if labels.shape != (count,) or labels.is_floating_point():
+            found = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels must be ({count},) int64, a class for each image, got {found}.")
+        if count and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < self.num_classes:
+            raise ValueError(f"labels run from {low} to {high}; they must be 0 to {self.num_classes - 1}.")
+        return labels
+
+    # Training.
+
+    def loss(self, batch: Mapping[str, Tensor], codes: Codes | None = None) -> dict[str, Tensor]:
+        """The named terms whose sum is trained: ``reconstruction`` and, with a weight, ``regularization``.
+
+        Args:
+            batch: see the class.
+            codes: ``self.codes(batch["image"])`` where they have been computed already.
+        """
+        codes = self.codes(batch["image"]) if codes is None else codes
+        error = self._errors(batch, codes.own).mean()
+        weight = self.current_weight()
+        if not weight:
+            return {"reconstruction": error}
+        return {"reconstruction": error, "regularization": weight * self._regularization(codes)}
+
+    def current_weight(self) -> float:
+        """The weight of the regulariser at this step of its warm-up."""
+        if not self.training or not self.weight_warmup_steps:
+            return self.objective.weight
+        return self.objective.weight * min(1.0, self.global_step / self.weight_warmup_steps)
+
+    def _errors(self, batch: Mapping[str, Tensor], z: Tensor) -> Tensor:
+        reconstruction = self.decode(z, batch["label"] if self.conditional else None)
+        return reconstruction_error(reconstruction, batch["image"], self.reconstruction)
+
+    def _regularization(self, codes: Codes) -> Tensor:
+        return regularization(self.objective, codes, self.k, self._generator())
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
+        if batch_idx == 0 and self.conditional:
+            self._check_labels(batch["label"], len(batch["image"]))
+        codes = self.codes(batch["image"])
+        terms = self.loss(batch, codes)
+        loss = torch.stack([*terms.values()]).sum()
+        self.prior.remember(codes.all.detach())
+        size = len(batch["image"]) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
+        self.log("train/loss", loss, prog_bar=True, batch_size=size)
+        named = {f"train/{name}": term for name, term in terms.items()}
+        self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        if self.objective.term == "entropy" and "regularization" in terms:
+            reference = gaussian_reference_entropy(len(codes.all), self.latent_dim, self.k)
+            gap = -terms["regularization"].detach() / self.current_weight() - reference
+            self.log("train/entropy_gap", gap, prog_bar=True, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Sum up errors and codes; keep the first images for the pictures."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Sum up errors and codes; keep the first images for the pictures."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+        metrics = self.metrics[f"{stage}_metrics"]
+        codes = self.codes(batch["image"])
+        metrics["reconstruction"].update(self._errors(batch, codes.own))
+        metrics["latent"].update(codes.own)
+        if codes.divergence is not None:
+            metrics["divergence"].update(codes.divergence)
+        if batch_idx == 0:
+            self._shown = batch["image"][:_NUM_SHOWN]
+            self._shown_labels = batch["label"][:_NUM_SHOWN] if self.conditional else None
+
+    def on_validation_epoch_end(self) -> None:
+        """Log errors and diagnostics of all codes; draw the pictures on their cadence."""
+        codes = self._log_evaluation("val")
+        every = self.pictures_every_n_epochs
+        alone = self.trainer.state.fn == TrainerFn.VALIDATING
+        if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
+            self._log_pictures("val", codes)
+
+    def on_test_epoch_end(self) -> None:
+        """Log errors and diagnostics of all codes; draw the pictures of the test images."""
+        codes = self._log_evaluation("test")
+        if self.pictures_every_n_epochs:
+            self._log_pictures("test", codes)
+
+    def _log_evaluation(self, stage: str) -> Tensor:
+        """Log the means over the stage's images, and return its codes, of all processes.
+
+        The regulariser is that of all codes at once: estimates of small last batches would not compare.
+        """
+        metrics = self.metrics[f"{stage}_metrics"]
+        z = metrics["latent"].codes()
+        error = metrics["reconstruction"].compute()
+        terms = {"reconstruction": error}
+        if len(z) > max([self.k] if isinstance(self.k, int) else self.k):
+            terms |= {name: value.to(error) for name, value in metrics["latent"].compute().items()}
+            if self.objective.weight:
+                divergence = metrics["divergence"].compute() if self.objective.term == "divergence" else None
+                codes = Codes(z, z, divergence)
+                terms["regularization"] = self.objective.weight * self._regularization(codes)
+            terms["loss"] = error + terms.get("regularization", 0)
+        elif not self.trainer.sanity_checking:
+            warnings.warn(
+                f"{len(z)} {stage} images are too few for an entropy: {stage}/loss is not logged.", stacklevel=1
+            )
+        for metric in metrics.values():
+            metric.reset()
+        self.log_dict({f"{stage}/{name}": value for name, value in terms.items()})
+        return z
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``code`` ``(B, d)`` and ``reconstruction`` ``(B, C, H, W)``."""
+        z = self.encode(batch["image"])
+        return {"code": z, "reconstruction": self.decode(z, batch["label"] if self.conditional else None)}
+
+    def configure_optimizers(self) -> Any:
+        """Adam whose rate decays after each epoch, unless ``optimizer`` or ``scheduler`` is given."""
+        decay = self.objective.decoder_decay
+        groups = [
+            {"params": self.encoder.parameters()},
+            {"params": self.decoder.parameters(), "weight_decay": decay},
+        ]
+        optimizer = self._optimizer(groups) if self._optimizer else torch.optim.Adam(groups, self.lr)
+        if self._scheduler:
+            scheduler = self._scheduler(optimizer)
+            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+        if self._optimizer or self.lr_decay == 1:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, self.lr_decay),
+        }
+
+    # Pictures.
+
+    @torch.no_grad()
+    def _log_pictures(self, stage: str, z: Tensor) -> None:
+        # Every rank computes, because a sharded forward is collective; rank zero writes.
+        if self._shown is None:  # a subclass with evaluation steps of its own
+            return
+        images, labels = self._shown, self._shown_labels
+        figures = {"reconstructions": plots.plot_reconstructions(images, self.reconstruct(images, labels).float())}
+        generator = torch.Generator(self.device).manual_seed(0)  # the same codes each time: pictures compare
+        priors = dict.fromkeys(("normal", self.default_prior))
+        samples = {name: self.sample(_NUM_SAMPLES, prior=name, generator=generator) for name in priors}
+        figures["samples"] = plots.plot_samples(samples)
+        if (half := len(images) // 2) > 0:
+            ends = images[:half], images[half : 2 * half]
+            classes = None if labels is None else labels[:half]
+            rows = self.interpolate(*ends, mode="slerp", labels=classes)
+            figures["interpolations"] = plots.plot_interpolations(rows, "slerp")
+        if len(z) > 1:
+            figures["latents"] = plots.plot_latents(z)
+        for name, figure in figures.items():
+            log_image(self.trainer, f"{stage}/{name}", figure_to_image(figure), self.global_step)
+        self._shown = self._shown_labels = None
+
+
+@contextmanager
+def _evaluation(module: nn.Module) -> Iterator[None]:
+    """Batch norms take their running statistics inside."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse what no other check sees, in one sentence."""
+    for name, least in {
+        "latent_dim": 1,
+        "num_classes": 1,
+        "weight_warmup_steps": 0,
+        "pictures_every_n_epochs": 0,
+    }.items():
+        if arguments[name] < least:
+            raise ValueError(f"{name}={arguments[name]} must be {least} or more.")
+    k = arguments["k"]
+    if not (numbers := [k] if isinstance(k, int) else list(k)) or min(numbers) < 1:
+        raise ValueError(f"k={k} must be 1 or more, or several such numbers: the nearest neighbour is 1.")
+    if arguments["lr"] <= 0:
+        raise ValueError(f"lr={arguments['lr']} must be positive.")
+    if not 0 < arguments["lr_decay"] <= 1:
+        raise ValueError(f"lr_decay={arguments['lr_decay']} must lie in (0, 1]: the factor after each epoch.")
+    for name, kind in {"reconstruction": Reconstruction, "prior": PriorKind}.items():
+        if arguments[name] not in get_args(kind):
+            raise ValueError(f"{name}={arguments[name]!r} must be one of {', '.join(get_args(kind))}.")
+
+
+_NUM_SHOWN = 10
+_NUM_SAMPLES = 48

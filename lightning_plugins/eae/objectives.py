@@ -1,0 +1,112 @@
+"""What each model adds to the reconstruction error. Shapes: n images of a process, N of all, d latent dimensions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_plugins.eae.entropy import knn_entropy
+from lightning_plugins.eae.gaussianity import mmd, sigreg
+
+ObjectiveName = Literal["eae", "ae", "ae_bn", "rae_l2", "vae", "wae", "sigreg", "mmd"]
+Reconstruction = Literal["mse", "bce", "l1"]
+
+
+class Codes(NamedTuple):
+    """What the encoder made of a batch.
+
+    ``own`` ``(n, d)`` is what the decoder reads, ``all`` ``(N, d)`` the codes of all processes with gradient. A VAE
+    draws ``own`` from its posterior, whose divergence from N(0, I) is ``divergence`` ``(n,)`` in nats; its ``all`` are
+    the means.
+    """
+
+    own: Tensor
+    all: Tensor
+    divergence: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    r"""One model: whether codes are batch-normalised, the term beside the reconstruction, and its usual weight.
+
+    ``decoder_decay`` is the coefficient of :math:`\|\theta\|^2 / 2` of the decoder's weights.
+    """
+
+    batch_norm: bool
+    term: Literal["none", "entropy", "divergence", "norm", "sigreg", "mmd"]
+    weight: float
+    decoder_decay: float = 0.0
+
+
+OBJECTIVES: dict[str, Objective] = {
+    # Neither the paper's weight nor its code is to be had: the best on MNIST, benchmarks/RESULTS.md.
+    "eae": Objective(True, "entropy", 3.0),
+    "ae": Objective(False, "none", 0.0),
+    "ae_bn": Objective(True, "none", 0.0),
+    # The RAE code's MNIST: 1e-4 mean(z^2) and 1e-7 |w|^2 beside the mean squared error of 1,024 pixels, d = 16.
+    "rae_l2": Objective(False, "norm", 1.28e-2, decoder_decay=2.05e-4),
+    "vae": Objective(False, "divergence", 1.0),
+    "wae": Objective(False, "mmd", 10.0),
+    "sigreg": Objective(True, "sigreg", 10.0),
+    "mmd": Objective(True, "mmd", 100.0),
+}
+
+
+def resolve_objective(name: str, weight: float | None) -> Objective:
+    """The objective called ``name``, with a weight of the user's if it has a term to weigh.
+
+    Raises:
+        ValueError: an unknown name, a negative weight, or a weight of nothing.
+    """
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective={name!r} must be one of {', '.join(get_args(ObjectiveName))}.")
+    objective = OBJECTIVES[name]
+    if weight is None:
+        return objective
+    if objective.term == "none" and weight:
+        raise ValueError(f"weight={weight} weighs nothing: objective={name!r} is the reconstruction error alone.")
+    if not weight >= 0:
+        raise ValueError(f"weight={weight} must be 0 or more; the entropy is maximised by a positive one.")
+    return replace(objective, weight=float(weight))
+
+
+def reconstruction_error(reconstruction: Tensor, images: Tensor, kind: Reconstruction) -> Tensor:
+    """``(B,)`` error of each image, summed over its pixels and channels.
+
+    Args:
+        reconstruction: ``(B, C, H, W)`` in [0, 1].
+        images: ``(B, C, H, W)`` in [0, 1].
+        kind: ``mse`` the squared error, ``l1`` the absolute one, ``bce`` the cross entropy in nats (its least value is
+            the images' own entropy, not 0).
+    """
+    reconstruction, images = reconstruction.float(), images.float()
+    if kind == "bce":
+        with torch.autocast(images.device.type, enabled=False):  # refuses to run there, though its input is float32
+            return F.binary_cross_entropy(reconstruction, images, reduction="none").flatten(1).sum(1)
+    difference = reconstruction - images
+    return (difference.abs() if kind == "l1" else difference.square()).flatten(1).sum(1)
+
+
+def regularization(objective: Objective, codes: Codes, k: int | Sequence[int], generator: torch.Generator) -> Tensor:
+    r"""The term to be minimised beside the reconstruction error, before its weight; a scalar, per sample.
+
+    ``entropy``: :math:`-H(z)` in nats. ``divergence``: the VAE's KL divergence in nats. ``norm``:
+    :math:`\|z\|^2 / 2` (Ghosh et al. 2020, eq. 6). ``sigreg``, ``mmd``: distance of the codes from N(0, I).
+
+    Args:
+        objective: which term.
+        codes: of the batch.
+        k: neighbours of the entropy's estimate.
+        generator: of random slices and draws from N(0, I), the same on every process.
+    """
+    if objective.term == "entropy":
+        return -knn_entropy(codes.all, k)
+    if objective.term == "divergence":
+        assert codes.divergence is not None
+        return codes.divergence.mean()
+    if objective.term == "norm":
+        return codes.own.float().square().sum(1).mean() / 2
+    return {"sigreg": sigreg, "mmd": mmd}[objective.term](codes.all, generator=generator)
