@@ -1,4 +1,4 @@
-"""Any image-classification set that Hugging Face ``datasets`` reads."""
+"""Any set of images that Hugging Face ``datasets`` reads, with a class for each or without."""
 
 import math
 from collections.abc import Iterable
@@ -15,8 +15,10 @@ from lightning_plugins.data.keys import random_split
 
 if TYPE_CHECKING:
     import datasets
+    from PIL.Image import Image
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_NO_LABELS = "none"
 _IN_MEMORY = 2**30  # bytes of a decoded split up to which it is held in memory
 
 
@@ -61,10 +63,12 @@ class HFImages(ImageData):
 
     Args:
         path: a dataset id of the Hub; a folder with one folder of images for each class, in ``train/`` and ``test/`` if
-            it has both; a folder of parquet files; or one parquet file, which is a training split.
+            it has both, or of images alone for ``label_column="none"``; a folder of parquet files; or one parquet file,
+            which is a training split.
         name: the configuration, for ids that have several.
         image_column: default: the only column of images.
-        label_column: default: the only column of class labels, or of integers if there is none.
+        label_column: default: the only column of class labels, or of integers if there is none. ``"none"``: images
+            without classes, for models that need none; every label is 0 and ``num_classes`` 1.
         train_split: name of the training split.
         val_split: name of the validation split. Default: ``validation``, ``valid``, ``val`` or ``dev`` if there is one,
             else ``val_size`` training images.
@@ -73,6 +77,8 @@ class HFImages(ImageData):
             fraction if a float; 0: none, there is no validation then.
         image_size: side in px of the square that images are resized to (the middle of a longer side is kept).
             Default: as they are, and all must be equal.
+        crop: side in px of the square in the middle that is kept, before it is resized; 140 is the custom for CelebA
+            (178 x 218 px). Default: all of the image.
         channels: 1 grey, 3 colour. Default: as in the first training image.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare batches; 0 is the fastest for images in memory.
@@ -82,7 +88,8 @@ class HFImages(ImageData):
 
     Raises:
         FileNotFoundError: nothing readable at ``path`` (when data are first asked for).
-        ValueError: a split or column is missing or ambiguous, images differ in size, or labels are not 0..K-1.
+        ValueError: a split or column is missing or ambiguous, images differ in size or are smaller than ``crop``, or
+            labels are not 0..K-1.
     """
 
     def __init__(
@@ -102,28 +109,33 @@ class HFImages(ImageData):
         seed: int = 0,
         shift: int = 0,
         flip: bool = False,
+        crop: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift, flip)
-        if image_size is not None:
-            at_least("image_size", image_size, 1)
+        for argument, pixels in {"image_size": image_size, "crop": crop}.items():
+            if pixels is not None:
+                at_least(argument, pixels, 1)
         if channels not in (None, 1, 3):
             raise ValueError(f"channels={channels} must be 1 (grey) or 3 (colour), or left out.")
         self.path, self.name, self.val_size = path, name, val_size
         self.image_column, self.label_column = image_column, label_column
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
-        self.image_size, self.channels = image_size, channels
+        self.image_size, self.crop, self.channels = image_size, crop, channels
 
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """``(C, H, W)`` by the arguments, else as the first training image."""
         first = self._rows("train")[0][self._columns[0]]
         channels = self.channels or (1 if first.mode in ("1", "L") else 3)
-        width, height = first.size if self.image_size is None else (self.image_size, self.image_size)
+        side = self.image_size or self.crop
+        width, height = (side, side) if side else first.size
         return channels, height, width
 
     @cached_property
     def num_classes(self) -> int:  # type: ignore[override]
-        """Classes named by the set; of plain integers, one more than the largest training label."""
+        """Classes named by the set; of plain integers, one more than the largest training label; 1 without labels."""
+        if self._columns[1] is None:
+            return 1
         feature = self._split("train").features[self._columns[1]]
         return getattr(feature, "num_classes", None) or max(self._split("train")[self._columns[1]]) + 1
 
@@ -177,8 +189,8 @@ class HFImages(ImageData):
         return self._raw[name]
 
     @cached_property
-    def _columns(self) -> tuple[str, str]:
-        """Names of the image and the label column."""
+    def _columns(self) -> tuple[str, str | None]:
+        """Names of the image and the label column; no name where labels are not wanted."""
         import datasets
 
         features = self._split("train").features
@@ -187,10 +199,10 @@ class HFImages(ImageData):
         integers = [
             name for name, feature in features.items() if getattr(feature, "dtype", "").startswith(("int", "uint"))
         ]
-        return (
-            self._choose("image_column", self.image_column, images),
-            self._choose("label_column", self.label_column, labels or integers),
-        )
+        image = self._choose("image_column", self.image_column, images)
+        if self.label_column == _NO_LABELS:
+            return image, None
+        return image, self._choose("label_column", self.label_column, labels or integers)
 
     def _choose(self, argument: str, given: str | None, found: list[str]) -> str:
         columns = list(self._split("train").features)
@@ -200,34 +212,43 @@ class HFImages(ImageData):
             raise ValueError(f"{argument}={given!r} is no column of {self.path!r}, which has {', '.join(columns)}.")
         if len(found) != 1:
             what = f"several candidates ({', '.join(found)})" if found else "no candidate"
+            other = f", or {_NO_LABELS!r} to do without labels" if argument == "label_column" else ""
             raise ValueError(
-                f"{self.path!r} has {what} for {argument}: choose one of its columns {', '.join(columns)}."
+                f"{self.path!r} has {what} for {argument}: choose one of its columns {', '.join(columns)}{other}."
             )
         return found[0]
 
     def _rows(self, split: str) -> "datasets.Dataset":
-        """The two columns as they are stored; images decode when a row is read."""
+        """The wanted columns as they are stored; images decode when a row is read."""
         import datasets
 
-        return self._split(split).select_columns(list(self._columns)).cast_column(self._columns[0], datasets.Image())
+        rows = self._split(split).select_columns([column for column in self._columns if column is not None])
+        return rows.cast_column(self._columns[0], datasets.Image())
 
     def _decoded(self, split: str) -> "datasets.Dataset":
         """Rows of raw bytes and label; datasets finds them in its cache the second time."""
         import datasets
 
         image, label = self._columns
-        return self._rows(split).map(
+        rows = self._rows(split)
+        sizes = {"shape": self.image_shape, "crop": self.crop, "fit": self.image_size}
+        return rows.map(
             _decode,
-            fn_kwargs={"image_column": image, "label_column": label, "shape": self.image_shape, "fit": self.image_size},
+            fn_kwargs={"image_column": image, "label_column": label, **sizes},  # all of it is in the cache's key
             batched=True,
-            remove_columns=[image, label],
+            remove_columns=rows.column_names,
             features=datasets.Features({"pixels": datasets.Value("binary"), "label": datasets.Value("int64")}),
             desc=f"Decoding {split} images",
         )
 
 
 def _decode(
-    rows: dict[str, list[Any]], image_column: str, label_column: str, shape: tuple[int, int, int], fit: int | None
+    rows: dict[str, list[Any]],
+    image_column: str,
+    label_column: str | None,
+    shape: tuple[int, int, int],
+    crop: int | None,
+    fit: int | None,
 ) -> dict[str, list[Any]]:
     from PIL import Image, ImageOps
 
@@ -236,6 +257,8 @@ def _decode(
     for image in rows[image_column]:
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"An image has mode {image.mode}, more than 8 bits per channel: convert it to 8 first.")
+        if crop is not None:
+            image = _crop_middle(image, crop)
         image = image.convert("L" if channels == 1 else "RGB")
         if fit is not None:
             image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
@@ -245,7 +268,14 @@ def _decode(
             )
         array = np.asarray(image).reshape(height, width, channels)
         pixels.append(array.transpose(2, 0, 1).tobytes())
-    return {"pixels": pixels, "label": rows[label_column]}
+    return {"pixels": pixels, "label": [0] * len(pixels) if label_column is None else rows[label_column]}
+
+
+def _crop_middle(image: "Image", side: int) -> "Image":
+    if side > min(image.size):
+        raise ValueError(f"An image has {image.width} x {image.height} px, less than crop={side}.")
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
 
 
 class ImagesOnDisk:

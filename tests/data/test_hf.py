@@ -111,6 +111,61 @@ def test_resizing_and_channels(tmp_path):
     assert data.images("test").pixels.shape == (20, 1, 4, 4)
 
 
+def test_the_middle_is_cropped_before_resizing(tmp_path):
+    """As CelebA is: an image of 11 x 8 px whose place tells its value, its middle 6 x 6, that halved."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    image = np.add.outer(20 * np.arange(8), np.arange(11)).astype(np.uint8)
+    for name in "ab":
+        Image.fromarray(image).save(folder / f"{name}.png")
+    middle = torch.from_numpy(image[1:7, 2:8])
+
+    def first(**arguments):
+        data = HFImages(str(folder), label_column="none", val_size=0, **arguments)
+        return data.image_shape, data.images("train").pixels[0, 0]
+
+    shape, pixels = first(crop=6)
+    assert shape == (1, 6, 6) and torch.equal(pixels, middle)
+    assert first()[0] == (1, 8, 11)  # not from the cache of the first
+    shape, pixels = first(crop=6, image_size=3)
+    assert shape == (1, 3, 3)
+    inner = middle.float().reshape(3, 2, 3, 2).mean((1, 3))[1, 1]
+    assert abs(pixels[1, 1] - inner) <= 1
+    assert not torch.equal(pixels, first(image_size=3)[1])
+
+
+def test_images_without_labels(tmp_path):
+    """A folder of nothing but images; and a set with labels that a generative model does not want."""
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for n in range(6):
+        Image.fromarray(np.full((3, 4), 40 * n, dtype=np.uint8)).save(folder / f"{n}.png")
+    data = HFImages(str(folder), label_column="none", val_size=2, batch_size=4)
+    assert (data.image_shape, data.num_classes) == ((1, 3, 4), 1)
+    batches = [*data.train_dataloader(), *data.val_dataloader()]
+    seen = torch.cat([batch["image"][:, 0, 0, 0] for batch in batches])
+    assert (seen.sort().values * 255).round().tolist() == [0, 40, 80, 120, 160, 200]
+    assert all(torch.equal(batch["label"], torch.zeros(len(batch["image"]), dtype=torch.int64)) for batch in batches)
+    with pytest.raises(ValueError) as error:
+        HFImages(str(folder)).train_dataloader()
+    assert str(error.value) == (
+        f"{str(folder)!r} has no candidate for label_column: choose one of its columns image, "
+        "or 'none' to do without labels."
+    )
+    labelled = make_parquet(tmp_path / "set.parquet")
+    assert HFImages(labelled).images("train").labels.max() == 2  # and the other is not taken from its cache
+    assert HFImages(labelled, label_column="none").images("train").labels.tolist() == [0] * 11
+
+
+def test_a_yes_or_no_attribute_is_a_label(tmp_path):
+    """CelebA has forty of them."""
+    import datasets
+
+    path = make_parquet(tmp_path / "set.parquet", Smiling=datasets.Value("bool"))
+    data = HFImages(path, label_column="Smiling", val_size=0)
+    assert data.num_classes == 2 and data.images("train").labels.tolist() == [0, 1] * 6
+
+
 def test_sizes_differ(tmp_path):
     with pytest.raises(ValueError) as error:
         HFImages(make_folder(tmp_path, sizes=((6, 5), (9, 12)))).train_dataloader()
@@ -125,7 +180,8 @@ def test_two_label_columns(tmp_path):
     with pytest.raises(ValueError) as error:
         _ = HFImages(path).num_classes
     assert str(error.value) == (
-        f"{path!r} has several candidates (fine, coarse) for label_column: choose one of its columns img, fine, coarse."
+        f"{path!r} has several candidates (fine, coarse) for label_column: choose one of its columns "
+        "img, fine, coarse, or 'none' to do without labels."
     )
     assert HFImages(path, label_column="coarse").num_classes == 2
 
@@ -150,6 +206,8 @@ def test_integers_are_labels_where_there_are_no_class_labels(tmp_path):
         ({"test_split": "tset"}, "PATH has no split 'tset'; its splits are train."),
         ({"channels": 2}, "channels=2 must be 1 (grey) or 3 (colour), or left out."),
         ({"image_size": 0}, "image_size=0 must be 1 or more."),
+        ({"crop": 0}, "crop=0 must be 1 or more."),
+        ({"crop": 6}, "An image has 6 x 5 px, less than crop=6."),
     ],
 )
 def test_wrong_names_in_one_sentence(tmp_path, arguments, sentence):
