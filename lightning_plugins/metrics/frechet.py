@@ -1,0 +1,164 @@
+"""Fréchet distance of the features of real and generated images: FID with any extractor, its reference in a file."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+
+from lightning_plugins.metrics.extractors import feature_extractor
+from lightning_plugins.metrics.features import FeatureMetric
+
+
+class _Sums(NamedTuple):
+    """Of features, of their outer products, and how many."""
+
+    total: Tensor
+    outer: Tensor
+    count: Tensor
+
+
+class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
+    r"""Fréchet distance of two normal distributions with the mean and covariance of real and generated features.
+
+    .. math:: \|\mu_r - \mu_g\|^2 + \mathrm{tr}\big(\Sigma_r + \Sigma_g - 2 (\Sigma_r \Sigma_g)^{1/2}\big)
+
+    torchmetrics' FID, in double precision, with an extractor that no training touches. Distances of different
+    extractors, or of other numbers of images, do not compare: few images make it larger.
+
+    Args:
+        feature: ``"digits"``, ``"inception"`` or a module with ``num_features``, see :func:`feature_extractor`;
+            ``None`` if ``update`` is given features ``(B, F)``.
+        num_features: F; for ``feature=None`` alone.
+        reset_real_features: whether ``reset()`` forgets the real images, loaded ones included.
+
+    Raises:
+        ValueError: ``num_features`` without ``feature=None``, or the reverse.
+
+    Example:
+        >>> corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+        >>> distance = FrechetDistance(feature=None, num_features=2)
+        >>> distance.update(corners, real=True)
+        >>> distance.update(corners + 3, real=False)
+        >>> distance.compute()
+        tensor(18.)
+
+    Source: Heusel et al. 2017, arXiv 1706.08500, eq. 6.
+    """
+
+    def __init__(
+        self,
+        feature: str | nn.Module | None = "digits",
+        num_features: int | None = None,
+        reset_real_features: bool = False,
+    ) -> None:
+        if (feature is None) != (num_features is not None):
+            raise ValueError(f"num_features={num_features} and feature={feature!r}: give one of them, the other None.")
+        extractor = None if feature is None else feature_extractor(feature)
+        rows = nn.Identity()
+        rows.num_features = num_features if extractor is None else extractor.num_features
+        super().__init__(extractor, feature=rows, reset_real_features=reset_real_features)
+        self._reference: _Sums | None = None  # not a state: the same on all ranks, so not to be summed
+
+    def compute(self) -> Tensor:
+        """The distance, a float32 scalar, 0 or more.
+
+        Raises:
+            ValueError: fewer than two real or generated images.
+        """
+        own, total = self._real_sums(), self._real_sums(self._reference)
+        num_features = len(total.total)
+        for kind, count in (("real", total.count), ("generated", self.fake_features_num_samples)):
+            if count < 2:
+                raise ValueError(f"FrechetDistance needs two {kind} images or more, got {count}: call update first.")
+            if count <= num_features:
+                warnings.warn(
+                    f"FrechetDistance of {count} {kind} images in {num_features} features means little, as their "
+                    "covariance is singular: give more images or fewer features.",
+                    stacklevel=2,
+                )
+        self._set_real(total)
+        self.orig_dtype = torch.float32  # of the answer; else that of the last features, and a rank may have had none
+        try:
+            return super().compute().clamp_min(0)
+        finally:
+            self._set_real(own)
+
+    def reset(self) -> None:
+        """Forget the generated images; the real ones, loaded or not, under ``reset_real_features`` alone."""
+        super().reset()
+        if self.reset_real_features:
+            self._reference = None
+
+    def save_reference(self, path: str | Path) -> None:
+        """Write the real images' sums, their number and the extractor's fingerprint into a file, all or nothing.
+
+        With several processes all must call it; the first one writes the sums of all.
+
+        Args:
+            path: the file; its folder is made if missing.
+
+        Raises:
+            ValueError: no real images yet.
+        """
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            sums = self._real_sums(self._reference)
+        if not sums.count:
+            raise ValueError("save_reference needs real images: call update(images, real=True) before.")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_rank() == 0:
+            content = {name: value.cpu() for name, value in sums._asdict().items()}
+            _write({**content, "extractor": self.fingerprint()}, Path(path))
+        if distributed:
+            torch.distributed.barrier()  # the others may load it now
+
+    def load_reference(self, path: str | Path) -> None:
+        """Take a file's images as the real ones; those of later updates are added. All processes must call it.
+
+        Args:
+            path: a file of :meth:`save_reference`.
+
+        Raises:
+            ValueError: another file, or its features are of another extractor.
+        """
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or set(content) != {*_Sums._fields, "extractor"}:
+            raise ValueError(f"{path} holds no reference: give a file that save_reference wrote.")
+        theirs, own = content.pop("extractor"), self.fingerprint()
+        if theirs != own:
+            raise ValueError(
+                f"{path} holds features of another extractor, {_words(theirs)}, this metric's is {_words(own)}: "
+                "write the reference again with save_reference."
+            )
+        self._set_real(_Sums(*(torch.zeros_like(value) for value in self._real_sums())))
+        self._reference, self._computed = _Sums(**content), None
+
+    def fingerprint(self) -> dict[str, str | int]:
+        """What must be equal for a reference to fit: name, number of features and a hash of the weights."""
+        return {**super().fingerprint(), "num_features": len(self.real_features_sum)}
+
+    def _real_sums(self, reference: _Sums | None = None) -> _Sums:
+        own = _Sums(self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples)
+        return own if reference is None else _Sums(*(a + b.to(a.device) for a, b in zip(own, reference, strict=True)))
+
+    def _set_real(self, sums: _Sums) -> None:
+        self.real_features_sum, self.real_features_cov_sum, self.real_features_num_samples = sums
+
+
+def _words(fingerprint: dict[str, str | int]) -> str:
+    name, weights = fingerprint["name"], str(fingerprint.get("weights", ""))[:8]
+    return f"{name} ({fingerprint['num_features']} features{', weights ' + weights if weights else ''})"
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    """Write beside the file and rename: a reader sees the whole of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sibling = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save(content, sibling)
+        os.replace(sibling, path)
+    finally:
+        sibling.unlink(missing_ok=True)
