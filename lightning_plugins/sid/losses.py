@@ -1,0 +1,427 @@
+r"""Score identity distillation: its two losses in both notations, their noise levels, and published relatives.
+
+A generator's images :math:`x_g` are noised as in EDM, :math:`x_t = x_g + \sigma n`. The frozen teacher gives
+:math:`f_\phi(x_t)`, the mean of clean images behind :math:`x_t`; the fake score network learns the same of the
+generator's images, :math:`f_\psi(x_t)`. Both are images, not scores: :math:`S = (f - x_t) / \sigma^2`.
+
+Shapes: B samples, ``...`` their dimensions, ``(C, H, W)`` for images. Every loss returns ``(B,)``, summed over a
+sample's dimensions, so that a caller can weight, drop and average samples.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+Weighting = Literal["l1", "none"]
+
+_LEAST_ERROR = 1e-5  # of mean|x_g - f_phi|, as in the authors' code
+_LOGIT_LIMIT = 10.0
+
+
+def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    r"""Noise levels along EDM's schedule, from 0 for the least noise to 1 for the most.
+
+    .. math:: \sigma(r) = \left(\sigma_{\min}^{1/\rho} + r (\sigma_{\max}^{1/\rho} - \sigma_{\min}^{1/\rho})\right)^\rho
+
+    Args:
+        r: any shape, in [0, 1].
+        sigma_min: ``> 0``, at r = 0; default of EDM.
+        sigma_max: at r = 1; default of EDM.
+        rho: larger puts more levels near ``sigma_min``; default of EDM.
+
+    Returns:
+        The shape of r, in [sigma_min, sigma_max].
+
+    Raises:
+        ValueError: levels that are not positive and increasing.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) eq. 5, counted from the other end.
+
+    Example:
+        >>> [round(sigma, 3) for sigma in karras_sigmas(torch.tensor([0.0, 0.4, 0.8, 1.0])).tolist()]
+        [0.002, 0.965, 24.408, 80.0]
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min={sigma_min} must be positive and below sigma_max={sigma_max}.")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + r * (high - low)) ** rho
+
+
+def generator_sigmas(
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    t_min: float = 0.0,
+    t_max: float = 800.0,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Draw noise levels for the generator's loss: :func:`karras_sigmas` of r ~ U[t_min / 1000, t_max / 1000].
+
+    Args:
+        n: how many.
+        generator: where the random numbers come from; they are drawn on its device.
+        t_min: in thousandths of the schedule, 0 in the paper.
+        t_max: 800 in the paper: levels up to 24.4, with median 0.97 (r = 0.4).
+        sigma_min: of the schedule. A teacher with a discrete grid needs its nearest levels: ``Denoiser.nearest``.
+        sigma_max: of the schedule.
+        device: of the result; by default the generator's.
+
+    Returns:
+        ``(n,)`` float32.
+
+    Raises:
+        ValueError: not 0 <= t_min < t_max <= 1000.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1 and the authors' code.
+    """
+    _check_times(t_min, t_max)
+    r = (t_min + (t_max - t_min) * _uniform(n, generator, device)) / 1000
+    return karras_sigmas(r, sigma_min, sigma_max)
+
+
+def grid_sigmas(
+    n: int,
+    sigmas: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    t_min: float = 0.0,
+    t_max: float = 1000.0,
+) -> Tensor:
+    """Draw noise levels from a teacher's own grid, each as likely: its integer t, exact without interpolation.
+
+    Args:
+        n: how many.
+        sigmas: ``(T,)`` increasing, as ``Denoiser.sigmas``.
+        generator: where the random numbers come from; they are drawn on its device.
+        t_min: in thousandths of the grid; 20 in SiD-LSG.
+        t_max: 980 in SiD-LSG, which draws t from 20 to 979 of 1000.
+
+    Returns:
+        ``(n,)`` with type and device of ``sigmas``.
+
+    Raises:
+        ValueError: not 0 <= t_min < t_max <= 1000, or no level between them.
+
+    Example:
+        >>> grid_sigmas(3, torch.linspace(0.1, 1.0, 10), t_min=900)
+        tensor([1., 1., 1.])
+    """
+    _check_times(t_min, t_max)
+    low, high = round(t_min / 1000 * len(sigmas)), round(t_max / 1000 * len(sigmas))
+    if low == high:
+        raise ValueError(f"t_min={t_min} and t_max={t_max} leave none of {len(sigmas)} noise levels: widen them.")
+    drawn = low + ((high - low) * _uniform(n, generator, sigmas.device)).long()
+    return sigmas[drawn.clamp(max=high - 1)]  # a product may round up to high
+
+
+def fake_score_sigmas(
+    n: int,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Draw noise levels for training the fake score, as EDM trains: :math:`\ln \sigma \sim N(mean, std^2)`.
+
+    Args:
+        n: how many.
+        mean: of the logarithm.
+        std: of the logarithm.
+        generator: where the random numbers come from; they are drawn on its device.
+        device: of the result; by default the generator's.
+
+    Returns:
+        ``(n,)`` float32.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) table 1; the same in SiD.
+    """
+    source = device if generator is None else generator.device
+    return (mean + std * torch.randn(n, generator=generator, device=source)).exp().to(device or source)
+
+
+def l1_weight(x_g: Tensor, d_teacher: Tensor) -> Tensor:
+    r"""The paper's weight, :math:`\omega = 1 / \mathrm{mean}|x_g - f_\phi|`: ``(B,)``, constant, at most 1e5.
+
+    It depends on the noise behind :math:`x_t` and not on its level alone, so that no member of the family is exactly
+    unbiased with it; where both scores agree the loss is at rest all the same.
+
+    Args:
+        x_g: ``(B, ...)`` generated.
+        d_teacher: ``(B, ...)`` denoised by the teacher.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057); DMD (arXiv 2311.18828) eq. 8.
+    """
+    with torch.no_grad():
+        return 1 / (x_g - d_teacher).abs().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
+
+
+def generator_loss(
+    x_g: Tensor, d_teacher: Tensor, d_fake: Tensor, alpha: float = 1.2, weighting: Weighting = "l1"
+) -> Tensor:
+    r"""Pull the generator towards the teacher's distribution: SiD's L2 - alpha L1.
+
+    .. math::
+        L_\alpha = \omega \left[ (1 - \alpha) |\delta|^2 + \langle \delta, f_\psi - x_g \rangle \right], \quad
+        \delta = f_\phi(x_t) - f_\psi(x_t)
+
+    Gradients must flow through ``x_g`` *and* through both networks' input; freeze the networks' parameters. (Cutting
+    the two scores leaves a cousin of :func:`reverse_kl_loss`, which trains to something else.)
+
+    Which alpha, where F is the Fisher divergence E|S_phi - S_psi|^2 and the weight depends on the noise level alone:
+    the value is (1 - alpha) F, so that at alpha = 1 it swings around 0 and says nothing of progress (watch
+    :func:`fisher_divergence`), and 2 grad L = grad F - (2 alpha - 1) grad E|S_phi - S_psi|^2 with the fake score cut.
+
+    - 0.5: grad F itself, if the fake score is exact: the unbiased choice, and the best on mixtures in the plane.
+    - 1: the gradient of F with its sampling distribution cut (only the scores are compared, where the images lie now).
+    - 1.2: the paper's; it pushes beyond. It asks for a fake score that keeps up (small rates, a warm start, or several
+      fake steps); one that lags turns it away from grad F from alpha = 1 on, and modes get lost.
+
+    All agree to first order near the optimum, where the gradient is 0 for every alpha.
+
+    Args:
+        x_g: ``(B, ...)`` generated, float32 or wider.
+        d_teacher: ``(B, ...)`` denoised by the teacher.
+        d_fake: ``(B, ...)`` denoised by the fake score network.
+        alpha: 1.2 in the paper (1 for AFHQv2), 1 in SiDA and SiD-LSG; 1.5 diverges there.
+        weighting: ``"l1"`` multiplies by :func:`l1_weight`; ``"none"`` leaves 1, for a weight of one's own.
+
+    Returns:
+        ``(B,)``. The authors train with 100 times its mean; under Adam that matters for eps and clipping only.
+
+    Raises:
+        ValueError: shapes that differ, half precision, a score that was cut off from its input, unknown weighting.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057) eq. 23; alpha = 0.5: kexue.fm/archives/10567.
+    """
+    _check_images(x_g=x_g, d_teacher=d_teacher, d_fake=d_fake)
+    if torch.is_grad_enabled() and x_g.requires_grad and not (d_teacher.requires_grad and d_fake.requires_grad):
+        raise ValueError(
+            "generator_loss: d_teacher and d_fake must keep their gradient with respect to x_t, else another loss is "
+            "trained; freeze the networks' parameters instead of using no_grad or detach."
+        )
+    delta = d_teacher - d_fake
+    loss = (1 - alpha) * _dot(delta, delta) + _dot(delta, d_fake - x_g)
+    return loss * l1_weight(x_g, d_teacher) if _weighted(weighting) else loss
+
+
+def fisher_divergence(d_teacher: Tensor, d_fake: Tensor, weight: Tensor | None = None) -> Tensor:
+    r"""How far the two denoisers are apart, :math:`\omega |\delta|^2`: the figure that shows progress.
+
+    It is 0 at the optimum and falls towards it, which the generator's loss does not. Do not train on it: its gradient
+    with the fake score held constant (the naive L1) collapses onto few modes.
+
+    Args:
+        d_teacher: ``(B, ...)`` denoised by the teacher.
+        d_fake: ``(B, ...)`` denoised by the fake score network.
+        weight: ``(B,)``, such as :func:`l1_weight`; ``sigma ** -4`` makes it the divergence of scores. None: 1.
+
+    Returns:
+        ``(B,)``, at least 0.
+    """
+    _check_images(d_teacher=d_teacher, d_fake=d_fake)
+    delta = d_teacher - d_fake
+    return _dot(delta, delta) if weight is None else weight * _dot(delta, delta)
+
+
+def fake_score_loss(d_fake: Tensor, x_g: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    r"""Teach the fake score network to denoise generated images.
+
+    .. math:: L_\psi = \lambda(\sigma) |f_\psi(x_t) - x_g|^2, \quad
+        \lambda = \frac{\sigma^2 + \sigma_d^2}{(\sigma \sigma_d)^2}
+
+    Args:
+        d_fake: ``(B, ...)`` denoised by the fake score network.
+        x_g: ``(B, ...)`` generated under ``torch.no_grad()``.
+        sigma: ``(B,)`` noise levels.
+        sigma_data: standard deviation of the images; 0.5 in EDM.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: shapes that differ, half precision, or images with a gradient.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057) eq. 24; weight of EDM (arXiv 2206.00364).
+    """
+    _check_images(d_fake=d_fake, x_g=x_g)
+    if x_g.requires_grad:
+        raise ValueError("fake_score_loss: x_g carries a gradient, which would train the generator; use no_grad there.")
+    error = d_fake - x_g
+    return _edm_weight(sigma, sigma_data) * _dot(error, error)
+
+
+def epsilon_generator_loss(
+    noise: Tensor,
+    eps_teacher: Tensor,
+    eps_fake: Tensor,
+    alpha: float = 1.2,
+    *,
+    sigma: Tensor | None = None,
+    weighting: Weighting = "none",
+) -> Tensor:
+    r""":func:`generator_loss` in the notation of noise, for networks that predict epsilon.
+
+    .. math:: L_\alpha = \langle \epsilon_\phi - \epsilon_\psi, \epsilon_\phi - \epsilon \rangle
+        - \alpha |\epsilon_\phi - \epsilon_\psi|^2
+
+    With :math:`x_t = \bar\alpha x_g + \bar\beta \epsilon` and :math:`\sigma = \bar\beta / \bar\alpha` this is the loss
+    of images divided by :math:`\sigma^2`: only the weight of noise levels differs.
+
+    Args:
+        noise: ``(B, ...)`` the unit noise in :math:`x_t`.
+        eps_teacher: ``(B, ...)`` predicted by the teacher, with gradient.
+        eps_fake: ``(B, ...)`` predicted by the fake score network, with gradient.
+        alpha: as there; Su's lambda.
+        sigma: ``(B,)`` noise levels, for ``weighting="l1"`` only.
+        weighting: ``"none"`` is Su's loss as it stands; ``"l1"`` the paper's, equal to ``generator_loss``.
+
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: shapes that differ, half precision, a score that was cut off from its input, ``"l1"`` without sigma.
+
+    Source: kexue.fm/archives/10085 and 10567.
+    """
+    _check_images(noise=noise, eps_teacher=eps_teacher, eps_fake=eps_fake)
+    if torch.is_grad_enabled() and eps_teacher.requires_grad != eps_fake.requires_grad:
+        raise ValueError(
+            "epsilon_generator_loss: eps_teacher and eps_fake must both keep their gradient with respect to x_t, else "
+            "another loss is trained; freeze the networks' parameters instead of using no_grad or detach."
+        )
+    delta = eps_teacher - eps_fake
+    loss = _dot(delta, eps_teacher - noise) - alpha * _dot(delta, delta)
+    if not _weighted(weighting):
+        return loss
+    if sigma is None:
+        raise ValueError("epsilon_generator_loss: weighting='l1' needs sigma, the noise levels (B,).")
+    scale = sigma.view(-1, *[1] * (noise.ndim - 1))
+    return loss * sigma**2 * l1_weight(scale * noise, scale * eps_teacher)
+
+
+def epsilon_fake_score_loss(eps_fake: Tensor, noise: Tensor) -> Tensor:
+    r"""Plain noise prediction, :math:`|\epsilon_\psi - \epsilon|^2`: :func:`fake_score_loss` weighted by 1 / sigma^2.
+
+    Args:
+        eps_fake: ``(B, ...)`` predicted by the fake score network.
+        noise: ``(B, ...)`` the unit noise in :math:`x_t`.
+
+    Returns:
+        ``(B,)``.
+
+    Source: SiD-LSG (arXiv 2406.01561).
+    """
+    _check_images(eps_fake=eps_fake, noise=noise)
+    error = eps_fake - noise
+    return _dot(error, error)
+
+
+def reverse_kl_loss(x_g: Tensor, d_teacher: Tensor, d_fake: Tensor, weighting: Weighting = "l1") -> Tensor:
+    r"""Distribution matching by the reverse KL divergence (Diff-Instruct, DMD), for comparison.
+
+    .. math:: L = \omega \langle [f_\psi - f_\phi], x_g \rangle
+
+    with the brackets constant. Only the gradient means something, the value does not.
+
+    Args:
+        x_g: ``(B, ...)`` generated.
+        d_teacher: ``(B, ...)`` denoised by the teacher; ``torch.no_grad()`` saves its backward.
+        d_fake: ``(B, ...)`` denoised by the fake score network, likewise.
+        weighting: ``"l1"`` is DMD's; ``"none"`` leaves 1: times ``sigma ** -2`` it is the gradient of the divergence.
+
+    Returns:
+        ``(B,)``.
+
+    Source: Luo et al. 2023 (arXiv 2305.18455); Yin et al. 2024 (arXiv 2311.18828) eq. 7 and 8.
+    """
+    _check_images(x_g=x_g, d_teacher=d_teacher, d_fake=d_fake)
+    loss = _dot((d_fake - d_teacher).detach(), x_g)
+    return loss * l1_weight(x_g, d_teacher) if _weighted(weighting) else loss
+
+
+def adversarial_generator_loss(logits: Tensor, weight: Tensor) -> Tensor:
+    r"""SiDA's second term for the generator: its noised images shall look real to the fake score network's encoder.
+
+    .. math:: L = \omega \; \mathrm{mean}\, \mathrm{BCE}(\mathrm{clamp}(D(x_t), -10, 10), 1)
+
+    SiDA minimises 50 times the mean of :func:`generator_loss` (alpha = 1) plus 0.005 times the mean of this: half and
+    half of 100 and 0.01.
+
+    Args:
+        logits: ``(B, ...)`` of generated images at the same :math:`x_t`, with gradient, which ends at +-10.
+        weight: ``(B,)``, the :func:`l1_weight` of the same samples.
+
+    Returns:
+        ``(B,)``, the mean over a sample's logits.
+
+    Source: Zhou et al. 2024 (SiDA, arXiv 2410.14919) and the authors' code.
+    """
+    return weight * softplus(-logits.float().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)).flatten(1).mean(1)
+
+
+def adversarial_fake_loss(real_logits: Tensor, fake_logits: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    r"""SiDA's second term for the fake score network, whose encoder tells real images from generated ones.
+
+    .. math:: L = \tfrac12 \lambda(\sigma) \left[\mathrm{BCE}(D(y_t), 1) + \mathrm{BCE}(D(x_t), 0)\right]
+
+    with the weight of :func:`fake_score_loss`, to which SiDA adds it as it is.
+
+    Args:
+        real_logits: ``(B, ...)`` of real images with noise of the same levels.
+        fake_logits: ``(B, ...)`` of generated images.
+        sigma: ``(B,)`` noise levels.
+        sigma_data: standard deviation of the images.
+
+    Returns:
+        ``(B,)``, the mean over a sample's logits.
+
+    Source: Zhou et al. 2024 (SiDA, arXiv 2410.14919) and the authors' code.
+    """
+    real, fake = softplus(-real_logits.float()), softplus(fake_logits.float())
+    return _edm_weight(sigma, sigma_data) * (real.flatten(1).mean(1) + fake.flatten(1).mean(1)) / 2
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample: ``(B,)``."""
+    return (a * b).flatten(1).sum(1)
+
+
+def _edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    if sigma.ndim != 1:
+        raise ValueError(f"sigma must hold one noise level a sample, (B,), got {tuple(sigma.shape)}.")
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
+def _uniform(n: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+    source = device if generator is None else generator.device
+    return torch.rand(n, generator=generator, device=source).to(device or source)
+
+
+def _weighted(weighting: str) -> bool:
+    if weighting not in ("l1", "none"):
+        raise ValueError(f"weighting={weighting!r} is unknown: it is 'l1' (the paper's) or 'none'.")
+    return weighting == "l1"
+
+
+def _check_times(t_min: float, t_max: float) -> None:
+    if not 0 <= t_min < t_max <= 1000:
+        raise ValueError(f"t_min={t_min} and t_max={t_max} must satisfy 0 <= t_min < t_max <= 1000 (thousandths).")
+
+
+def _check_images(**images: Tensor) -> None:
+    """All of one shape, and precise enough to be subtracted."""
+    shapes = {name: tuple(image.shape) for name, image in images.items()}
+    if len(set(shapes.values())) > 1 or len(next(iter(shapes.values()))) < 2:
+        told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        raise ValueError(f"The images must have one shape (B, ...), got {told}.")
+    for name, image in images.items():
+        if image.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} is {image.dtype}: differences of denoised images drown in its rounding; let only the network "
+                "run in lower precision, and widen its output."
+            )
