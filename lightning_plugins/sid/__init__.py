@@ -1,0 +1,1 @@
+"""SiD: a diffusion model becomes a one-step generator, without data."""
