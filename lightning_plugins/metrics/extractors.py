@@ -92,7 +92,7 @@ class FeatureExtractor(nn.Module):
         return features.float()
 
     def fingerprint(self) -> dict[str, str | int]:
-        """Name, number of features and a hash of the weights: equal for extractors that give the same features."""
+        """Class, number of features and a hash of the weights: what must be equal for features to compare."""
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())

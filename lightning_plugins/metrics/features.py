@@ -102,10 +102,10 @@ class FeatureRows(Metric):
 
     def reset(self) -> None:
         """Forget the generated rows, and the real ones if wanted."""
-        kept = {} if self.reset_real_features else {n: getattr(self, n) for n in ("real_features", "num_features")}
+        real, num_features = list(self.real_features), self.num_features  # a copy: torchmetrics empties the list
         super().reset()
-        for name, value in kept.items():
-            setattr(self, name, value)
+        if not self.reset_real_features:
+            self.real_features, self.num_features = real, num_features
 
 
 def _check_features(features: Tensor) -> None:

@@ -87,6 +87,13 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
         finally:
             self._set_real(own)
 
+    def update(self, images: Tensor, real: bool) -> None:
+        """Take more images, or features of the stated number: see :meth:`FeatureMetric.update`."""
+        width = len(self.real_features_sum)
+        if self.extractor is None and images.ndim == 2 and images.shape[1] != width:
+            raise ValueError(f"features have {images.shape[1]} columns and num_features={width}: make them equal.")
+        super().update(images, real)
+
     def reset(self) -> None:
         """Forget the generated images; the real ones, loaded or not, under ``reset_real_features`` alone."""
         super().reset()
