@@ -60,31 +60,36 @@ def new_figure(width: float, height: float, dpi: int = 100) -> "Figure":
     return Figure(figsize=(width, height), dpi=dpi, layout="constrained")
 
 
-def show_mosaic(
-    axes: "Axes", images: Tensor, row_names: Sequence[str], column_names: Sequence[str], line: float = 0.5
-) -> "AxesImage":
-    """Draw rows of images with lines of one pixel between them, named at the left and on top.
+def show_grid(axes: "Axes", images: Tensor, columns: int | None = None, line: float = 0.5) -> "AxesImage":
+    """Draw images ``(n, C, H, W)`` as :func:`image_grid` places them, without ticks and frame.
 
     Args:
-        axes: matplotlib's, cleared of their own ticks and frame.
-        images: ``(rows, columns, C, H, W)`` in [0, 1], values beyond are clipped; grey (C = 1), colour (C = 3, further
-            channels are left out), or two channels, which are averaged since they have no colours.
-        row_names: one for each row.
-        column_names: one for each column.
-        line: value of the lines; NaN leaves them out.
+        axes: matplotlib's.
+        images: in [0, 1], values beyond are clipped; grey (C = 1), colour (C = 3, further channels are left out), or
+            two channels, which are averaged since they have no colours.
+        columns: images in a row; the grid is about a square by default.
+        line: value of the lines of one pixel between images; NaN leaves them out.
 
     Returns:
         What matplotlib's ``imshow`` does.
     """
     images = images.detach().float().cpu()
-    if images.shape[2] == 2:
-        images = images.mean(2, keepdim=True)
-    rows, columns, _, H, W = images.shape
-    canvas = image_grid(images[:, :, :3].flatten(0, 1), columns, line=line).permute(1, 2, 0).clamp(0, 1)
+    images = images.mean(1, keepdim=True) if images.shape[1] == 2 else images[:, :3]
+    canvas = image_grid(images, columns, line=line).permute(1, 2, 0).clamp(0, 1)
     shown = axes.imshow(canvas.squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return shown
+
+
+def show_mosaic(
+    axes: "Axes", images: Tensor, row_names: Sequence[str], column_names: Sequence[str], line: float = 0.5
+) -> "AxesImage":
+    """Draw rows of images ``(rows, columns, C, H, W)`` by :func:`show_grid`, named at the left and on top."""
+    rows, columns, _, H, W = images.shape
+    shown = show_grid(axes, images.flatten(0, 1), columns, line)
     axes.set_xticks([(c + 0.5) * (W + 1) - 1 for c in range(columns)], column_names, fontsize=8)
     axes.set_yticks([(r + 0.5) * (H + 1) - 1 for r in range(rows)], row_names, fontsize=8)
     axes.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
     return shown
