@@ -67,8 +67,8 @@ def knn_entropy(
             z, _ = gather_rows(z, group)
         num_codes, dim = z.shape
         neighbours = nearest_neighbours(z, max(columns), chunk_size)
-        neighbours = neighbours[:, [column - 1 for column in columns]]
-        others = z.index_select(0, neighbours.flatten()).view(num_codes, len(columns), dim)
+        chosen = torch.stack([neighbours[:, column - 1] for column in columns], 1)
+        others = z.index_select(0, chosen.flatten()).view(num_codes, len(columns), dim)
         log_squares = (z[:, None] - others).square().sum(-1).add(eps).log().mean()
         log_ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
         psi = sum(_digamma(column) for column in columns) / len(columns)

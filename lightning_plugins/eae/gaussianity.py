@@ -60,7 +60,7 @@ def sigreg(
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         directions = torch.randn(z.shape[1], num_slices, generator=generator, device=z.device, dtype=z.dtype)
-        num_codes = z.new_tensor(len(z))
+        num_codes = z.new_full((), len(z))
         if group is not None:  # a sum of normal draws is as good a direction, and the same for all
             directions, num_codes = sum_over_ranks(directions, group), sum_over_ranks(num_codes, group)
         knots = torch.linspace(0, 3, num_knots, device=z.device, dtype=z.dtype)
@@ -84,7 +84,8 @@ def mmd(
 
     .. math::
         \overline{\kappa(z_i, z_j)}_{i \ne j} + \overline{\kappa(y_i, y_j)}_{i \ne j}
-        - 2 \, \overline{\kappa(z_i, y_j)}, \quad \kappa(a, b) = \sum_{s} \frac{2 d s}{2 d s + \|a - b\|^2}, \quad s \in \{.1, .2, .5, 1, 2, 5, 10\}
+        - 2 \, \overline{\kappa(z_i, y_j)}, \quad
+        \kappa(a, b) = \sum_{s} \frac{2 d s}{2 d s + \|a - b\|^2}, \quad s \in \{.1, .2, .5, 1, 2, 5, 10\}
 
     It is unbiased: 0 on average for independent normal codes, slightly below for batch-normalised ones, at most 14, and
     of the same size for any N. In front of it, beside a squared error summed over pixels, weights of 10 to 100 suit
