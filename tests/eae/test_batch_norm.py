@@ -11,6 +11,11 @@ from torch import nn
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # small tensors
+
+
 def rows(n, d=5, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return 3 * torch.randn(n, d, generator=generator, dtype=dtype) + torch.arange(d)
