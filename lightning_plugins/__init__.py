@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_plugins.callbacks import (
         Flooding,
+        GenerativeEvaluation,
         GradientPenalty,
         ODEDiagnostics,
         RandomState,
@@ -21,54 +22,77 @@ if TYPE_CHECKING:
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.core.replay import is_replaying
     from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST, PythonDocstrings, Seq2SeqData
-    from lightning_plugins.metrics import GenerationScores
+    from lightning_plugins.eae import EAE, entropy_gap, knn_entropy
+    from lightning_plugins.metrics import (
+        BirthdayParadox,
+        FrechetDistance,
+        GenerationScores,
+        KernelDistance,
+        PrecisionRecallDensityCoverage,
+    )
     from lightning_plugins.optim import NormRMSprop
     from lightning_plugins.unilm import UniLMSeq2Seq, plot_masks
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "BirthdayParadox": "lightning_plugins.metrics",
     "CapsNet": "lightning_plugins.capsnet",
     "Digits": "lightning_plugins.data",
+    "EAE": "lightning_plugins.eae",
     "Flooding": "lightning_plugins.callbacks",
+    "FrechetDistance": "lightning_plugins.metrics",
     "GenerationScores": "lightning_plugins.metrics",
+    "GenerativeEvaluation": "lightning_plugins.callbacks",
     "GradientPenalty": "lightning_plugins.callbacks",
     "HFImages": "lightning_plugins.data",
     "IdxImages": "lightning_plugins.data",
+    "KernelDistance": "lightning_plugins.metrics",
     "MultiMNIST": "lightning_plugins.data",
     "NormRMSprop": "lightning_plugins.optim",
     "ODEDiagnostics": "lightning_plugins.callbacks",
+    "PrecisionRecallDensityCoverage": "lightning_plugins.metrics",
     "PythonDocstrings": "lightning_plugins.data",
     "RandomState": "lightning_plugins.callbacks",
     "SaveOnSigterm": "lightning_plugins.callbacks",
     "Seq2SeqData": "lightning_plugins.data",
     "UniLMSeq2Seq": "lightning_plugins.unilm",
+    "entropy_gap": "lightning_plugins.eae",
     "flood": "lightning_plugins.callbacks",
     "gradient_penalty_backward": "lightning_plugins.callbacks",
     "is_replaying": "lightning_plugins.core.replay",
+    "knn_entropy": "lightning_plugins.eae",
     "plot_masks": "lightning_plugins.unilm",
     "plot_ode_diagnostics": "lightning_plugins.callbacks",
 }
 
 __all__ = [
+    "BirthdayParadox",
     "CapsNet",
     "Digits",
+    "EAE",
     "Flooding",
+    "FrechetDistance",
     "GenerationScores",
+    "GenerativeEvaluation",
     "GradientPenalty",
     "HFImages",
     "IdxImages",
+    "KernelDistance",
     "MultiMNIST",
     "NormRMSprop",
     "ODEDiagnostics",
+    "PrecisionRecallDensityCoverage",
     "PythonDocstrings",
     "RandomState",
     "SaveOnSigterm",
     "Seq2SeqData",
     "UniLMSeq2Seq",
+    "entropy_gap",
     "flood",
     "gradient_penalty_backward",
     "is_replaying",
+    "knn_entropy",
     "plot_masks",
     "plot_ode_diagnostics",
 ]

@@ -1,0 +1,35 @@
+"""EAE: an autoencoder with batch-normalised codes of maximal entropy generates images from N(0, I)."""
+
+from lightning_plugins.eae.batch_norm import LatentBatchNorm
+from lightning_plugins.eae.diagnostics import LatentDiagnostics, latent_diagnostics
+from lightning_plugins.eae.entropy import (
+    KNNEntropyLoss,
+    count_duplicates,
+    entropy_gap,
+    gaussian_reference_entropy,
+    knn_entropy,
+    koleo_loss,
+)
+from lightning_plugins.eae.entropy_metric import KNNEntropy
+from lightning_plugins.eae.gaussianity import mmd, sigreg
+from lightning_plugins.eae.module import EAE
+from lightning_plugins.eae.paths import interpolate_codes
+from lightning_plugins.eae.priors import LatentPrior
+
+__all__ = [
+    "EAE",
+    "KNNEntropy",
+    "KNNEntropyLoss",
+    "LatentBatchNorm",
+    "LatentDiagnostics",
+    "LatentPrior",
+    "count_duplicates",
+    "entropy_gap",
+    "gaussian_reference_entropy",
+    "interpolate_codes",
+    "knn_entropy",
+    "koleo_loss",
+    "latent_diagnostics",
+    "mmd",
+    "sigreg",
+]
