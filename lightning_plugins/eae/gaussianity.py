@@ -54,7 +54,9 @@ def sigreg(
 
     Source: Balestriero & LeCun 2025 (arXiv 2511.08544), section 4; Epps & Pulley 1983.
     """
-    _check(z)
+    _check_shape(z)
+    if group is None:  # elsewhere the last batch may leave a process with less
+        _check_count(len(z))
     if num_slices < 1 or num_knots < 2:
         raise ValueError(f"sigreg needs num_slices >= 1 and num_knots >= 2, got {num_slices} and {num_knots}.")
     with torch.autocast(z.device.type, enabled=False):
@@ -105,12 +107,13 @@ def mmd(
 
     Source: Tolstikhin et al. 2018 (WAE, arXiv 1711.01558) algorithm 2 and its code; Gretton et al. 2012 eq. 3.
     """
-    _check(z)
+    _check_shape(z)
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         y = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
         if group is not None:
             (z, _), (y, _) = gather_rows(z, group), gather_rows(y, group)
+        _check_count(len(z))
         own = _kernel_sum(z, z) + _kernel_sum(y, y) - 2 * len(_WIDTHS) * len(z)  # without the diagonals, all 1
         return own / (len(z) * (len(z) - 1)) - 2 * _kernel_sum(z, y) / len(z) ** 2
 
@@ -122,8 +125,11 @@ def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([(scale / (scale + squares)).sum() for scale in scales]).sum()
 
 
-def _check(z: Tensor) -> None:
+def _check_shape(z: Tensor) -> None:
     if z.dim() != 2 or not z.is_floating_point():
         raise ValueError(f"z must be floating-point codes (N, d), got {tuple(z.shape)} {z.dtype}: flatten and widen.")
-    if len(z) < 2:
-        raise ValueError(f"A distribution cannot be told from {len(z)} code(s): use a batch of at least 2.")
+
+
+def _check_count(num_codes: int) -> None:
+    if num_codes < 2:
+        raise ValueError(f"A distribution cannot be told from {num_codes} code(s): use a batch of at least 2.")

@@ -1,0 +1,89 @@
+"""Two and four processes with uneven rows, one without any: values and derivatives of one process with all rows."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "scripts" / "gather.py"
+
+pytestmark = pytest.mark.ddp
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("gather", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.fixture(scope="module")
+def one():
+    return script.results(1, 0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Written by four processes, and then by two of them."""
+    folder = tmp_path_factory.mktemp("gather")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", SCRIPT, folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert answer.returncode == 0, answer.stderr[-5000:]
+    return folder
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request, folder):
+    """What each process of a group found."""
+    return [
+        torch.load(folder / f"world{request.param}-rank{rank}.pt", weights_only=True) for rank in range(request.param)
+    ]
+
+
+def test_rows_and_their_place(one, ranks):
+    start = 0
+    for rank, count in zip(ranks, script.COUNTS[len(ranks)], strict=True):
+        assert torch.equal(rank["rows"], one["rows"])
+        assert rank["own"].tolist() == [start, start + count]
+        start += count
+
+
+@pytest.mark.parametrize("name", ["gradient", "second"])
+def test_derivatives_of_all_rows(one, ranks, name):
+    for rank in ranks:
+        torch.testing.assert_close(rank[name], one[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*script.losses(0)])
+def test_losses_of_codes_equal_one_process(one, ranks, name):
+    """The value, and the mean gradient of the encoder's weights."""
+    assert max(gradient.abs().max() for gradient in one[name][1:]) > 0.01
+    for rank in ranks:
+        torch.testing.assert_close(rank[name], one[name], rtol=1e-6, atol=1e-6)
+
+
+def test_normalising_before_the_gather_is_another_gradient(one, ranks):
+    if "wrong order" in ranks[0]:
+        right, wrong = (
+            torch.cat([g.flatten() for g in found]) for found in (one["entropy"][1:], ranks[0]["wrong order"])
+        )
+        assert torch.cosine_similarity(right, wrong, dim=0) < 0.99
+
+
+def test_draws_of_all_processes_are_shared(one, ranks):
+    for name in ("mmd", "sigreg directions"):
+        for rank in ranks:
+            torch.testing.assert_close(rank[name], ranks[0][name], rtol=0, atol=0)
+
+
+def test_metric_of_uneven_processes(one, ranks):
+    for rank in ranks:
+        torch.testing.assert_close(rank["metric"], one["metric"])
