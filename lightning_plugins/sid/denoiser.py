@@ -218,6 +218,8 @@ def _read(scheduler: "SchedulerMixin") -> tuple[Kind, str, Tensor | None]:
         said += " and invert_sigmas" if config.get("invert_sigmas") else ""
         raise ValueError(f"scheduler: what {name}{said} makes of a network's output is not known. {_KNOWN}")
     alphas = scheduler.alphas_cumprod.double()
+    if config.get("rescale_betas_zero_snr"):
+        alphas[-1] = 0  # as trained; Euler and DPMSolver put 2^-24 there, which may be less noise than the step before
     return "vp", prediction, _increasing((1 - alphas).sqrt() / alphas.sqrt(), name)
 
 
