@@ -25,8 +25,7 @@ def inside(figure):
     return picture
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("n", [1, 10, 21, 70])
+@pytest.mark.parametrize(("n", "shape"), [(1, SHAPES[0]), (10, SHAPES[1]), (21, SHAPES[2]), (70, SHAPES[0])])
 def test_a_reconstruction_lies_under_its_image(n, shape):
     C, H, W = shape
     given, decoded = images(n, shape), images(n, shape, seed=1)
@@ -86,7 +85,7 @@ def test_distance_from_the_normal_is_that_of_scipy():
     assert plots.normal_distance(z).tolist() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("N", "d"), [(50, 1), (2, 2), (300, 5), (300, 8), (500, 20)])
+@pytest.mark.parametrize(("N", "d"), [(50, 1), (2, 2), (300, 5)])
 def test_latents_show_dimensions_radius_and_correlation(N, d):
     z = torch.randn(N, d, generator=torch.Generator().manual_seed(0))
     figure = plots.plot_latents(z)
