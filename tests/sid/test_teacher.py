@@ -155,6 +155,13 @@ def test_networks_that_do_not_fit(teacher_folder):
     pipeline.unet = diffusers.UNet1DModel()
     with pytest.raises(ValueError, match="has unet: UNet1DModel, which is not known; known are UNet2DModel"):
         load_teacher(pipeline)
-    pipeline.register_modules(prior=unet)
-    with pytest.raises(ValueError, match="has unet: UNet1DModel, prior: UNet2DModel: a teacher needs exactly one"):
-        load_teacher(pipeline)
+
+    class Two(diffusers.DiffusionPipeline):
+        def __init__(self, unet, prior, scheduler):
+            super().__init__()
+            self.register_modules(unet=unet, prior=prior, scheduler=scheduler)
+
+    with pytest.raises(ValueError, match="has unet: UNet2DModel, prior: UNet2DModel: a teacher needs exactly one"):
+        load_teacher(Two(unet, unet, pipeline.scheduler))
+    with pytest.raises(ValueError, match="has no scheduler, which says what its network predicts"):
+        load_teacher(Two(unet, None, None))
