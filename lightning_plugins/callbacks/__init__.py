@@ -2,6 +2,7 @@
 
 from lightning_plugins.callbacks.flood_loss import flood
 from lightning_plugins.callbacks.flooding import Flooding
+from lightning_plugins.callbacks.generative_evaluation import GenerativeEvaluation
 from lightning_plugins.callbacks.gradient_penalty import GradientPenalty
 from lightning_plugins.callbacks.manual_penalty import gradient_penalty_backward
 from lightning_plugins.callbacks.ode_diagnostics import ODEDiagnostics
@@ -11,6 +12,7 @@ from lightning_plugins.callbacks.save_on_sigterm import SaveOnSigterm
 
 __all__ = [
     "Flooding",
+    "GenerativeEvaluation",
     "GradientPenalty",
     "ODEDiagnostics",
     "RandomState",
