@@ -196,10 +196,6 @@ class LatentPrior(nn.Module):
         if kind != "normal" and not self.is_fitted:
             raise RuntimeError(f"prior={kind!r} has not been fitted: train the module, or call fit_prior() first.")
 
-    def extra_repr(self) -> str:
-        """What ``print`` shows."""
-        return f"{self.latent_dim}, num_components={self.num_components}, capacity={self.capacity}"
-
 
 def fit_mixture(
     z: Tensor,
@@ -217,15 +213,15 @@ def fit_mixture(
         w_k = \frac{1}{N} \sum_i r_{ik}, \quad \mu_k = \frac{\sum_i r_{ik} z_i}{N w_k}, \quad
         \Sigma_k = \frac{\sum_i r_{ik} (z_i - \mu_k)(z_i - \mu_k)^T}{N w_k} + \epsilon I
 
-    Each start is the result of k-means from k-means++ centres, and ends when a step gains less than ``tolerance``; the
-    likeliest is taken. :math:`\epsilon` is 1e-6 of the codes' mean variance. 10,000 codes of 16 dimensions and 10
-    components take one to two CPU seconds.
+    Several starts, each from k-means, take ten steps; the likeliest goes on until a step gains less than
+    ``tolerance``. :math:`\epsilon` is 1e-6 of the codes' mean variance. 10,000 codes and ten components take about
+    one CPU second at d = 16; the time grows with N K d².
 
     Args:
         z: ``(N, d)`` float64 with N >= K.
         num_components: Gaussians K.
         num_starts: starts that are tried; one alone may miss a cluster.
-        num_steps: most steps of each; scikit-learn's default.
+        num_steps: most steps of the likeliest; scikit-learn's default.
         tolerance: nats per code; scikit-learn's default.
         seed: of the starts' random numbers.
 
@@ -239,8 +235,8 @@ def fit_mixture(
     z = z - centre  # second moments lose no digits then
     generator = torch.Generator().manual_seed(seed)
     starts = [_maximise(z, _kmeans(z, num_components, generator)) for _ in range(num_starts)]
-    climbs = [_climb(z, start, num_steps, tolerance) for start in starts]
-    _, (weights, means, factors) = max(climbs, key=lambda climb: climb[0])
+    _, best = max((_climb(z, start, 10, tolerance) for start in starts), key=lambda climb: climb[0])
+    _, (weights, means, factors) = _climb(z, best, num_steps, tolerance)
     return weights, means + centre, factors
 
 
@@ -282,13 +278,18 @@ def _log_densities(z: Tensor, means: Tensor, factors: Tensor) -> Tensor:
 def _kmeans(z: Tensor, num_components: int, generator: torch.Generator) -> Tensor:
     """Each code's cluster, as responsibilities ``(N, K)`` of 0 and 1.
 
-    The first centres are codes, each drawn in proportion to its squared distance from those before (k-means++).
+    The first centres are codes, drawn in proportion to their squared distance from the centres before; of a few draws
+    the one that brings all codes nearest to a centre is taken (greedy k-means++).
     """
+    num_draws = 2 + int(math.log(num_components))
     centres = z[torch.randint(len(z), (1,), generator=generator)]
+    distances = torch.cdist(z, centres).square()[:, 0]
     while len(centres) < num_components:
-        distances = torch.cdist(z, centres).amin(1).square()
         chances = distances.clamp_min(torch.finfo(z.dtype).tiny)  # all zero if there are fewer distinct codes than K
-        centres = torch.cat([centres, z[torch.multinomial(chances, 1, generator=generator)]])
+        drawn = z[torch.multinomial(chances, num_draws, replacement=True, generator=generator)]
+        after = torch.minimum(distances[:, None], torch.cdist(z, drawn).square())
+        best = after.sum(0).argmin()
+        centres, distances = torch.cat([centres, drawn[best, None]]), after[:, best]
     for _ in range(10):
         clusters = F.one_hot(torch.cdist(z, centres).argmin(1), num_components).to(z.dtype)
         centres = clusters.mT @ z / clusters.sum(0).clamp_min(1)[:, None]
