@@ -1,0 +1,633 @@
+"""SiD as a LightningModule. Shapes: B samples of a process, (C, H, W) of an image or latent."""
+
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.utils.data import DataLoader
+
+from lightning_plugins.core.curvature import loss_scale
+from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.sid import losses, plots
+from lightning_plugins.sid.averaging import half_life_decay, update_average
+from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.export import export_student
+from lightning_plugins.sid.guidance import guided
+from lightning_plugins.sid.lora import lora_copy, merged
+from lightning_plugins.sid.networks import StudentNetworks
+from lightning_plugins.sid.sampling import many_steps
+from lightning_plugins.sid.steps import (
+    Draws,
+    Levels,
+    Logits,
+    Loss,
+    Score,
+    draw_levels,
+    encoder_logits,
+    fake_score_terms,
+    generator_terms,
+)
+from lightning_plugins.sid.teacher import Teacher
+
+
+class SiD(LightningModule):
+    r"""Score identity distillation: a pretrained diffusion model becomes a one-step generator, without data.
+
+    .. math:: L_\theta = \omega \left[(1 - \alpha) |\delta|^2 + \langle \delta, f_\psi - x_g \rangle\right],
+              \quad \delta = f_\phi(x_t) - f_\psi(x_t), \quad x_t = x_g + \sigma n, \quad x_g = G_\theta(z)
+
+    Three copies of the teacher's network: the frozen teacher :math:`f_\phi`; the generator, which is the network at the
+    one noise level ``sigma_init``; and the fake score :math:`f_\psi`, which learns to denoise what the generator makes.
+    A step of training updates the fake score ``fake_steps`` times and the generator once, and the running mean of the
+    generator's weights, which is the student. Lightning's ``global_step`` and ``max_steps`` count generator updates.
+
+    No data are needed. Conditions come with the batches: ``{"label": (B,)}`` or ``{"prompt": list of str}`` (see
+    :class:`PromptData`), or any of this package's image data, whose images are then read for evaluation alone. Without
+    data, a class-conditional teacher gets classes drawn uniformly.
+
+    **Reading the log**: ``train/generator_loss`` is :math:`(1 - \alpha)` times a divergence: near 0 and of either sign
+    at :math:`\alpha = 1`, negative above. What falls as the student improves is ``train/divergence``,
+    :math:`\omega |\delta|^2`.
+
+    Args:
+        teacher: a diffusers model: an id of the Hub (``google/ddpm-cifar10-32``), a folder, or in Python a loaded
+            pipeline. It is not kept in checkpoints: a resumed run loads it again and refuses another.
+        alpha: 1.2 in the paper (1.0 for AFHQ-v2); 0.5 is unbiased where the fake score is exact, and best at toy scale.
+        sigma_init: the generator's noise level in EDM scaling; 2.5 in the paper. The teacher's nearest is taken.
+        lr: Adam's rate of the generator; 1e-5 in the paper on CIFAR-10 and FFHQ, 4e-6 on ImageNet, 5e-6 on AFHQ-v2.
+        fake_lr: of the fake score; the same in the paper.
+        betas: of both; (0, 0.999) in the paper. A first one of 0.9 ruins training: the opponent moves.
+        eps: of both; 1e-8 in the paper, 1e-6 with fp16.
+        fake_steps: updates of the fake score before each of the generator; 1 in the paper.
+        batch_size: images of one process in a step, where no data give the batches; the paper's 256 is of all.
+        accumulate: parts that a batch is cut into for lack of memory, one after the other.
+        gradient_clip: largest norm of each network's gradient; none in the paper.
+        decay_from: share of ``max_steps`` after which both rates fall linearly to 0; 1: never, as in the paper.
+        ema_halflife_images: memory of the student's running mean; 500,000 in the paper (2,000,000 on ImageNet).
+        ema_ramp_up: share of the images seen so far that the memory is at most; 0.05 in the paper's code.
+        loss: ``sid``, or ``reverse_kl`` (Diff-Instruct, DMD) for comparison.
+        weighting: ``l1``, the paper's :math:`\omega`, or ``none``.
+        noise_levels: ``edm`` draws levels as the paper does (the generator's along EDM's schedule up to ``t_max``, the
+            fake score's log-normal) and takes the teacher's nearest; ``grid`` the teacher's own timesteps from
+            ``t_min`` to ``t_max`` thousandths, with plain noise prediction for the fake score (SiD-LSG).
+        t_min: thousandths of the schedule the generator's levels begin at; 0 in the paper, 20 in SiD-LSG.
+        t_max: and end at; 800 in the paper, 980 in SiD-LSG.
+        guidance: classifier-free guidance of the teacher; 1 is none. SiD-LSG: 1.5 to 4.5.
+        fake_guidance: of the fake score, in its training too; the teacher's by default (SiD-LSG).
+        condition_dropout: share of the fake score's conditions that are dropped in training; 0.1 in SiD-LSG. Needs a
+            teacher that knows no condition.
+        adversarial: SiDA: the fake score's encoder also tells generated images from the data's, which are then needed,
+            and the generator learns from that, half and half; ``alpha`` is 1 there.
+        lora_rank: train low-rank adapters of this rank in place of the networks (needs the extra ``lora``).
+        clip_output: clamp generated images as the teacher's scheduler does (``clip_sample``), in training too, so that
+            the student learns what a pipeline emits. Default: if the teacher's scheduler does.
+        teacher_steps: of the teacher's samples in pictures.
+        num_pictures: student's and teacher's samples in a picture; 0 for none.
+        updates_per_epoch: generator updates that count as an epoch where no data give the batches.
+        seed: of all noise, with the step and the process: a resumed run draws what an uninterrupted one would.
+        optimizer: replaces Adam for the generator.
+        fake_optimizer: replaces Adam for the fake score.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit the teacher.
+
+    Source: Zhou et al. 2024, arXiv 2404.04057 and its code; SiD-LSG, arXiv 2406.01561; Su, kexue.fm/archives/10085.
+    """
+
+    def __init__(
+        self,
+        teacher: str,
+        alpha: float = 1.2,
+        sigma_init: float = 2.5,
+        lr: float = 1e-5,
+        fake_lr: float = 1e-5,
+        betas: tuple[float, float] = (0.0, 0.999),
+        eps: float = 1e-8,
+        fake_steps: int = 1,
+        batch_size: int = 256,
+        accumulate: int = 1,
+        gradient_clip: float | None = None,
+        decay_from: float = 1.0,
+        ema_halflife_images: float = 500_000,
+        ema_ramp_up: float = 0.05,
+        loss: Loss = "sid",
+        weighting: losses.Weighting = "l1",
+        noise_levels: Levels = "edm",
+        t_min: float = 0.0,
+        t_max: float = 800.0,
+        guidance: float = 1.0,
+        fake_guidance: float | None = None,
+        condition_dropout: float = 0.0,
+        adversarial: bool = False,
+        lora_rank: int | None = None,
+        clip_output: bool | None = None,
+        teacher_steps: int = 50,
+        num_pictures: int = 32,
+        updates_per_epoch: int = 1000,
+        seed: int = 0,
+        optimizer: OptimizerCallable | None = None,
+        fake_optimizer: OptimizerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        _check_arguments(locals())
+        self.automatic_optimization = False
+        self.alpha = alpha
+        self.lr, self.fake_lr, self.betas, self.eps = lr, fake_lr, (float(betas[0]), float(betas[1])), eps
+        self.fake_steps, self.batch_size, self.accumulate = fake_steps, batch_size, accumulate
+        self.gradient_clip, self.decay_from = gradient_clip, decay_from
+        self.ema_halflife_images, self.ema_ramp_up = ema_halflife_images, ema_ramp_up
+        self.loss_kind, self.weighting, self.noise_levels = loss, weighting, noise_levels
+        self.t_min, self.t_max = t_min, t_max
+        self.guidance = guidance
+        self.fake_guidance = guidance if fake_guidance is None else fake_guidance
+        self.condition_dropout, self.adversarial = condition_dropout, adversarial
+        self.lora_rank = lora_rank
+        self.teacher_steps, self.num_pictures, self.updates_per_epoch = teacher_steps, num_pictures, updates_per_epoch
+        self.seed = seed
+        self._optimizer, self._fake_optimizer = optimizer, fake_optimizer
+        self.networks = StudentNetworks(teacher, sigma_init, clip_output)
+        self._sharded_teacher = False
+        self.images, self._updates = 0, 0
+        self._shown_teacher: Tensor | None = None
+        self._marks: list[tuple[float, int]] = []
+
+    # Networks.
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher, loaded at first use."""
+        return self.networks.teacher
+
+    @property
+    def conditional(self) -> bool:
+        """Whether samples have a class."""
+        return self.num_classes is not None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes of the teacher; ``None`` for one without."""
+        return self.networks.description["num_classes"]
+
+    def build_network(self, network: nn.Module) -> nn.Module:
+        """A trainable network that starts equal to the teacher's; called for the generator and for the fake score."""
+        if self.lora_rank is not None:
+            return lora_copy(network, self.lora_rank)
+        return copy.deepcopy(network).requires_grad_(True).train()
+
+    def configure_model(self) -> None:
+        """Build the networks; shard them and the teacher under ``ModelParallelStrategy`` (FSDP2).
+
+        Raises:
+            ValueError: FSDP2 with ``lora_rank``, or with tensor parallelism.
+        """
+        if self._trainer is None:  # a checkpoint is being read, which says itself what to build
+            return
+        nets = self.networks
+        if not nets.is_built:
+            with torch.device("cpu"):  # the trainer makes new tensors on its device, and moves the networks there later
+                nets.build(self.build_network)
+        if self.lora_rank is not None and self.device_mesh is not None:
+            raise ValueError(f"lora_rank={self.lora_rank} shares the teacher's weights, which FSDP2 cannot shard.")
+        if shard_parts(self, nets.generator, nets.fake_score, nets.student) and not self._sharded_teacher:
+            fully_shard(self.teacher.denoiser, mesh=self.device_mesh["data_parallel"])
+            self._sharded_teacher = True
+            for name in ("sample", "teacher_sample"):
+                register_fsdp_forward_method(self, name)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what the networks are, the teacher's fingerprint, and how far training is."""
+        checkpoint[_RECORD] = {**self.networks.description, "images": self.images, "updates": self._updates}
+        if self.lora_rank is not None:  # the rest is the teacher's
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the networks if there are none, and refuse another teacher than the one trained with.
+
+        Raises:
+            ValueError: the teacher has changed, or the checkpoint is another module's.
+        """
+        record = dict(checkpoint.get(_RECORD) or {})
+        if not record:
+            raise ValueError("The checkpoint describes no networks of SiD: it is another module's.")
+        self.images, self._updates = record.pop("images"), record.pop("updates")
+        adapters = self.lora_rank is not None
+        self.networks.use_description(record, needs_teacher=adapters or not record["in_pixels"])
+        self.strict_loading = not adapters
+        if not self.networks.is_built:
+            self.networks.build(self.build_network) if adapters else self.networks.build_from_description()
+
+    # Samples.
+
+    def forward(self, noise: Tensor, **conditioning: Any) -> Tensor:
+        """The student's images or latents ``(B, C, H, W)`` of unit noise, in one step."""
+        return self.networks.generate(self.networks.student, noise, conditioning)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Draw images from the student, in one step.
+
+        Args:
+            num_samples: n.
+            labels: ``(n,)`` int64 classes of a class-conditional teacher; uniform at random by default.
+            prompts: n texts of a text-to-image teacher.
+            generator: of the noise, on any device.
+
+        Returns:
+            ``(n, C, H, W)`` in [0, 1], float32.
+
+        Raises:
+            ValueError: classes or prompts for a teacher without, or missing ones.
+        """
+        noise = self.networks.noise(num_samples, generator, self.device)
+        conditioning = self.networks.conditioning(num_samples, labels, prompts, generator, self.device)
+        return self.networks.decode(self(noise, **conditioning))
+
+    @torch.no_grad()
+    def teacher_sample(
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        prompts: Sequence[str] | None = None,
+        generator: torch.Generator | None = None,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Draw images from the teacher in ``num_steps`` [``teacher_steps``], from the noise that ``sample`` takes."""
+        noise = self.networks.noise(num_samples, generator, self.device)
+        conditioning = self.networks.conditioning(num_samples, labels, prompts, generator, self.device)
+        null = self.networks.null_conditioning() if self.guidance != 1 else None
+        steps = num_steps or self.teacher_steps
+        samples = many_steps(self.teacher.denoiser, noise, steps, conditioning, null, self.guidance)
+        return self.networks.decode(samples)
+
+    # Training.
+
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Update the fake score, then the generator, then the student."""
+        generator_optimizer, fake_optimizer = self.optimizers()
+        _count_no_step(fake_optimizer)
+        n, labels, prompts = self._read(batch)
+        conditioning = self.networks.conditioning(n, labels, prompts, self._random(self.fake_steps + 1), self.device)
+        real = 2 * batch["image"].to(self.dtype) - 1 if self.adversarial else None
+        for turn in range(self.fake_steps):
+            logs = self._update(fake_optimizer, n, conditioning, real, turn, self._fake_objective)
+        logs |= self._update(generator_optimizer, n, conditioning, real, self.fake_steps, self._generator_objective)
+        for scheduler in self.lr_schedulers() or ():
+            scheduler.step()
+        seen = n * self.trainer.world_size
+        decay = half_life_decay(seen, self.images, self.ema_halflife_images, self.ema_ramp_up)
+        update_average(self.networks.student, self.networks.generator, decay)
+        self.images += seen
+        self._updates += 1
+        self._log_step(n, logs)
+
+    def _update(
+        self,
+        optimizer: LightningOptimizer,
+        n: int,
+        conditioning: Mapping[str, Tensor],
+        real: Tensor | None,
+        turn: int,
+        objective: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    ) -> dict[str, Tensor]:
+        """One step of an optimizer on n samples, in ``accumulate`` parts; returns the means of what is logged."""
+        draws = self._draw(n, turn)
+        sums: dict[str, Tensor] = {}
+        for k in range(self.accumulate):
+            part = slice(k * n // self.accumulate, (k + 1) * n // self.accumulate)
+            rows = {name: value[part] for name, value in conditioning.items()}
+            with self._synchronised(k == self.accumulate - 1):
+                values, logs = objective(
+                    Draws(*(value[part] for value in draws)), rows, None if real is None else real[part]
+                )
+                self.manual_backward(values.sum() / n)
+            for name, value in logs.items():
+                sums[name] = sums.get(name, 0) + value.detach().float().sum() / n
+        optimizer.step()
+        optimizer.zero_grad()
+        return sums
+
+    def _fake_objective(
+        self, draws: Draws, conditioning: dict[str, Tensor], real: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        nets = self.networks
+        fake = nets.fake_score
+        with torch.no_grad():
+            images = nets.generate(nets.generator, draws.latent, conditioning)
+        score = self._score(fake, self._dropped(conditioning, draws.dropped), self.fake_guidance)
+        with self._discriminator() as logits:
+            loss = fake_score_terms(images, draws, score, self.noise_levels, fake.sigma_data, real, logits)
+        return loss, {"fake_loss": loss}
+
+    def _generator_objective(
+        self, draws: Draws, conditioning: dict[str, Tensor], real: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        nets = self.networks
+        images = nets.generate(nets.generator, draws.latent, conditioning)
+        with self._discriminator() as logits:
+            terms = generator_terms(
+                images,
+                draws,
+                self._score(self.teacher.denoiser, conditioning, self.guidance),
+                self._score(nets.fake_score, conditioning, self.fake_guidance),
+                alpha=self.alpha,
+                kind=self.loss_kind,
+                weighting=self.weighting,
+                logits=logits,
+                scale=loss_scale(self.trainer),
+            )
+        objective = _GENERATOR_SCALE * (images.nan_to_num() * terms.gradient).flatten(1).sum(1)
+        lost = (~terms.finite).float()
+        loss, divergence = (torch.where(terms.finite, value, 0.0) for value in (terms.loss, terms.divergence))
+        return objective, {"generator_loss": loss, "divergence": divergence, "nonfinite_samples": lost}
+
+    def _score(self, denoiser: Denoiser, conditioning: Mapping[str, Tensor], guidance: float) -> Score:
+        null = self.networks.null_conditioning() if guidance != 1 else None
+        return lambda x, sigma: guided(denoiser, x, sigma, conditioning, null, guidance)
+
+    def _discriminator(self) -> AbstractContextManager[Logits | None]:
+        return encoder_logits(self.networks.fake_score.network) if self.adversarial else nullcontext()
+
+    def _dropped(self, conditioning: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
+        """The conditions with some replaced by none, as classifier-free guidance is trained."""
+        if not self.condition_dropout:
+            return conditioning
+        null = self.networks.null_conditioning()
+        if null is None:
+            raise ValueError(
+                f"condition_dropout={self.condition_dropout} needs a condition that stands for none, which this "
+                "teacher has not: set it to 0."
+            )
+        return {
+            name: torch.where(dropped.view(-1, *[1] * (value.ndim - 1)), null[name].to(value), value)
+            for name, value in conditioning.items()
+        }
+
+    def _draw(self, n: int, turn: int) -> Draws:
+        """Noise by seed, update, turn and process: a resumed run draws what an uninterrupted one does."""
+        random = self._random(turn)
+        latent, noise = (self.networks.noise(n, random, self.device) for _ in range(2))
+        fake = turn < self.fake_steps
+        denoiser = self.networks.generator
+        limits = {"t_min": self.t_min, "t_max": self.t_max}
+        sigma = draw_levels(denoiser, n, self.noise_levels, random, fake=fake, **limits)
+        dropped = torch.rand(n, generator=random, device=self.device) < self.condition_dropout
+        return Draws(latent, noise, sigma, dropped)
+
+    def _random(self, turn: int) -> torch.Generator:
+        numbers = (self.seed, self._updates, turn, self.global_rank)
+        seed = functools.reduce(lambda total, number: total * 1_000_003 + number, numbers, 1)
+        return torch.Generator(self.device).manual_seed(seed % 2**63)
+
+    def _read(self, batch: Mapping[str, Any]) -> tuple[int, Tensor | None, list[str] | None]:
+        """How many samples a batch asks for, and of which classes or prompts."""
+        prompts = batch.get("prompt")
+        if self.adversarial and "image" not in batch:
+            raise ValueError("adversarial=True tells generated images from real ones: give data with images.")
+        if prompts is not None:
+            return len(prompts), None, list(prompts)
+        n = next(len(value) for value in batch.values() if isinstance(value, Tensor))
+        return n, batch.get("label") if self.conditional else None, None
+
+    @contextmanager
+    def _synchronised(self, now: bool) -> Iterator[None]:
+        """Gradients go round the processes in the last part of a batch only."""
+        strategy = self.trainer.strategy
+        if now or self.accumulate == 1:
+            yield
+        elif isinstance(strategy, DDPStrategy):
+            with strategy.model.no_sync():
+                yield
+        else:
+            parts = [part for part in self.modules() if isinstance(part, FSDPModule)]
+            for part in parts:
+                part.set_requires_gradient_sync(False, recurse=False)
+            yield
+            for part in parts:
+                part.set_requires_gradient_sync(True, recurse=False)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make gradients finite, as the paper's code does, and clip them; a GradScaler skips such steps itself."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            for parameter in parameters:
+                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+        if self.gradient_clip is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
+
+    def configure_optimizers(self) -> Any:
+        """Adam for the generator and for the fake score, with the last share of steps decayed if wanted."""
+        settings = {"betas": self.betas, "eps": self.eps}
+        optimizers = []
+        for part, own, lr in (
+            (self.networks.generator, self._optimizer, self.lr),
+            (self.networks.fake_score, self._fake_optimizer, self.fake_lr),
+        ):
+            parameters = [p for p in part.parameters() if p.requires_grad]
+            optimizers.append(own(parameters) if own else torch.optim.Adam(parameters, lr, **settings))
+        if self.decay_from == 1:
+            return optimizers
+        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, self._decay) for optimizer in optimizers]
+
+    def _decay(self, step: int) -> float:
+        if step == 0:  # the number of steps must not be asked for before a checkpoint is loaded
+            return 1.0
+        done = step / self.trainer.estimated_stepping_batches
+        return min(1.0, max(0.0, (1 - done) / (1 - self.decay_from)))
+
+    def _log_step(self, n: int, logs: Mapping[str, Tensor]) -> None:
+        now = time.monotonic()
+        self._marks = [*self._marks[-20:], (now, self.images)]
+        (before, images), bar = self._marks[0], {"prog_bar": True, "batch_size": n}
+        for name, value in logs.items():
+            self.log(f"train/{name}", value, prog_bar=name != "nonfinite_samples", batch_size=n)
+        self.log("train/images", float(self.images), prog_bar=False, batch_size=n)
+        if now > before:
+            self.log("images/s", (self.images - images) / (now - before), **bar)
+
+    # Loaders for a run without data, and rules.
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches that say how many images to make; a data module's batches take their place."""
+        self._refuse_missing_prompts()
+        return self._counting_loader(self.updates_per_epoch)
+
+    def val_dataloader(self) -> DataLoader:
+        """One batch, so that an epoch ends with pictures and evaluation."""
+        return self._counting_loader(1)
+
+    def _counting_loader(self, num_batches: int) -> DataLoader:
+        batch = {"index": torch.arange(self.batch_size)}
+        return DataLoader([batch] * num_batches, batch_size=None)
+
+    def _refuse_missing_prompts(self) -> None:
+        if self.networks.description["takes_text"]:
+            raise ValueError("This teacher draws what a text says: give PromptData with a file of prompts as data.")
+
+    def on_fit_start(self) -> None:
+        """Refuse what would train something else, or hang.
+
+        Raises:
+            MisconfigurationException: DDP without ``find_unused_parameters``.
+            ValueError: the teacher's output is not finite.
+        """
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+            raise MisconfigurationException(
+                "SiD has two optimizers, each of which trains a part of the parameters: under DDP use "
+                "strategy='ddp_find_unused_parameters_true'."
+            )
+        if self.guidance != 1 or self.fake_guidance != 1 or self.condition_dropout:
+            self._dropped({}, torch.zeros(0, dtype=torch.bool))
+        with torch.no_grad():
+            n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
+            conditioning = self.networks.conditioning(n, None, prompts, self._random(self.fake_steps + 2), self.device)
+            draws = self._draw(n, self.fake_steps)
+            denoised = self.teacher.denoiser(draws.noise * draws.sigma.view(-1, 1, 1, 1), draws.sigma, **conditioning)
+        if not denoised.isfinite().all():
+            raise ValueError(
+                f"teacher={self.networks.source!r} denoises noise to values that are not finite: is its file whole?"
+            )
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """As validation."""
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+        """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions."""
+        n, labels, prompts = self._read(batch)
+        random = torch.Generator(self.device).manual_seed(
+            (self.seed * 1_000_003 + batch_idx) * 4_099 + self.global_rank
+        )
+        output = {"image": self.sample(n, labels=labels, prompts=prompts, generator=random)}
+        return output if labels is None else {**output, "label": labels}
+
+    def on_validation_epoch_end(self) -> None:
+        """Draw the student's samples beside the teacher's, of the same noise."""
+        if self.num_pictures and not self.trainer.sanity_checking:
+            self._log_pictures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Draw the student's samples beside the teacher's, of the same noise."""
+        if self.num_pictures:
+            self._log_pictures("test")
+
+    def _log_pictures(self, stage: str) -> None:
+        # Every rank computes, because a sharded forward is collective; rank zero writes.
+        if self._shown_teacher is None:
+            self._shown_teacher = self.teacher_sample(**self._picture_options()).cpu()
+        student = self.sample(**self._picture_options())
+        figure = plots.plot_student(student, self._shown_teacher, self.teacher_steps, self.images)
+        log_image(self.trainer, f"{stage}/samples", figure_to_image(figure), self.global_step)
+
+    def _picture_options(self) -> dict[str, Any]:
+        n = self.num_pictures
+        options: dict[str, Any] = {"num_samples": n, "generator": torch.Generator(self.device).manual_seed(self.seed)}
+        if self.networks.description["takes_text"]:
+            options["prompts"] = self._picture_prompts()[:n] + [""] * (n - len(self._picture_prompts()))
+        elif (classes := self.num_classes) is not None:
+            options["labels"] = torch.arange(n, device=self.device) % classes
+        return options
+
+    def _picture_prompts(self) -> list[str]:
+        return list(getattr(getattr(self.trainer, "datamodule", None), "prompts", None) or [])
+
+    def export(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:
+        """Write the student as a diffusers pipeline that samples in one step, with no plugin installed.
+
+        Args:
+            folder: new or empty; written whole or not at all.
+            metrics: figures for the model card, such as ``{"FID": 1.92}``.
+
+        Returns:
+            The folder.
+        """
+        nets = self.networks
+        student = nets.built(nets.student)
+        network = student.network if self.lora_rank is None else merged(student.network)
+        needs_parts = self.lora_rank is not None or not nets.description["in_pixels"]
+        card = {
+            "teacher": str(self.networks.source),
+            "alpha": self.alpha,
+            "images": self.images,
+            "metrics": dict(metrics or {}),
+        }
+        return export_student(
+            student.sharing(network),
+            folder,
+            sigma_init=nets.start_level,
+            clips=nets.clips,
+            teacher=self.teacher if needs_parts else None,
+            card=card,
+        )
+
+
+def _count_no_step(optimizer: LightningOptimizer) -> None:
+    """Let Lightning's ``global_step`` count the generator's updates alone.
+
+    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
+    the updates asked for. It sets these two hooks anew when a loop starts.
+    """
+    optimizer._on_before_step = do_nothing_closure
+    optimizer._on_after_step = do_nothing_closure
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse what no other check sees, in one sentence."""
+    least = {
+        "fake_steps": 1,
+        "batch_size": 1,
+        "accumulate": 1,
+        "num_pictures": 0,
+        "updates_per_epoch": 1,
+        "teacher_steps": 1,
+    }
+    for name, minimum in least.items():
+        if arguments[name] < minimum:
+            raise ValueError(f"{name}={arguments[name]} must be {minimum} or more.")
+    for name in ("sigma_init", "lr", "fake_lr", "eps", "gradient_clip", "lora_rank"):
+        if (value := arguments[name]) is not None and not value > 0:
+            raise ValueError(f"{name}={value} must be positive.")
+    for name in ("ema_halflife_images", "ema_ramp_up", "guidance", "fake_guidance"):
+        if (value := arguments[name]) is not None and not value >= 0:
+            raise ValueError(f"{name}={value} must be 0 or more.")
+    for name in ("decay_from", "condition_dropout"):
+        if not 0 <= arguments[name] <= 1:
+            raise ValueError(f"{name}={arguments[name]} must lie in [0, 1].")
+    choices = {"loss": Loss, "noise_levels": Levels, "weighting": losses.Weighting}
+    for name, kind in choices.items():
+        if arguments[name] not in get_args(kind):
+            raise ValueError(f"{name}={arguments[name]!r} must be one of {', '.join(get_args(kind))}.")
+    if arguments["adversarial"] and (arguments["guidance"] != 1 or arguments["fake_guidance"] not in (None, 1)):
+        raise ValueError("adversarial=True reads the fake score's network without guidance: set guidance to 1.")
+    if arguments["batch_size"] < arguments["accumulate"]:
+        raise ValueError(f"accumulate={arguments['accumulate']} must not exceed batch_size={arguments['batch_size']}.")
+
+
+_RECORD = "sid"
+_GENERATOR_SCALE = 100.0  # of the generator's loss in the paper's code; with Adam it matters through eps and clipping

@@ -1,0 +1,218 @@
+"""The networks of a distillation: a frozen teacher beside three copies of it.
+
+Shapes: n samples, ``(n, C, H, W)`` images in [-1, 1] or latents.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.sampling import clip
+from lightning_plugins.sid.teacher import Teacher, load_teacher
+
+
+class StudentNetworks(nn.Module):
+    """Generator, fake score and student (the generator's running mean), all of the teacher's class.
+
+    The teacher is a plain attribute: in no ``state_dict``, wrapped and synchronised by nobody, but it follows to a
+    device or precision. The networks are built later, from the teacher by :meth:`build` or without it from a
+    checkpoint's :attr:`description`.
+
+    Args:
+        source: of the teacher, for :func:`~lightning_plugins.sid.teacher.load_teacher`.
+        sigma_init: the generator's noise level; the teacher's nearest is taken.
+        clip_output: clamp what is generated; ``None``: if the teacher's scheduler does.
+    """
+
+    def __init__(self, source: Any, sigma_init: float, clip_output: bool | None = None) -> None:
+        super().__init__()
+        self.source, self.sigma_init, self.clip_output = source, sigma_init, clip_output
+        self.generator: Denoiser | None = None
+        self.fake_score: Denoiser | None = None
+        self.student: Denoiser | None = None
+        self._teacher: Teacher | None = None
+        self._description: dict[str, Any] | None = None
+        self._null: dict[str, Tensor] | None = None
+        self._start_level: float | None = None
+
+    # The teacher.
+
+    @property
+    def teacher(self) -> Teacher:
+        """The frozen teacher, loaded at first use."""
+        if self._teacher is None:
+            self._teacher = load_teacher(self.source)
+            device = next((parameter.device for parameter in self.parameters()), None)
+            if device is not None and device.type != "meta":
+                for part in self._teacher_parts():
+                    part.to(device)
+        return self._teacher
+
+    def _teacher_parts(self) -> list[nn.Module]:
+        teacher = self._teacher
+        parts = (teacher.denoiser, teacher.vae, teacher.text_encoder) if teacher else ()
+        return [part for part in parts if part is not None]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "StudentNetworks":
+        super()._apply(fn, recurse)
+        for part in self._teacher_parts():
+            part._apply(fn)
+        if self._null is not None:
+            self._null = None  # made anew where the teacher is now
+        return self
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """What a checkpoint must say for the networks to be built without the teacher: plain data."""
+        if self._description is None:
+            teacher = self.teacher
+            self._description = {
+                "fingerprint": teacher.fingerprint,
+                "network": type(teacher.network).__name__,
+                "config": json.loads(teacher.network.to_json_string()),
+                "scheduler": teacher.denoiser.scheduler_config,
+                "sample_shape": list(teacher.sample_shape),
+                "num_classes": teacher.num_classes,
+                "in_pixels": teacher.vae is None,
+                "takes_text": teacher.text_encoder is not None,
+            }
+        return self._description
+
+    def use_description(self, description: Mapping[str, Any], needs_teacher: bool) -> None:
+        """Take a checkpoint's description; refuse it if the teacher that is there is another.
+
+        Args:
+            description: from :attr:`description`, of the run that wrote the checkpoint.
+            needs_teacher: load the teacher to compare.
+
+        Raises:
+            ValueError: the teacher is not the one trained with.
+        """
+        if self._teacher is not None or needs_teacher:
+            found, expected = self.teacher.fingerprint, description["fingerprint"]
+            if found != expected:
+                raise ValueError(
+                    f"teacher={self.source!r} is not the model that this checkpoint was trained with: its weights or "
+                    f"configuration differ (fingerprint {found[:8]}, not {expected[:8]}). Give the one it was."
+                )
+        self._description = dict(description)
+
+    # The copies.
+
+    @property
+    def is_built(self) -> bool:
+        """Whether there are networks."""
+        return self.generator is not None
+
+    def build(self, copy_network: Callable[[nn.Module], nn.Module]) -> None:
+        """Copy the teacher.
+
+        Args:
+            copy_network: from the teacher's network to a trainable one that starts equal.
+
+        Raises:
+            ValueError: ``sigma_init`` lies outside of the teacher's levels.
+        """
+        teacher = self.teacher
+        teacher.denoiser.input_scale(self.sigma_init)
+        self.generator = teacher.denoiser.sharing(copy_network(teacher.network))
+        self.fake_score = teacher.denoiser.sharing(copy_network(teacher.network))
+        shared = {id(parameter): parameter for parameter in teacher.network.parameters()}  # what adapters sit on
+        self.student = copy.deepcopy(self.generator, shared).requires_grad_(False).eval()
+
+    def build_from_description(self) -> None:
+        """Networks with weights that a checkpoint brings."""
+        import diffusers
+
+        cls = getattr(diffusers, self.description["network"])
+        made = [Denoiser(cls.from_config(self.description["config"]), self.description["scheduler"]) for _ in range(3)]
+        self.generator, self.fake_score, self.student = made
+        self.student.requires_grad_(False).eval()
+
+    def built(self, denoiser: Denoiser | None) -> Denoiser:
+        """The network, or one sentence if it has not been built."""
+        if denoiser is None:
+            raise ValueError(
+                "This SiD has no networks yet: they are built when a trainer starts; outside of one, load a checkpoint "
+                "by SiD.load_from_checkpoint(path)."
+            )
+        return denoiser
+
+    # What they generate.
+
+    @property
+    def start_level(self) -> float:
+        """The teacher's noise level nearest to ``sigma_init``."""
+        if self._start_level is None:  # once: reading it from the grid waits for the device
+            grid = self.built(self.generator).sigmas
+            distance = None if grid is None else (grid.log() - math.log(self.sigma_init)).abs()
+            self._start_level = float(self.sigma_init if grid is None else grid[distance.argmin()])
+        return self._start_level
+
+    @property
+    def clips(self) -> bool:
+        """Whether generated images are clamped to [-1, 1], or what the scheduler says."""
+        if self.clip_output is not None:
+            return self.clip_output
+        return bool(self.built(self.generator).scheduler_config.get("clip_sample", False))
+
+    def generate(self, denoiser: Denoiser | None, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        r""":math:`G(z) = D(s z, \sigma_{init})`, as a pipeline of one step feeds its network."""
+        denoiser, level = self.built(denoiser), self.start_level
+        images = denoiser(noise * denoiser.input_scale(level), noise.new_full((len(noise),), level), **conditioning)
+        return clip(denoiser, images) if self.clips else images
+
+    def noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Unit noise ``(n, C, H, W)``, drawn where the generator is."""
+        source = device if generator is None else generator.device
+        return torch.randn((n, *self.description["sample_shape"]), generator=generator, device=source).to(device)
+
+    def conditioning(
+        self,
+        n: int,
+        labels: Tensor | None,
+        prompts: Sequence[str] | None,
+        generator: torch.Generator | None,
+        device: torch.device,
+    ) -> dict[str, Tensor]:
+        """The network's keyword arguments for n classes or prompts; classes are drawn uniformly if none are given.
+
+        Raises:
+            ValueError: classes or prompts for a teacher without, or too few, or none for one that needs them.
+        """
+        if prompts is not None:
+            if len(prompts) != n:
+                raise ValueError(f"prompts must be {n} texts, one for each image, got {len(prompts)}.")
+            return self.teacher.encode_prompts(list(prompts))
+        classes = self.description["num_classes"]
+        if classes is None and labels is not None:
+            raise ValueError("labels were given, but the teacher has no classes: leave them out.")
+        if classes is None and self.description["takes_text"]:
+            raise ValueError("This teacher draws what a text says: give prompts, or PromptData with a file of them.")
+        if classes is None:
+            return {}
+        if labels is None:
+            source = device if generator is None else generator.device
+            labels = torch.randint(classes, (n,), generator=generator, device=source)
+        if labels.shape != (n,) or labels.is_floating_point():
+            found = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels must be ({n},) int64, a class for each image, got {found}.")
+        return {"class_labels": labels.to(device)}
+
+    def null_conditioning(self) -> dict[str, Tensor] | None:
+        """The keyword arguments for no condition, or ``None`` where the teacher knows none."""
+        if self._null is None:
+            self._null = self.teacher.null_conditioning()
+        return self._null
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Generated samples as images in [0, 1]; latents need the teacher's VAE."""
+        if self.description["in_pixels"]:
+            return (x.float() / 2 + 0.5).clamp(0, 1)
+        return self.teacher.decode(x)

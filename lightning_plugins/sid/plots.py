@@ -1,0 +1,48 @@
+"""Pictures of a one-step student beside its teacher. Images are ``(n, C, H, W)`` in [0, 1]."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from lightning_plugins.core.pictures import new_figure, show_grid
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def plot_student(student: Tensor, teacher: Tensor, num_steps: int, images: int) -> "Figure":
+    """The student's samples at the left, the teacher's of the same noise at the right.
+
+    Args:
+        student: n samples, made in one step.
+        teacher: n samples.
+        num_steps: the teacher's.
+        images: that the student has been trained with.
+    """
+    height, width = student.shape[-2:]
+    figure = new_figure(9.0, 9.0 / 2 * height / width + 0.6)
+    panels = {f"student, 1 step, {images:,} images": student, f"teacher, {num_steps} steps": teacher}
+    for axes, (title, samples) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+        show_grid(axes, samples)
+        axes.set_title(title, fontsize=10)
+    return figure
+
+
+def plot_progress(images: Sequence[float], curves: dict[str, Sequence[float]], teacher: dict[str, float]) -> "Figure":
+    """Fréchet distances against images seen on logarithmic axes, as figure 4 of the paper.
+
+    Args:
+        images: seen, at each measurement; those at 0 are left out of a logarithmic axis.
+        curves: distances at these, by name.
+        teacher: the teacher's distance for each curve, drawn as a dashed line.
+    """
+    figure = new_figure(6.0, 4.0)
+    axes = figure.subplots()
+    for name, values in curves.items():
+        (line,) = axes.loglog(images, values, "o-", label=name, markersize=3)
+        if name in teacher:
+            axes.axhline(teacher[name], color=line.get_color(), linestyle="--", label=f"teacher, {name}")
+    axes.set(xlabel="generated images seen", ylabel="Fréchet distance")
+    axes.legend(fontsize=8)
+    return figure
