@@ -353,7 +353,7 @@ def adversarial_generator_loss(logits: Tensor, weight: Tensor) -> Tensor:
     half of 100 and 0.01.
 
     Args:
-        logits: ``(B, ...)`` of generated images at the same :math:`x_t`, with gradient, which ends at +-10.
+        logits: ``(B,)`` or ``(B, ...)`` of generated images at the same :math:`x_t`, with gradient, which ends at +-10.
         weight: ``(B,)``, the :func:`l1_weight` of the same samples.
 
     Returns:
@@ -361,7 +361,7 @@ def adversarial_generator_loss(logits: Tensor, weight: Tensor) -> Tensor:
 
     Source: Zhou et al. 2024 (SiDA, arXiv 2410.14919) and the authors' code.
     """
-    return weight * softplus(-logits.float().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)).flatten(1).mean(1)
+    return weight * _mean(softplus(-logits.float().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)))
 
 
 def adversarial_fake_loss(real_logits: Tensor, fake_logits: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
@@ -372,8 +372,8 @@ def adversarial_fake_loss(real_logits: Tensor, fake_logits: Tensor, sigma: Tenso
     with the weight of :func:`fake_score_loss`, to which SiDA adds it as it is.
 
     Args:
-        real_logits: ``(B, ...)`` of real images with noise of the same levels.
-        fake_logits: ``(B, ...)`` of generated images.
+        real_logits: ``(B,)`` or ``(B, ...)`` of real images with noise of the same levels.
+        fake_logits: ``(B,)`` or ``(B, ...)`` of generated images.
         sigma: ``(B,)`` noise levels.
         sigma_data: standard deviation of the images.
 
@@ -382,13 +382,18 @@ def adversarial_fake_loss(real_logits: Tensor, fake_logits: Tensor, sigma: Tenso
 
     Source: Zhou et al. 2024 (SiDA, arXiv 2410.14919) and the authors' code.
     """
-    real, fake = softplus(-real_logits.float()), softplus(fake_logits.float())
-    return _edm_weight(sigma, sigma_data) * (real.flatten(1).mean(1) + fake.flatten(1).mean(1)) / 2
+    error = _mean(softplus(-real_logits.float())) + _mean(softplus(fake_logits.float()))
+    return _edm_weight(sigma, sigma_data) * error / 2
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample: ``(B,)``."""
     return (a * b).flatten(1).sum(1)
+
+
+def _mean(logits: Tensor) -> Tensor:
+    """Of each sample, which may have one alone: ``(B,)``."""
+    return logits.reshape(len(logits), -1).mean(1)
 
 
 def _edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:

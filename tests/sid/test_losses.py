@@ -1,0 +1,260 @@
+"""The losses of score identity distillation against their written-out formulas, stock torch and scipy."""
+
+import math
+
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_plugins.sid import losses
+
+
+def images(seed=0, n=4, dtype=torch.float64):
+    """Three batches of images, as generated, denoised by the teacher and by the fake score."""
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 3, 4, 5, generator=g, dtype=dtype) for _ in range(3)]
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_schedule_is_edms():
+    """EDM writes sigma_i of i steps from the most noise down; r counts from the least up."""
+    for low, high, rho in ((0.002, 80.0, 7.0), (0.01, 24.0, 3.0)):
+        r = torch.linspace(0, 1, 11, dtype=torch.float64)
+        edm = [(high ** (1 / rho) + i / 10 * (low ** (1 / rho) - high ** (1 / rho))) ** rho for i in range(11)]
+        assert losses.karras_sigmas(r, low, high, rho).tolist() == pytest.approx(edm[::-1], rel=1e-12)
+    assert losses.karras_sigmas(torch.tensor(0.8)).item() == pytest.approx(24.4, abs=0.05)
+
+
+def test_the_generators_levels_are_uniform_along_the_schedule():
+    sigma = losses.generator_sigmas(20_000, generator=seeded())
+    assert sigma.shape == (20_000,) and sigma.dtype == torch.float32
+    low, high = 0.002 ** (1 / 7), 80 ** (1 / 7)
+    r = (sigma.double() ** (1 / 7) - low) / (high - low)
+    assert stats.kstest(r.numpy(), stats.uniform(0, 0.8).cdf).pvalue > 0.01
+    assert 0.002 <= sigma.min() < 0.0025 and 23 < sigma.max() < 24.5
+    assert sigma.median().item() == pytest.approx(0.97, abs=0.05)
+    other = losses.generator_sigmas(5000, generator=seeded(), t_min=500, t_max=600, sigma_min=0.1, sigma_max=10)
+    ends = losses.karras_sigmas(torch.tensor([0.5, 0.6]), 0.1, 10.0).tolist()
+    assert [other.min().item(), other.max().item()] == pytest.approx(ends, rel=1e-2)
+
+
+def test_the_fake_scores_levels_are_lognormal():
+    sigma = losses.fake_score_sigmas(20_000, generator=seeded())
+    assert stats.kstest(sigma.log().numpy(), stats.norm(-1.2, 1.2).cdf).pvalue > 0.01
+    sigma = losses.fake_score_sigmas(20_000, mean=0.5, std=0.3, generator=seeded())
+    assert stats.kstest(sigma.log().numpy(), stats.norm(0.5, 0.3).cdf).pvalue > 0.01
+
+
+def test_levels_of_a_grid_are_its_own_and_equally_likely():
+    grid = torch.linspace(0.01, 10, 1000)
+    sigma = losses.grid_sigmas(50_000, grid, generator=seeded())
+    assert torch.isin(sigma, grid).all() and len(sigma.unique()) == 1000
+    counts = torch.bincount(torch.searchsorted(grid, sigma), minlength=1000)
+    assert stats.chisquare(counts.numpy()).pvalue > 0.01
+    sigma = losses.grid_sigmas(50_000, grid, generator=seeded(), t_min=20, t_max=980)
+    assert (sigma.min(), sigma.max()) == (grid[20], grid[979])  # t from 20 to 979, as SiD-LSG
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [losses.generator_sigmas, losses.fake_score_sigmas, lambda n, **k: losses.grid_sigmas(n, torch.arange(9.0), **k)],
+)
+def test_the_same_generator_draws_the_same_and_leaves_the_global_one(draw):
+    state = torch.get_rng_state()
+    assert torch.equal(draw(5, generator=seeded(3)), draw(5, generator=seeded(3)))
+    assert not torch.equal(draw(5, generator=seeded(3)), draw(5, generator=seeded(4)))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(0)
+    assert len(draw(5)) == 5 and not torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+def test_the_generators_loss_is_the_papers(alpha):
+    """As the authors write it: (y_real - y_fake)((y_real - y) - alpha (y_real - y_fake)) / mean|y - y_real|."""
+    y, y_real, y_fake = images()
+    each = (y_real - y_fake) * ((y_real - y) - alpha * (y_real - y_fake))
+    plain = each.sum((1, 2, 3))
+    factor = (y - y_real).abs().mean((1, 2, 3))
+    assert losses.generator_loss(y, y_real, y_fake, alpha, "none").tolist() == pytest.approx(plain.tolist(), abs=1e-12)
+    assert losses.generator_loss(y, y_real, y_fake, alpha).tolist() == pytest.approx((plain / factor).tolist())
+    weight = 60 / (y - y_real).flatten(1).norm(p=1, dim=1)  # DMD's C H W / |.|_1
+    assert losses.l1_weight(y, y_real).tolist() == pytest.approx(weight.tolist())
+    divergence = losses.fisher_divergence(y_real, y_fake, weight)
+    assert divergence.tolist() == pytest.approx((weight * (y_real - y_fake).flatten(1).norm(dim=1) ** 2).tolist())
+
+
+def test_the_default_is_the_papers_alpha():
+    y, y_real, y_fake = images()
+    assert torch.equal(losses.generator_loss(y, y_real, y_fake), losses.generator_loss(y, y_real, y_fake, 1.2, "l1"))
+
+
+def test_the_weight_is_a_constant_and_bounded():
+    """Its gradient would be another loss; two equal images would give an infinite one."""
+    y, y_real, y_fake = (x.requires_grad_() for x in images())
+    for loss in (losses.generator_loss, losses.reverse_kl_loss):
+        weighted = loss(y, y_real, y_fake, weighting="l1").sum()
+        factor = 1 / (y - y_real).abs().mean((1, 2, 3)).detach()
+        own = (factor * loss(y, y_real, y_fake, weighting="none")).sum()
+        inputs = [x for x in (y, y_real, y_fake) if loss is losses.generator_loss or x is y]
+        for a, b in zip(torch.autograd.grad(weighted, inputs), torch.autograd.grad(own, inputs), strict=True):
+            torch.testing.assert_close(a, b)
+    assert not losses.l1_weight(y, y_real).requires_grad
+    assert losses.l1_weight(y, y).tolist() == pytest.approx([1e5] * 4)
+
+
+def test_gradient_flows_through_the_images_and_both_inputs():
+    """Of L = (1 - a)|d|^2 + d.(f - x): by hand, for each of the three."""
+    y, y_real, y_fake = (x.requires_grad_() for x in images())
+    loss = losses.generator_loss(y, y_real, y_fake, 1.2, "none").sum()
+    delta, error = y_real - y_fake, y_fake - y
+    by_hand = [-delta, -0.4 * delta + error, 0.4 * delta - error + delta]
+    for got, want in zip(torch.autograd.grad(loss, [y, y_real, y_fake]), by_hand, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_noise_and_image_notation_are_one_loss():
+    """A generator, a teacher and a fake score that predict noise in variance-preserving scaling, values and gradients.
+
+    Of each level: x_t = a x_g + b noise, sigma = b / a, and the networks see x_t as it is, not divided by a.
+    """
+    torch.manual_seed(0)
+    student, teacher, fake = (nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)).double() for _ in range(3))
+    for network in (teacher, fake):
+        network.requires_grad_(False)
+    z, noise = torch.randn(2, 8, 6, dtype=torch.float64)
+    sigma = torch.logspace(-1.5, 1, 8, dtype=torch.float64)
+    a, b = 1 / (1 + sigma**2).sqrt()[:, None], (sigma / (1 + sigma**2).sqrt())[:, None]
+
+    def both(weighting, alpha):
+        x_g = student(z)
+        x_t = a * x_g + b * noise
+        eps_teacher, eps_fake = teacher(x_t), fake(x_t)
+        d_teacher, d_fake = ((x_t - b * eps) / a for eps in (eps_teacher, eps_fake))
+        first = losses.generator_loss(x_g, d_teacher, d_fake, alpha, weighting)
+        second = losses.epsilon_generator_loss(noise, eps_teacher, eps_fake, alpha, sigma=sigma, weighting=weighting)
+        return first, second if weighting == "l1" else sigma**2 * second
+
+    for weighting in ("l1", "none"):
+        for alpha in (0.5, 1.0, 1.2):
+            values = both(weighting, alpha)
+            torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+            gradients = [torch.autograd.grad(v.sum(), student.parameters(), retain_graph=True) for v in values]
+            for one, other in zip(*gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+                assert one.abs().max() > 1e-3
+
+    x_g = student(z).detach()
+    x_t = a * x_g + b * noise
+    eps = fake(x_t)
+    plain = losses.epsilon_fake_score_loss(eps, noise)
+    assert plain.tolist() == pytest.approx(F.mse_loss(eps, noise, reduction="none").sum(1).tolist())
+    weighted = losses.fake_score_loss((x_t - b * eps) / a, x_g, sigma) / (1 + 4 * sigma**2)  # leaves 1 / sigma^2
+    torch.testing.assert_close(weighted, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_the_fake_scores_loss_is_edms():
+    d_fake, x_g, _ = images()
+    sigma = torch.tensor([0.01, 0.5, 2.0, 40.0], dtype=torch.float64)
+    for sigma_data in (0.5, 1.3):
+        weight = [(s**2 + sigma_data**2) / (s * sigma_data) ** 2 for s in sigma.tolist()]
+        want = [w * ((d - x) ** 2).sum().item() for w, d, x in zip(weight, d_fake, x_g, strict=True)]
+        assert losses.fake_score_loss(d_fake, x_g, sigma, sigma_data).tolist() == pytest.approx(want)
+    assert (
+        losses.fake_score_loss(d_fake, x_g, sigma).tolist() == losses.fake_score_loss(d_fake, x_g, sigma, 0.5).tolist()
+    )
+
+
+def test_the_reverse_divergence_moves_images_from_the_fake_to_the_teacher():
+    x_g, d_teacher, d_fake = (x.requires_grad_() for x in images())
+    loss = losses.reverse_kl_loss(x_g, d_teacher, d_fake, "none")
+    (gradient,) = torch.autograd.grad(loss.sum(), x_g)
+    torch.testing.assert_close(gradient, d_fake - d_teacher)
+    dmd = losses.reverse_kl_loss(x_g, d_teacher, d_fake)
+    d_teacher.grad = d_fake.grad = None
+    dmd.sum().backward()
+    assert d_teacher.grad is None and d_fake.grad is None  # no backward through the networks
+    factor = (x_g - d_teacher).abs().mean((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(x_g.grad, (d_fake - d_teacher) / factor)
+
+
+def test_sidas_terms_are_binary_cross_entropies():
+    logits = torch.tensor([[[-30.0, -3.0], [0.5, 12.0]], [[1.0, 2.0], [-2.0, 0.0]]], requires_grad=True)
+    weight = torch.tensor([2.0, 0.5])
+    loss = losses.adversarial_generator_loss(logits, weight)
+    clamped = logits.detach().clamp(-10, 10)
+    own = F.binary_cross_entropy_with_logits(clamped, torch.ones(2, 2, 2), reduction="none").mean((1, 2))
+    torch.testing.assert_close(loss, weight * own)
+    loss.sum().backward()
+    assert logits.grad[0, 0, 0] == 0 and logits.grad[0, 1, 1] == 0  # beyond the limits
+    assert (logits.grad < 0).sum() == 6  # all others are drawn towards real
+    real, fake = torch.randn(2, 3, 2, 2, generator=seeded())
+    sigma = torch.tensor([0.1, 1.0, 5.0])
+    want = F.binary_cross_entropy_with_logits(real, torch.ones(3, 2, 2), reduction="none").mean((1, 2))
+    want = (want + F.binary_cross_entropy_with_logits(fake, torch.zeros(3, 2, 2), reduction="none").mean((1, 2))) / 2
+    torch.testing.assert_close(
+        losses.adversarial_fake_loss(real, fake, sigma), (sigma**2 + 0.25) / (sigma / 2) ** 2 * want
+    )
+    flat = losses.adversarial_generator_loss(torch.tensor([1.0, 2.0]), torch.ones(2))  # one logit a sample
+    assert flat.tolist() == pytest.approx([math.log1p(math.exp(-1)), math.log1p(math.exp(-2))])
+
+
+def test_samples_are_apart_and_of_any_shape():
+    """A sample's value does not see the others, nor a broken one among them; points of the plane are as good."""
+    y, y_real, y_fake = images(dtype=torch.float32)
+    whole = losses.generator_loss(y, y_real, y_fake)
+    y_broken = y.clone()
+    y_broken[2, 0, 0, 0] = math.nan
+    broken = losses.generator_loss(y_broken, y_real, y_fake)
+    assert broken.isnan().tolist() == [False, False, True, False]
+    assert torch.equal(broken[[0, 1, 3]], whole[[0, 1, 3]])
+    flat = losses.generator_loss(*(x.flatten(1) for x in (y, y_real, y_fake)))
+    torch.testing.assert_close(flat, whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(losses.generator_loss(y, y_real, y_fake), whole)  # nothing in it is lowered
+
+
+def test_what_would_train_something_else_is_refused():
+    y, y_real, y_fake = images()
+    y.requires_grad_()
+    with pytest.raises(ValueError, match="must keep their gradient"):
+        losses.generator_loss(y, y_real, y_fake)
+    with pytest.raises(ValueError, match="must keep their gradient"):
+        losses.generator_loss(y, y_real.requires_grad_(), y_fake)
+    with torch.no_grad():
+        assert losses.generator_loss(y, y_real.detach(), y_fake).shape == (4,)  # a validation step
+    with pytest.raises(ValueError, match="must both keep their gradient"):
+        losses.epsilon_generator_loss(y_fake, y_real, y_fake)
+    with pytest.raises(ValueError, match="weighting='l1' needs sigma"):
+        losses.epsilon_generator_loss(*images(), weighting="l1")
+    with pytest.raises(ValueError, match="x_g carries a gradient"):
+        losses.fake_score_loss(y_fake, y, torch.ones(4))
+    with pytest.raises(ValueError, match="weighting='sigma' is unknown"):
+        losses.generator_loss(*images(), weighting="sigma")
+    with pytest.raises(ValueError, match="weighting='sigma' is unknown"):
+        losses.reverse_kl_loss(*images(), weighting="sigma")
+    with pytest.raises(ValueError, match=r"x_g \(4, 3, 4, 5\), d_teacher \(1, 3, 4, 5\)"):
+        losses.reverse_kl_loss(y_fake, images()[0][:1], y_fake)
+    with pytest.raises(ValueError, match=r"d_teacher \(4,\)"):
+        losses.fisher_divergence(torch.ones(4), torch.ones(4))
+    with pytest.raises(ValueError, match=r"d_fake is torch.bfloat16: .* drown"):
+        losses.generator_loss(*images()[:2], images()[2].bfloat16())
+    with pytest.raises(ValueError, match=r"sigma must hold one noise level a sample, \(B,\), got \(4, 1, 1, 1\)"):
+        losses.fake_score_loss(*images()[:2], torch.ones(4, 1, 1, 1))
+
+
+def test_impossible_noise_levels_are_refused():
+    with pytest.raises(ValueError, match=r"sigma_min=3\.0 must be positive and below sigma_max=2\.0"):
+        losses.karras_sigmas(torch.ones(1), 3.0, 2.0)
+    with pytest.raises(ValueError, match="sigma_min=0 must be positive"):
+        losses.generator_sigmas(2, sigma_min=0)
+    with pytest.raises(ValueError, match=r"t_min=0\.0 and t_max=1200"):
+        losses.generator_sigmas(2, t_max=1200)
+    with pytest.raises(ValueError, match="t_min=900 and t_max=800"):
+        losses.grid_sigmas(2, torch.arange(10.0), t_min=900, t_max=800)
+    with pytest.raises(ValueError, match="leave none of 10 noise levels"):
+        losses.grid_sigmas(2, torch.arange(10.0), t_min=910, t_max=930)
