@@ -45,7 +45,7 @@ class GenerativeEvaluation(Callback):
     - ``frechet_distance`` (:class:`FrechetDistance`), ``kernel_distance`` (:class:`KernelDistance`), ``precision``,
       ``recall``, ``density``, ``coverage`` (:class:`PrecisionRecallDensityCoverage`) and ``support_size``
       (:class:`BirthdayParadox`), of all processes' samples;
-    - the pictures ``samples`` and, with ``"birthday"``, ``closest_pairs``: the samples most alike, one above the other;
+    - the pictures ``generated`` and, with ``"birthday"``, ``closest_pairs``: the samples most alike, one above the other;
     - a table ``generative`` of these figures and of the intervals of the support size.
 
     The same random numbers are used every time, so that figures of two epochs differ by the weights alone; they
@@ -207,7 +207,7 @@ class GenerativeEvaluation(Callback):
     def _show(self, trainer: Trainer, images: Tensor, stage: str, device: torch.device) -> None:
         step, zoom = trainer.global_step, max(1, 32 // images.shape[-1])
         first = image_grid(images[: _ROWS**2].float() / 255, _ROWS, zoom=zoom)
-        log_image(trainer, f"{stage}/samples", first, step)
+        log_image(trainer, f"{stage}/generated", first, step)
         if (birthday := self._judges.get("birthday")) is not None:
             _, pairs = birthday.closest_pairs(_PAIRS)
             _, before = share(self.num_samples, trainer.global_rank, trainer.world_size)

@@ -101,7 +101,7 @@ def test_figures_are_those_of_the_metrics_and_pictures_are_drawn(tmp_path):
     folder = tmp_path / "run"
     table = (folder / "tables" / "val" / "generative" / "000000.csv").read_text().split()
     assert table[:2] == ["figure,value", "num_samples,300"] and len(table) == 2 + 15
-    grid = Image.open(folder / "images" / "val" / "samples" / "000000.png")
+    grid = Image.open(folder / "images" / "val" / "generated" / "000000.png")
     assert grid.size == (8 * 33 - 1, 8 * 33 - 1)  # 8 x 8 images of 8 px, four times as large, with lines
     assert grid.getpixel((0, 0)) == pytest.approx(255 * samples[0, 0, 0, 0].item(), abs=1)
     pairs = Image.open(folder / "images" / "val" / "closest_pairs" / "000000.png")
