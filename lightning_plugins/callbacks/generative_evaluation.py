@@ -45,7 +45,8 @@ class GenerativeEvaluation(Callback):
     - ``frechet_distance`` (:class:`FrechetDistance`), ``kernel_distance`` (:class:`KernelDistance`), ``precision``,
       ``recall``, ``density``, ``coverage`` (:class:`PrecisionRecallDensityCoverage`) and ``support_size``
       (:class:`BirthdayParadox`), of all processes' samples;
-    - the pictures ``generated`` and, with ``"birthday"``, ``closest_pairs``: the samples most alike, one above the other;
+    - the pictures ``generated`` and, with ``"birthday"``, ``closest_pairs``: the samples most alike, one above the
+      other;
     - a table ``generative`` of these figures and of the intervals of the support size.
 
     The same random numbers are used every time, so that figures of two epochs differ by the weights alone; they
@@ -59,8 +60,8 @@ class GenerativeEvaluation(Callback):
 
     Args:
         every_n_epochs: evaluate in the validation of epochs n, 2 n, ...
-        num_samples: images drawn by all processes together. Distances of different numbers do not compare; 5,000 give
-            the support size of a model as diverse as the data to 3 %.
+        num_samples: images drawn by all processes together. Distances of different numbers do not compare; 5,000 hold
+            1,250 near-duplicates if they are as diverse as the data.
         metrics: some of ``"frechet"``, ``"kernel"``, ``"precision_recall"``, ``"birthday"``; all by default.
         feature: what images are compared by, see :func:`feature_extractor`: ``"digits"``, ``"inception"`` or an
             ``nn.Module`` with ``num_features``.
