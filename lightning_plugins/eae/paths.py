@@ -1,12 +1,13 @@
 """Paths between codes."""
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 PathMode = Literal["linear", "slerp"]
-_PARALLEL = 1e-4  # radians below which a great circle is a straight line, to rounding
+_PARALLEL = 1e-3  # radians below which a great circle is a straight line, and a float32 cosine 1, to rounding
 
 
 def interpolate_codes(a: Tensor, b: Tensor, num_steps: int, mode: PathMode = "linear") -> Tensor:
@@ -44,8 +45,8 @@ def interpolate_codes(a: Tensor, b: Tensor, num_steps: int, mode: PathMode = "li
     line = (1 - t) * a + t * b
     if mode == "linear":
         return line
-    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1).clamp(-1, 1)[..., None]
-    angle = cosine.acos()
-    arc = (((1 - t) * angle).sin() * a + (t * angle).sin() * b) / angle.sin()
-    straight = (angle < _PARALLEL) | (angle > torch.pi - _PARALLEL)
+    cosine = torch.nn.functional.cosine_similarity(a, b, dim=-1)[..., None]
+    straight = cosine.abs() >= math.cos(_PARALLEL)
+    angle = cosine.masked_fill(straight, 0).acos()  # masked here: behind it, gradients would be NaN
+    arc = ((1 - t) * angle).sin() / angle.sin() * a + (t * angle).sin() / angle.sin() * b
     return torch.where(straight, line, arc)
