@@ -19,8 +19,9 @@ class LatentPrior(nn.Module):
 
     .. math:: p(z) = N(0, I), \qquad N(\mu, \Sigma), \qquad \sum_k w_k N(\mu_k, \Sigma_k)
 
-    with full covariances. ``remember`` keeps the newest training codes and ``fit`` fits both Gaussian and mixture.
-    Everything stands in buffers, so that a checkpoint carries the fitted prior and a resumed run its memory.
+    with full covariances. ``remember`` keeps the newest training codes; Gaussian and mixture are fitted to them by
+    ``fit``, or by the first use after training went on. Everything stands in buffers, so that a checkpoint carries the
+    fitted prior and a resumed run its memory.
 
     Args:
         latent_dim: dimensions d of a code.
@@ -31,7 +32,6 @@ class LatentPrior(nn.Module):
     Example:
         >>> prior = LatentPrior(2, num_components=3)
         >>> prior.remember(torch.randn(500, 2, generator=torch.Generator().manual_seed(0)))
-        >>> prior.fit()
         >>> prior.sample(4, "mixture").shape
         torch.Size([4, 2])
     """
@@ -67,8 +67,18 @@ class LatentPrior(nn.Module):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether ``gaussian`` and ``mixture`` can be used."""
+        """Whether Gaussian and mixture are fitted, and no codes have been remembered since."""
         return bool(self.fitted)
+
+    @property
+    def can_be_fitted(self) -> bool:
+        """Whether enough codes are remembered, all of them finite."""
+        return self.num_remembered >= self.num_needed and bool(self.memory.isfinite().all())
+
+    @property
+    def num_needed(self) -> int:
+        """How few codes can be fitted."""
+        return max(2, self.num_components)
 
     @property
     def num_remembered(self) -> int:
@@ -77,10 +87,10 @@ class LatentPrior(nn.Module):
 
     @torch.no_grad()
     def remember(self, z: Tensor) -> None:
-        """Put codes ``(n, d)`` in the memory, over the oldest ones if it is full.
+        """Put codes ``(n, d)`` in the memory, over the oldest ones if it is full; an earlier fit is then out of date.
 
-        Over several processes give all of them the same codes (:meth:`LatentBatchNorm.all_rows`), since DDP copies
-        the first one's memory to the others.
+        Over several processes give all of them the same codes (:meth:`LatentBatchNorm.all_rows`), so that
+        all fit the same.
         """
         self._check_codes(z)
         newest = z[-self.capacity :].to(self.memory)
@@ -88,6 +98,7 @@ class LatentPrior(nn.Module):
         places = self.num_seen + torch.arange(len(z) - len(newest), len(z), device=self.num_seen.device)
         self.memory.index_copy_(0, places % self.capacity, newest)
         self.num_seen += len(z)
+        self.fitted.fill_(False)
 
     @torch.no_grad()
     def fit(self, z: Tensor | None = None) -> None:
@@ -105,10 +116,10 @@ class LatentPrior(nn.Module):
         z = self.memory[: self.num_remembered] if z is None else z
         self._check_codes(z)
         z = z.detach().to("cpu", torch.float64)
-        if len(z) < (needed := max(2, self.num_components)):
+        if len(z) < self.num_needed:
             raise ValueError(
-                f"num_components={self.num_components} needs {needed} codes or more, got {len(z)}: give more codes, "
-                "or lower it."
+                f"num_components={self.num_components} needs {self.num_needed} codes or more, got {len(z)}: give more "
+                "codes, or lower it."
             )
         if not z.isfinite().all():
             raise ValueError("z has codes that are not finite, to which no prior can be fitted: has training diverged?")
@@ -128,7 +139,7 @@ class LatentPrior(nn.Module):
 
         Args:
             n: how many.
-            kind: the distribution.
+            kind: the distribution; fitted to the memory first if it is not, or codes have been remembered since.
             temperature: factor, 0 or more, on the standard deviation. In the mixture it is every component's own, about
                 the component's mean; which components are drawn does not change.
             generator: on any device, where the numbers are then drawn; torch's own of this module's device by default.
@@ -137,12 +148,11 @@ class LatentPrior(nn.Module):
             ``(n, d)`` on this module's device.
 
         Raises:
-            ValueError: unknown kind or a negative temperature.
-            RuntimeError: the kind needs a fit.
+            ValueError: unknown kind, a negative temperature, or too few codes remembered for a fit.
         """
-        self._check_kind(kind)
         if temperature < 0:
             raise ValueError(f"temperature={temperature} must be 0 or more.")
+        self._prepare(kind)
         device = self.mean.device
         source = {"generator": generator, "device": device if generator is None else generator.device}
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
@@ -165,17 +175,16 @@ class LatentPrior(nn.Module):
 
         Args:
             z: ``(n, d)``; half precision is widened to float32.
-            kind: the distribution.
+            kind: the distribution, fitted first as by :meth:`sample`.
 
         Returns:
             ``(n,)`` nats.
 
         Raises:
-            ValueError: unknown kind, or codes of another shape.
-            RuntimeError: the kind needs a fit.
+            ValueError: unknown kind, codes of another shape, or too few codes remembered for a fit.
         """
-        self._check_kind(kind)
         self._check_codes(z)
+        self._prepare(kind)
         dtype = torch.promote_types(torch.promote_types(z.dtype, self.mean.dtype), torch.float32)
         z = z.to(dtype)
         with torch.autocast(z.device.type, enabled=False):
@@ -190,11 +199,18 @@ class LatentPrior(nn.Module):
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z must have shape (codes, {self.latent_dim}), got {tuple(z.shape)}.")
 
-    def _check_kind(self, kind: str) -> None:
+    def _prepare(self, kind: str) -> None:
+        """Fit what is to be fitted before use: here, so that no training step waits for it."""
         if kind not in get_args(PriorKind):
             raise ValueError(f"prior={kind!r} is unknown; choose one of {', '.join(get_args(PriorKind))}.")
-        if kind != "normal" and not self.is_fitted:
-            raise RuntimeError(f"prior={kind!r} has not been fitted: train the module, or call fit_prior() first.")
+        if kind == "normal" or self.is_fitted:
+            return
+        if self.num_remembered < self.num_needed:
+            raise ValueError(
+                f"prior={kind!r} is fitted to {self.num_needed} codes or more, and training has left "
+                f"{self.num_remembered}: train longer, or call fit_prior(dataloader) first."
+            )
+        self.fit()
 
 
 def fit_mixture(

@@ -252,6 +252,31 @@ def test_a_checkpoint_goes_on_bit_for_bit(tmp_path):
     )
 
 
+def test_a_fit_holds_until_more_codes_are_remembered():
+    z = torch.randn(400, 2, generator=seeded())
+    prior, other = (LatentPrior(2, num_components=2, capacity=100) for _ in range(2))
+    prior.remember(z[:50])
+    assert not prior.is_fitted and prior.can_be_fitted
+    for use in (lambda: prior.sample(3, "mixture"), lambda: prior.log_prob(z[:3], "gaussian")):
+        prior.fitted.fill_(False)
+        use()
+        other.fit(z[:50])
+        assert prior.is_fitted and torch.equal(prior.factors, other.factors)
+    prior.fit(z)  # what is given, not what is remembered
+    other.fit(z)
+    assert torch.equal(prior.sample(9, "mixture", generator=seeded()), other.sample(9, "mixture", generator=seeded()))
+    prior.remember(z[50:100])
+    assert not prior.is_fitted
+    prior.sample(1)  # N(0, I) needs none
+    assert not prior.is_fitted
+    other.fit(z[:100])
+    assert torch.equal(prior.sample(9, "gaussian", generator=seeded()), other.sample(9, "gaussian", generator=seeded()))
+    prior.remember(torch.full((1, 2), math.nan))
+    assert not prior.can_be_fitted
+    with pytest.raises(ValueError, match="not finite"):
+        prior.sample(1, "mixture")
+
+
 def test_a_partly_filled_memory_fits_its_codes_alone():
     z = correlated(60).float() + 50
     prior, given = (LatentPrior(4, num_components=2) for _ in range(2))
@@ -294,9 +319,9 @@ def test_refusals(fitted):
         LatentPrior(2, num_components=1).fit(torch.zeros(1, 2))
     with pytest.raises(ValueError, match="not finite"):
         prior.fit(torch.full((9, 2), math.nan))
-    assert not prior.is_fitted
+    assert not prior.is_fitted and not prior.can_be_fitted
     for use in (lambda kind: prior.sample(3, kind), lambda kind: prior.log_prob(torch.zeros(3, 2), kind)):
-        with pytest.raises(RuntimeError, match="prior='mixture' has not been fitted"):
+        with pytest.raises(ValueError, match=r"fitted to 5 codes or more, .* left 4: .* fit_prior\(dataloader\)"):
             use("mixture")
         with pytest.raises(ValueError, match="prior='gmm' is unknown; choose one of normal, gaussian, mixture"):
             use("gmm")
