@@ -112,7 +112,7 @@ class Denoiser(nn.Module):
                 f"The network makes {tuple(output.shape[1:])} of {tuple(x.shape[1:])}: a denoiser needs as many "
                 "channels as its input, or twice as many (a learned variance), and the same size."
             )
-        return c_skip * x + c_out * output[:, :channels].to(x.dtype)
+        return c_skip * x + c_out * output[:, :channels]  # the coefficients widen a low output
 
     def nearest(self, sigma: Tensor) -> Tensor:
         """The levels of the grid nearest to ``(B,)`` sigma in their logarithm; for EDM sigma itself, in range."""

@@ -3,9 +3,6 @@
 import pytest
 import torch
 
-# numpy 2 about how diffusers 0.42's Euler, Heun and DPM schedulers make their levels
-NUMPY = "ignore:__array:DeprecationWarning"
-
 
 def unet(channels=1, **options):
     import diffusers

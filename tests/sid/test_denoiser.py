@@ -183,6 +183,7 @@ def test_flow_matching_steps_to_the_same_original_sample(teacher_folder):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
         scheduler.set_timesteps(sigmas=[unshifted])
         t, s = scheduler.timesteps[0], scheduler.sigmas[0].double().item()
+        assert len(Denoiser(denoiser.network, scheduler).sigmas) == 1000  # whatever was done to the object
         assert s == pytest.approx(3 * unshifted / (1 + 2 * unshifted))
         z = torch.randn(2, 4, 8, 8)
         sigma = denoiser.nearest(torch.full((2,), min(s / max(1 - s, 1e-12), LARGEST_SIGMA)))
