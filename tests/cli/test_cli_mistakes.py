@@ -114,7 +114,7 @@ error: IdxImages: folder='/nowhere' is not a folder.
     "fit --model CapsNt": """\
 error: no LightningModule is called 'CapsNt' (model).
 Did you mean CapsNet?
-Known: CapsNet, Independent, ToyNet, UniLMSeq2Seq
+Known: CapsNet, EAE, Independent, ToyNet, UniLMSeq2Seq
 A class of your own is given by its path: package.module.Class
 """,
     "fit --model my_package.ToyNt": """\

@@ -214,3 +214,27 @@ def test_an_error_of_the_users_own_code_keeps_its_traceback(save):
     save(trick="bug")
     with pytest.raises(ValueError, match="of the user's own code"):
         sample("--output=page.png")
+
+
+def test_an_autoencoder_draws_digits_from_each_prior(cli, project, capsys):
+    model = ["--model=EAE", "--model.network=mlp", "--model.latent_dim=2", "--model.conditional=true"]
+    save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    cli("fit", *model, "--model.pictures_every_n_epochs=0", "--data=Digits", "--data.image_size=8", *save)
+    words = ["sample", "--ckpt_path=last", "--labels", "3", "5"]
+    pages = []
+    for prior in "normal", "gaussian", "mixture":
+        main([*words, f"--prior={prior}", f"--output={prior}.png"])
+        pages.append(pixels(f"{prior}.png"))
+        assert pages[-1].shape == (8 * 33 - 1, 8 * 33 - 1)
+    main(words)
+    assert capsys.readouterr().out.endswith("\nPicture: lightning_logs/version_0/samples.png\n")
+    assert np.array_equal(pixels("lightning_logs/version_0/samples.png"), pages[0])
+    assert not np.array_equal(pages[0], pages[1]) and not np.array_equal(pages[1], pages[2])
+    path = "lightning_logs/version_0/checkpoints/last.ckpt"
+    content = torch.load(path, weights_only=True)
+    content["state_dict"]["prior.num_seen"].zero_()
+    torch.save(content, path)
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--prior=gaussian"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1
