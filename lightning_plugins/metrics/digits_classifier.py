@@ -58,7 +58,8 @@ def _small_and_grey(images: Tensor) -> Tensor:
 
 def trained_digits_classifier() -> DigitsClassifier:
     """The classifier with the weights that ship with the package, in evaluation mode."""
-    network = DigitsClassifier()
+    with torch.device("meta"):  # no weights are drawn, so that a run's random numbers stay what they were
+        network = DigitsClassifier()
     with (files("lightning_plugins.metrics") / "embedded" / "digits_classifier.pt").open("rb") as file:
-        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True), assign=True)
     return network.eval()
