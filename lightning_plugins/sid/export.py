@@ -1,0 +1,308 @@
+"""A folder that plain diffusers loads and samples from in one step: student, cut scheduler and a model card."""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.teacher import Teacher
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline, SchedulerMixin
+
+ONE_STEP = "_one_step"
+"""Key of ``model_index.json``, which diffusers ignores, by which the ``sample`` command knows an exported student."""
+
+_SNIPPET = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the Hub
+images = pipeline({call}, generator=torch.manual_seed(0)).images
+images[0].save("sample.png")
+"""
+_CALLS = {
+    "ConsistencyModelPipeline": "batch_size=4",
+    "LDMPipeline": "batch_size=4, num_inference_steps=1",
+    "DiTPipeline": "num_inference_steps=1, guidance_scale=1.0",
+    "StableDiffusionPipeline": '["a photograph of a lighthouse"] * 4, num_inference_steps=1, guidance_scale=1.0',
+}
+_DEFAULTS = {
+    "ConsistencyModelPipeline": "One step is this pipeline's default; other pipelines for the same network, such as "
+    "`DDIMPipeline` with its\n  default of 50 steps, run without a word and give worse images.",
+    "LDMPipeline": "Give `num_inference_steps=1`: the default of 50 runs without a word and gives worse images.",
+    "DiTPipeline": "Give `num_inference_steps=1` and `guidance_scale=1.0`: the defaults, 50 and 4, run without a word "
+    "and give worse\n  images.",
+    "StableDiffusionPipeline": "Give `num_inference_steps=1` and `guidance_scale=1.0`: the defaults, 50 and 7.5, run "
+    "without a word and give\n  worse images. No safety checker is included.",
+}
+
+
+def export_student(
+    denoiser: Denoiser,
+    folder: str | Path,
+    *,
+    sigma_init: float,
+    clips: bool,
+    teacher: Teacher | None,
+    card: Mapping[str, Any],
+) -> Path:
+    r"""Write a one-step generator for plain diffusers.
+
+    ``DiffusionPipeline.from_pretrained(folder)`` then makes, of the noise :math:`z` that it draws,
+
+    .. math:: G(z) = D(s z, \sigma_{init})
+
+    with s from :meth:`~lightning_plugins.sid.denoiser.Denoiser.input_scale`. The network and its timestep stay; the
+    scheduler is cut so that its one step starts at sigma_init:
+
+    ======================  ==========================================  ==========================================
+    teacher                 scheduler                                   pipeline
+    ======================  ==========================================  ==========================================
+    epsilon, v, sample      DDIM, trained_betas up to t, trailing       by the network: see below
+    EDM                     EDMEuler, sigma_max = sigma_init            the same, but not DiT's
+    flow                    DPMSolver++ of flow_prediction, flow_shift  the same
+                            such that its first level is sigma_init
+    ======================  ==========================================  ==========================================
+
+    UNet2DModel becomes a ConsistencyModelPipeline, whose default is one step (with a VAE an LDMPipeline);
+    DiTTransformer2DModel a DiTPipeline; UNet2DConditionModel a StableDiffusionPipeline with the teacher's text encoder,
+    tokenizer and VAE. The last three need ``num_inference_steps=1`` (and ``guidance_scale=1.0``), as the model card
+    shows. A U-Net's second half of outputs, a learned variance, is left out; DiT's stays, as its pipeline skips it.
+
+    The files are written to a folder beside it, called ``<folder>.partial-...``, which becomes ``folder`` when it is
+    complete: after an error nothing is left, after a crash nothing under the name.
+
+    Args:
+        denoiser: of the student's network; not changed.
+        folder: new, or empty.
+        sigma_init: the generator's noise level, one of the denoiser's.
+        clips: whether images were clamped to [-1, 1] (the scheduler's ``clip_sample_range``) in training.
+        teacher: whose VAE, text encoder and tokenizer are written; None in pixel space.
+        card: for the model card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name).
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: ``folder`` exists and is not empty.
+        OSError: it cannot be written.
+        ValueError: diffusers has no pipeline that samples this student exactly.
+    """
+    folder = Path(folder).resolve()
+    _refuse_sharded(denoiser.network)
+    scheduler = _one_step_scheduler(denoiser, sigma_init, clips)
+    pipeline = _pipeline(_plain_network(denoiser.network), scheduler, teacher)
+    _refuse_other_results(denoiser, pipeline, clips)
+    with _new_folder(folder) as partial:
+        pipeline.save_pretrained(partial)
+        for path in partial.rglob("*.json"):
+            _leave_out_paths(path)
+        index = partial / "model_index.json"
+        index.write_text(json.dumps({**json.loads(index.read_text(encoding="utf-8")), ONE_STEP: True}, indent=2) + "\n")
+        (partial / "README.md").write_text(_card(denoiser, pipeline, sigma_init, clips, card), encoding="utf-8")
+    return folder
+
+
+def _one_step_scheduler(denoiser: Denoiser, sigma_init: float, clips: bool) -> "SchedulerMixin":
+    """A scheduler whose only step starts at sigma_init and ends at the denoised image."""
+    import diffusers
+
+    config, level = denoiser.scheduler_config, torch.tensor([sigma_init], dtype=torch.float32)
+    level = level.to(next(denoiser.network.parameters()).device)
+    nearest = float(denoiser.nearest(level))
+    if abs(nearest / sigma_init - 1) > 1e-6:
+        raise ValueError(f"sigma_init={sigma_init} is none of the network's noise levels; the nearest is {nearest}.")
+    if denoiser.kind == "edm":  # karras: an exponential schedule of one step starts at its lowest level
+        levels = {"sigma_min": denoiser.sigma_min, "sigma_max": sigma_init, "sigma_data": denoiser.sigma_data}
+        return diffusers.EDMEulerScheduler(**levels, prediction_type=denoiser.prediction)
+    if denoiser.kind == "flow":
+        steps = config["num_train_timesteps"]
+        _refuse_broken_timestep(denoiser, float(denoiser.timesteps(level)), steps)
+        return diffusers.DPMSolverMultistepScheduler(
+            num_train_timesteps=steps + 1,  # this class rounds (steps + 1) s down, to steps * s
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=sigma_init / steps,
+        )
+    length = int(denoiser.timesteps(level)) + 1
+    betas = getattr(diffusers, config["_class_name"]).from_config(config).betas
+    return diffusers.DDIMScheduler(
+        num_train_timesteps=length,
+        trained_betas=betas[:length].tolist(),
+        prediction_type=denoiser.prediction,
+        timestep_spacing="trailing",
+        clip_sample=clips,
+        clip_sample_range=config.get("clip_sample_range", 1.0),
+        steps_offset=1,  # not used with trailing steps, but StableDiffusionPipeline complains of any other
+    )
+
+
+def _refuse_broken_timestep(denoiser: Denoiser, timestep: float, steps: int) -> None:
+    """diffusers' one-step flow schedulers tell the network a whole number."""
+    if abs(timestep - round(timestep)) < 1e-3:
+        return
+    times = denoiser.timesteps(denoiser.sigmas)
+    whole = denoiser.sigmas[(times - times.round()).abs() < 1e-3]
+    best = float(whole[(whole.log() - torch.tensor(timestep / (steps - timestep)).log()).abs().argmin()])
+    raise ValueError(
+        f"sigma_init is the network's timestep {timestep:.2f}, but diffusers has no one-step scheduler of flow matching "
+        f"with a timestep that is no whole number: distil with sigma_init={best:.6g}."
+    )
+
+
+def _plain_network(network: nn.Module) -> nn.Module:
+    """The network with the same weights, as the pipelines want it: a size that is a number, no learned variance."""
+    plain = copy.deepcopy(network, {id(parameter): parameter for parameter in network.parameters()})
+    size, channels = plain.config.get("sample_size"), plain.config.in_channels
+    if not isinstance(size, int) and size is not None and len(set(size)) == 1:
+        plain.register_to_config(sample_size=size[0])
+    if plain.config.get("out_channels") == 2 * channels and isinstance(getattr(plain, "conv_out", None), nn.Conv2d):
+        last = plain.conv_out
+        last.weight, last.out_channels = nn.Parameter(last.weight[:channels].detach().clone()), channels
+        if last.bias is not None:
+            last.bias = nn.Parameter(last.bias[:channels].detach().clone())
+        plain.register_to_config(out_channels=channels)
+    return plain
+
+
+def _pipeline(network: nn.Module, scheduler: "SchedulerMixin", teacher: Teacher | None) -> "DiffusionPipeline":
+    """diffusers' pipeline for a network of this class.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import diffusers
+
+    name, vae = type(network).__name__, teacher.vae if teacher is not None else None
+    if name == "UNet2DModel" and vae is None:
+        return diffusers.ConsistencyModelPipeline(network, scheduler)
+    if name == "UNet2DModel":
+        return diffusers.LDMPipeline(vae, network, scheduler)
+    if name == "DiTTransformer2DModel" and vae is not None:
+        return diffusers.DiTPipeline(network, vae, scheduler)
+    if name == "UNet2DConditionModel" and vae is not None and teacher.text_encoder and teacher.tokenizer:
+        parts = {"vae": vae, "text_encoder": teacher.text_encoder, "tokenizer": teacher.tokenizer}
+        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return diffusers.StableDiffusionPipeline(unet=network, scheduler=scheduler, **parts, **none)
+    raise ValueError(
+        f"This student cannot be exported: diffusers has no pipeline for a {name} with what the teacher has "
+        f"({'a' if vae is not None else 'no'} VAE, {'a' if teacher and teacher.text_encoder else 'no'} text encoder). "
+        "There are ones for UNet2DModel, for DiTTransformer2DModel with a VAE, and for UNet2DConditionModel with a VAE, "
+        "one text encoder and its tokenizer; the network alone is written by its save_pretrained(folder)."
+    )
+
+
+def _refuse_sharded(network: nn.Module) -> None:
+    if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        raise ValueError(
+            "The student's weights are sharded over processes: load its checkpoint in one process and export from there."
+        )
+
+
+def _refuse_other_results(denoiser: Denoiser, pipeline: "DiffusionPipeline", clips: bool) -> None:
+    """What a pipeline would do otherwise without a word."""
+    name = type(pipeline).__name__
+    latent, config = name != "ConsistencyModelPipeline", (denoiser.network.config)
+    vae = getattr(pipeline, "vae", getattr(pipeline, "vqvae", None))
+    if clips and latent and (denoiser.kind != "vp" or name == "StableDiffusionPipeline"):
+        raise ValueError(f"clip_output=True cannot be exported: {name} clips no latents of this kind. Train without.")
+    if name == "DiTPipeline" and denoiser.kind == "edm":
+        raise ValueError("A DiT in EDM's scaling cannot be exported: DiTPipeline starts from noise of variance 1.")
+    if vae is not None and vae.config.get("shift_factor"):
+        raise ValueError(f"A VAE with a shift_factor cannot be exported: {name} knows none.")
+    size = config.get("sample_size")
+    if name != "StableDiffusionPipeline" and not isinstance(size, int) and len(set(size)) > 1:
+        raise ValueError(f"Samples of size {tuple(size)} cannot be exported: {name} makes squares.")
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write to that gets its name when all is written, and is removed after an error."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty: export to a new folder.")
+    partial = folder.with_name(f"{folder.name}.partial-{token_hex(4)}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if folder.exists():
+            folder.rmdir()  # empty; not every system renames over it
+        partial.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) or "os error" in str(error):  # as safetensors and tokenizers say it
+            raise OSError(f"{folder} cannot be written, and nothing of it was: {_reason(error)}.") from error
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    return getattr(error, "strerror", None) or str(error).rstrip(".")
+
+
+def _leave_out_paths(path: Path) -> None:
+    """Take out where the teacher was on this machine, which diffusers writes into the configs."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+# The model card.
+
+
+def _card(
+    denoiser: Denoiser, pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, card: Mapping[str, Any]
+) -> str:
+    name, teacher = type(pipeline).__name__, str(card["teacher"])
+    local = Path(teacher).expanduser().exists()  # of whose path the card tells only the last part
+    hub_id = not local and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
+    teacher = Path(teacher).name if local else teacher
+    settings = {
+        "teacher": teacher,
+        "generator's noise level (EDM scaling)": f"{sigma_init:.6g}",
+        "alpha": card["alpha"],
+        "generated images seen": card["images"],
+        "output clamped in training": "yes" if clips else "no",
+    }
+    parts = [
+        _front_matter(name, teacher if hub_id else None),
+        "# A one-step generator (SiD)",
+        f"Made from the diffusion model {teacher} by score identity distillation without data (Zhou et al. 2024,\n"
+        "arXiv 2404.04057): one call of the network turns noise into an image.",
+        f"## Use\n\n```python\n{_SNIPPET.format(call=_call(denoiser, name))}```\n\ndiffusers is all it needs. It stays "
+        f"exact as long as these stay as they are:\n\n- {_DEFAULTS[name]}\n- Keep `scheduler/`: its only step starts at "
+        "the noise level that the generator was trained at, and it scales the noise\n  as in training.",
+        "## Training\n\n" + _table("setting", settings),
+    ]
+    if card["metrics"]:
+        parts.append("## Results\n\n" + _table("metric", {k: f"{v:.4g}" for k, v in card["metrics"].items()}))
+    return "\n\n".join(parts) + "\n"
+
+
+def _call(denoiser: Denoiser, name: str) -> str:
+    """The arguments that the snippet gives, with classes where the network has some."""
+    config = denoiser.network.config
+    classes = config.get("num_embeds_ada_norm") if name == "DiTPipeline" else config.get("num_class_embeds")
+    labels = f"class_labels={[index % classes for index in range(4)]}, " if classes else ""
+    return labels + _CALLS[name] if name == "DiTPipeline" else _CALLS[name] + (", " + labels[:-2] if labels else "")
+
+
+def _front_matter(name: str, base_model: str | None) -> str:
+    """The Hub's YAML header; JSON strings are YAML strings."""
+    task = "text-to-image" if name == "StableDiffusionPipeline" else "unconditional-image-generation"
+    lines = ["library_name: diffusers", f"pipeline_tag: {task}"]
+    if base_model:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    return "\n".join(["---", *lines, "tags:", "- score-identity-distillation", "- one-step", "---"])
+
+
+def _table(head: str, rows: Mapping[str, Any]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
+    return "\n".join([f"| {head} | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells)])
