@@ -2,7 +2,6 @@
 
 import copy
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lightning_plugins.sid.card import model_card
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.teacher import Teacher
 
@@ -21,29 +21,6 @@ if TYPE_CHECKING:
 
 ONE_STEP = "_one_step"
 """Key of ``model_index.json``, which diffusers ignores, by which the ``sample`` command knows an exported student."""
-
-_SNIPPET = """import torch
-from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the Hub
-images = pipeline({call}, generator=torch.manual_seed(0)).images
-images[0].save("sample.png")
-"""
-_CALLS = {
-    "ConsistencyModelPipeline": "batch_size=4",
-    "LDMPipeline": "batch_size=4, num_inference_steps=1",
-    "DiTPipeline": "num_inference_steps=1, guidance_scale=1.0",
-    "StableDiffusionPipeline": '["a photograph of a lighthouse"] * 4, num_inference_steps=1, guidance_scale=1.0',
-}
-_DEFAULTS = {
-    "ConsistencyModelPipeline": "One step is this pipeline's default; other pipelines for the same network, such as "
-    "`DDIMPipeline` with its\n  default of 50 steps, run without a word and give worse images.",
-    "LDMPipeline": "Give `num_inference_steps=1`: the default of 50 runs without a word and gives worse images.",
-    "DiTPipeline": "Give `num_inference_steps=1` and `guidance_scale=1.0`: the defaults, 50 and 4, run without a word "
-    "and give worse\n  images.",
-    "StableDiffusionPipeline": "Give `num_inference_steps=1` and `guidance_scale=1.0`: the defaults, 50 and 7.5, run "
-    "without a word and give\n  worse images. No safety checker is included.",
-}
 
 
 def export_student(
@@ -108,7 +85,7 @@ def export_student(
             _leave_out_paths(path)
         index = partial / "model_index.json"
         index.write_text(json.dumps({**json.loads(index.read_text(encoding="utf-8")), ONE_STEP: True}, indent=2) + "\n")
-        (partial / "README.md").write_text(_card(denoiser, pipeline, sigma_init, clips, card), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(pipeline, sigma_init, clips, card), encoding="utf-8")
     return folder
 
 
@@ -147,15 +124,15 @@ def _one_step_scheduler(denoiser: Denoiser, sigma_init: float, clips: bool) -> "
 
 
 def _refuse_broken_timestep(denoiser: Denoiser, timestep: float, steps: int) -> None:
-    """diffusers' one-step flow schedulers tell the network a whole number."""
+    """The one-step flow schedulers of diffusers tell the network a whole number."""
     if abs(timestep - round(timestep)) < 1e-3:
         return
     times = denoiser.timesteps(denoiser.sigmas)
     whole = denoiser.sigmas[(times - times.round()).abs() < 1e-3]
     best = float(whole[(whole.log() - torch.tensor(timestep / (steps - timestep)).log()).abs().argmin()])
     raise ValueError(
-        f"sigma_init is the network's timestep {timestep:.2f}, but diffusers has no one-step scheduler of flow matching "
-        f"with a timestep that is no whole number: distil with sigma_init={best:.6g}."
+        f"sigma_init is the network's timestep {timestep:.2f}, but diffusers has no one-step scheduler of flow "
+        f"matching whose timestep is no whole number: distil with sigma_init={best:.6g}."
     )
 
 
@@ -175,7 +152,7 @@ def _plain_network(network: nn.Module) -> nn.Module:
 
 
 def _pipeline(network: nn.Module, scheduler: "SchedulerMixin", teacher: Teacher | None) -> "DiffusionPipeline":
-    """diffusers' pipeline for a network of this class.
+    """The pipeline of diffusers for a network of this class.
 
     Raises:
         ValueError: there is none.
@@ -196,22 +173,22 @@ def _pipeline(network: nn.Module, scheduler: "SchedulerMixin", teacher: Teacher 
     raise ValueError(
         f"This student cannot be exported: diffusers has no pipeline for a {name} with what the teacher has "
         f"({'a' if vae is not None else 'no'} VAE, {'a' if teacher and teacher.text_encoder else 'no'} text encoder). "
-        "There are ones for UNet2DModel, for DiTTransformer2DModel with a VAE, and for UNet2DConditionModel with a VAE, "
-        "one text encoder and its tokenizer; the network alone is written by its save_pretrained(folder)."
+        "There are ones for UNet2DModel, for DiTTransformer2DModel with a VAE, and for UNet2DConditionModel with a "
+        "VAE, one text encoder and its tokenizer; the network alone is written by its save_pretrained(folder)."
     )
 
 
 def _refuse_sharded(network: nn.Module) -> None:
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
         raise ValueError(
-            "The student's weights are sharded over processes: load its checkpoint in one process and export from there."
+            "The student's weights are sharded over processes: load its checkpoint in one process, and export there."
         )
 
 
 def _refuse_other_results(denoiser: Denoiser, pipeline: "DiffusionPipeline", clips: bool) -> None:
     """What a pipeline would do otherwise without a word."""
     name = type(pipeline).__name__
-    latent, config = name != "ConsistencyModelPipeline", (denoiser.network.config)
+    latent, config = name != "ConsistencyModelPipeline", denoiser.network.config
     vae = getattr(pipeline, "vae", getattr(pipeline, "vqvae", None))
     if clips and latent and (denoiser.kind != "vp" or name == "StableDiffusionPipeline"):
         raise ValueError(f"clip_output=True cannot be exported: {name} clips no latents of this kind. Train without.")
@@ -252,57 +229,3 @@ def _leave_out_paths(path: Path) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     if isinstance(content, dict) and content.pop("_name_or_path", None) is not None:
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-# The model card.
-
-
-def _card(
-    denoiser: Denoiser, pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, card: Mapping[str, Any]
-) -> str:
-    name, teacher = type(pipeline).__name__, str(card["teacher"])
-    local = Path(teacher).expanduser().exists()  # of whose path the card tells only the last part
-    hub_id = not local and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
-    teacher = Path(teacher).name if local else teacher
-    settings = {
-        "teacher": teacher,
-        "generator's noise level (EDM scaling)": f"{sigma_init:.6g}",
-        "alpha": card["alpha"],
-        "generated images seen": card["images"],
-        "output clamped in training": "yes" if clips else "no",
-    }
-    parts = [
-        _front_matter(name, teacher if hub_id else None),
-        "# A one-step generator (SiD)",
-        f"Made from the diffusion model {teacher} by score identity distillation without data (Zhou et al. 2024,\n"
-        "arXiv 2404.04057): one call of the network turns noise into an image.",
-        f"## Use\n\n```python\n{_SNIPPET.format(call=_call(denoiser, name))}```\n\ndiffusers is all it needs. It stays "
-        f"exact as long as these stay as they are:\n\n- {_DEFAULTS[name]}\n- Keep `scheduler/`: its only step starts at "
-        "the noise level that the generator was trained at, and it scales the noise\n  as in training.",
-        "## Training\n\n" + _table("setting", settings),
-    ]
-    if card["metrics"]:
-        parts.append("## Results\n\n" + _table("metric", {k: f"{v:.4g}" for k, v in card["metrics"].items()}))
-    return "\n\n".join(parts) + "\n"
-
-
-def _call(denoiser: Denoiser, name: str) -> str:
-    """The arguments that the snippet gives, with classes where the network has some."""
-    config = denoiser.network.config
-    classes = config.get("num_embeds_ada_norm") if name == "DiTPipeline" else config.get("num_class_embeds")
-    labels = f"class_labels={[index % classes for index in range(4)]}, " if classes else ""
-    return labels + _CALLS[name] if name == "DiTPipeline" else _CALLS[name] + (", " + labels[:-2] if labels else "")
-
-
-def _front_matter(name: str, base_model: str | None) -> str:
-    """The Hub's YAML header; JSON strings are YAML strings."""
-    task = "text-to-image" if name == "StableDiffusionPipeline" else "unconditional-image-generation"
-    lines = ["library_name: diffusers", f"pipeline_tag: {task}"]
-    if base_model:
-        lines.append(f"base_model: {json.dumps(base_model)}")
-    return "\n".join(["---", *lines, "tags:", "- score-identity-distillation", "- one-step", "---"])
-
-
-def _table(head: str, rows: Mapping[str, Any]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
-    return "\n".join([f"| {head} | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells)])

@@ -1,0 +1,91 @@
+"""The model card of an exported student."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+_SNIPPET = """import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(".")  # this folder, or its id on the Hub
+images = pipeline({call}, generator=torch.manual_seed(0)).images
+images[0].save("sample.png")
+"""
+_CALLS = {
+    "ConsistencyModelPipeline": "batch_size=4",
+    "LDMPipeline": "batch_size=4, num_inference_steps=1",
+    "DiTPipeline": "num_inference_steps=1, guidance_scale=1.0",
+    "StableDiffusionPipeline": '["a photograph of a lighthouse"] * 4, num_inference_steps=1, guidance_scale=1.0',
+}
+_DEFAULTS = {
+    "ConsistencyModelPipeline": "One step is this pipeline's default; other pipelines for the same network, such as "
+    "`DDIMPipeline` with its\n  default of 50 steps, run without a word and give worse images.",
+    "LDMPipeline": "Give `num_inference_steps=1`: the default of 50 runs without a word and gives worse images.",
+    "DiTPipeline": "Give `num_inference_steps=1` and `guidance_scale=1.0`: the defaults, 50 and 4, run without a word "
+    "and give worse\n  images.",
+    "StableDiffusionPipeline": "Give `num_inference_steps=1` and `guidance_scale=1.0`: the defaults, 50 and 7.5, run "
+    "without a word and give\n  worse images. No safety checker is included.",
+}
+
+
+def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, card: Mapping[str, Any]) -> str:
+    """The text of README.md, with the Hub's header and an example that runs in the folder.
+
+    Args:
+        pipeline: as it is written.
+        sigma_init: the generator's noise level.
+        clips: whether images were clamped in training.
+        card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name).
+    """
+    name, teacher = type(pipeline).__name__, str(card["teacher"])
+    local = Path(teacher).expanduser().exists()  # of whose path the card tells only the last part
+    hub_id = not local and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
+    teacher = Path(teacher).name if local else teacher
+    settings = {
+        "teacher": teacher,
+        "generator's noise level (EDM scaling)": f"{sigma_init:.6g}",
+        "alpha": card["alpha"],
+        "generated images seen": card["images"],
+        "output clamped in training": "yes" if clips else "no",
+    }
+    parts = [
+        _front_matter(name, teacher if hub_id else None),
+        "# A one-step generator (SiD)",
+        f"Made from the diffusion model {teacher} by score identity distillation without data (Zhou et al. 2024,\n"
+        "arXiv 2404.04057): one call of the network turns noise into an image.",
+        f"## Use\n\n```python\n{_SNIPPET.format(call=_call(pipeline))}```\n\ndiffusers is all it needs.\n\n"
+        f"- {_DEFAULTS[name]}\n- Keep the scheduler: its one step starts at the noise level that the generator was "
+        "trained at.",
+        "## Training\n\n" + _table("setting", settings),
+    ]
+    if card["metrics"]:
+        parts.append("## Results\n\n" + _table("metric", {k: f"{v:.4g}" for k, v in card["metrics"].items()}))
+    return "\n\n".join(parts) + "\n"
+
+
+def _call(pipeline: "DiffusionPipeline") -> str:
+    """The arguments that the example gives, with classes where the network has some."""
+    name = type(pipeline).__name__
+    dit = name == "DiTPipeline"
+    classes = pipeline.transformer.config.num_embeds_ada_norm if dit else pipeline.unet.config.get("num_class_embeds")
+    labels = f", class_labels={[index % classes for index in range(4)]}" if classes else ""
+    return _CALLS[name] + labels
+
+
+def _front_matter(name: str, base_model: str | None) -> str:
+    """The Hub's YAML header; JSON strings are YAML strings."""
+    task = "text-to-image" if name == "StableDiffusionPipeline" else "unconditional-image-generation"
+    lines = ["library_name: diffusers", f"pipeline_tag: {task}"]
+    if base_model:
+        lines.append(f"base_model: {json.dumps(base_model)}")
+    return "\n".join(["---", *lines, "tags:", "- score-identity-distillation", "- one-step", "---"])
+
+
+def _table(head: str, rows: Mapping[str, Any]) -> str:
+    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
+    return "\n".join([f"| {head} | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells)])
