@@ -52,7 +52,7 @@ class GenerativeEvaluation(Callback):
     The same random numbers are used every time, so that figures of two epochs differ by the weights alone; they
     depend on the number of processes. Training is left as it was: the random states of Python, NumPy and torch are
     put back, and the extractor is no part of the module. Nothing happens in the sanity check, and a resumed run goes
-    on without a state.
+    on without a state. Under ``fast_dev_run`` two samples are drawn and nothing is measured.
 
     Beside ``every_n_epochs=n``, give ``ModelCheckpoint(monitor="val/frechet_distance", every_n_epochs=n)`` the same
     cadence, since Lightning keeps the last figure in between; and ``EarlyStopping(..., strict=False)`` n times the
@@ -146,6 +146,9 @@ class GenerativeEvaluation(Callback):
     def _evaluate(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         device = trainer.strategy.root_device
         state = get_random_state(device)  # loaders and other people's sample() may draw global random numbers
+        if trainer.fast_dev_run:
+            self._draw_few(trainer, pl_module, device, state)
+            return
         try:
             if not self._judges:
                 self._judges = self._with_real_images(trainer, device)
@@ -160,6 +163,17 @@ class GenerativeEvaluation(Callback):
         pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks; Lightning asks for the mean
         rows = [["num_samples", self.num_samples], *([name, f"{v.item():.6g}"] for name, v in figures.items())]
         log_table(trainer, f"{stage}/generative", ["figure", "value"], rows, trainer.global_step)
+
+    def _draw_few(
+        self, trainer: Trainer, pl_module: LightningModule, device: torch.device, state: dict[str, Any]
+    ) -> None:
+        """Two samples through the extractor show that all fits; figures of so few would only warn."""
+        try:
+            with trainer.precision_plugin.val_step_context():
+                images = pl_module.sample(2, generator=torch.Generator(device).manual_seed(0), **self.sample_options)
+            self._extractor.to(device)(images)
+        finally:
+            set_random_state(state, device)
 
     def _with_real_images(self, trainer: Trainer, device: torch.device) -> dict[str, Metric]:
         self._extractor.to(device)

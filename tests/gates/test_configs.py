@@ -98,6 +98,8 @@ def tiny_bert(folder):
 
 def local_model(model, folder):
     """Options that give a config a model of this machine in place of the hub's."""
+    if model["class_path"] == "EAE" and model["init_args"]["network"] == "rae":
+        return ["--model.width", "4"]
     name = model.get("init_args", {}).get("model_name_or_path", "package:")
     if name.startswith("package:"):
         return []
@@ -116,7 +118,8 @@ def local_data(data, folder):
     if name == "IdxImages":
         return ["--data.folder", str(idx_folder(folder / "idx")), "--data.val_size", "10"]
     if name == "HFImages":
-        return ["--data.path", str(image_folder(folder / "png")), "--data.val_size", "10"]
+        size = arguments.get("crop", 28)
+        return ["--data.path", str(image_folder(folder / "png", size)), "--data.val_size", "10", "--data.num_workers", "0"]
     if name == "MultiMNIST" and arguments.get("source", "digits") != "digits":
         return ["--data.source", str(image_folder(folder / "png"))]
     return []
