@@ -45,7 +45,7 @@ def export_student(
     teacher                 scheduler                                   pipeline
     ======================  ==========================================  ==========================================
     epsilon, v, sample      DDIM, trained_betas up to t, trailing       by the network: see below
-    EDM                     EDMEuler, sigma_max = sigma_init            the same, but not DiT's
+    EDM                     EDMDPMSolver++, sigma_max = sigma_init      the same, but not DiT's
     flow                    DPMSolver++ of flow_prediction, flow_shift  the same
                             such that its first level is sigma_init
     ======================  ==========================================  ==========================================
@@ -98,9 +98,9 @@ def _one_step_scheduler(denoiser: Denoiser, sigma_init: float, clips: bool) -> "
     nearest = float(denoiser.nearest(level))
     if abs(nearest / sigma_init - 1) > 1e-6:
         raise ValueError(f"sigma_init={sigma_init} is none of the network's noise levels; the nearest is {nearest}.")
-    if denoiser.kind == "edm":  # karras: an exponential schedule of one step starts at its lowest level
+    if denoiser.kind == "edm":  # EDMEuler goes to 0 by the noise taken off, which rounds sigma_init times as much
         levels = {"sigma_min": denoiser.sigma_min, "sigma_max": sigma_init, "sigma_data": denoiser.sigma_data}
-        return diffusers.EDMEulerScheduler(**levels, prediction_type=denoiser.prediction)
+        return diffusers.EDMDPMSolverMultistepScheduler(**levels, prediction_type=denoiser.prediction)
     if denoiser.kind == "flow":
         steps = config["num_train_timesteps"]
         _refuse_broken_timestep(denoiser, float(denoiser.timesteps(level)), steps)
