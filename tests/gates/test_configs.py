@@ -119,7 +119,14 @@ def local_data(data, folder):
         return ["--data.folder", str(idx_folder(folder / "idx")), "--data.val_size", "10"]
     if name == "HFImages":
         size = arguments.get("crop", 28)
-        return ["--data.path", str(image_folder(folder / "png", size)), "--data.val_size", "10", "--data.num_workers", "0"]
+        return [
+            "--data.path",
+            str(image_folder(folder / "png", size)),
+            "--data.val_size",
+            "10",
+            "--data.num_workers",
+            "0",
+        ]
     if name == "MultiMNIST" and arguments.get("source", "digits") != "digits":
         return ["--data.source", str(image_folder(folder / "png"))]
     return []
