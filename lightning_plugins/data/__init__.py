@@ -1,4 +1,4 @@
-"""Data for every part of the package: images and text pairs.
+"""Data for every part of the package: images, text pairs, and what to draw.
 
 **The batch of images.** All data modules of images give the same dict:
 
@@ -15,6 +15,10 @@
 **The batch of texts** is described where it is made: :class:`KeyedText`. ``Seq2SeqData`` and ``PythonDocstrings`` give
 it; their ``tokenizer`` is the one that data and model share.
 
+**The batch of conditions**, of ``PromptData``, for models that learn without images: ``"label"`` as above, or
+
+- ``"prompt"``: a list of B texts.
+
 **Exactness.** The order, the augmentation, the partners and where running text is cut depend on (seed, epoch, sample)
 alone: not on workers, batch arrangement or number of processes. A run resumed in mid-epoch sees the very batches it had
 not yet seen. Add the ``RandomState`` callback if the model itself draws random numbers (dropout, noise).
@@ -26,6 +30,7 @@ from lightning_plugins.data.hf import HFImages
 from lightning_plugins.data.idx import IdxImages
 from lightning_plugins.data.images import ImageData, LabelledImages
 from lightning_plugins.data.multimnist import MultiMNIST, box_overlap
+from lightning_plugins.data.prompts import PromptData
 from lightning_plugins.data.seq2seq import Seq2SeqData
 from lightning_plugins.data.text_data import TextData
 from lightning_plugins.data.text_pairs import KeyedText, Texts
@@ -39,6 +44,7 @@ __all__ = [
     "KeyedText",
     "LabelledImages",
     "MultiMNIST",
+    "PromptData",
     "PythonDocstrings",
     "Seq2SeqData",
     "TextData",

@@ -1,0 +1,454 @@
+"""A diffusion model from scratch, for whoever has no teacher. Shapes: B images of a process, (C, H, W) of one."""
+
+import copy
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torchmetrics import MeanMetric
+
+from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.logging import log_image
+from lightning_plugins.core.optimizers import linear_warmup_decay
+from lightning_plugins.core.pictures import image_grid
+from lightning_plugins.sid.averaging import update_average
+from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.sampling import many_steps
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+
+Prediction = Literal["epsilon", "v_prediction"]
+BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
+
+
+class DiffusionTeacher(LightningModule):
+    r"""Train a diffusers ``UNet2DModel`` on images, and write it as a pipeline that :class:`SiD` takes as its teacher.
+
+    .. math:: L = \|n - \hat n(x_t, t)\|^2, \qquad x_t = \bar a_t x_0 + \bar b_t n, \qquad t \sim U\{0, \dots, T - 1\}
+
+    or the same of the velocity :math:`v = \bar a_t n - \bar b_t x_0`, averaged over pixels. What samples, is validated
+    and is written is a running mean of the weights. Noise depends on (seed, epoch, batch, process) alone, so that a run
+    that is resumed draws what an uninterrupted one would.
+
+    Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with
+    ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time.
+
+    Args:
+        image_shape: ``(C, H, W)``; H and W divisible by 2 for each level but the first.
+        num_classes: classes J; read only with ``conditional``.
+        conditional: tell the network the class, and choose it when sampling.
+        block_out_channels: channels of each level, multiples of 8; the feature maps of each have half the height and
+            width of those before. (128, 256, 256, 256) for the 32 x 32 px of CIFAR-10 in Ho et al. 2020.
+        layers_per_block: residual blocks on the way down of a level; 2 in Ho et al. 2020.
+        attention_levels: levels with self-attention, counted from the smallest feature maps; the blocks between the
+            way down and up have it always.
+        prediction_type: ``epsilon``, the noise, or ``v_prediction``.
+        beta_schedule: ``linear``, or ``squaredcos_cap_v2`` (Nichol and Dhariwal 2021).
+        num_train_timesteps: T; 1000 in the papers. The linear schedule's ends scale with 1000 / T, so that the last
+            level is noise.
+        lr: AdamW's highest rate, reached by a linear warm-up and followed by a linear decay to 0.
+        warmup: optimiser steps of the warm-up, or below 1 their share of all; 0 for none.
+        weight_decay: AdamW's; 0.01 is torch's.
+        ema_decay: share of the running mean that stays in a step; smaller in the first ones,
+            ``(1 + n) / (10 + n)`` after n. 0.999 for some thousand steps, 0.9999 for some hundred thousand.
+        seed: of the noise.
+        pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
+        export_to: folder that :meth:`export` writes at the end of ``fit``; none by default, nor under
+            ``fast_dev_run``. A relative one is below the current folder.
+        optimizer: replaces AdamW and its schedule.
+        scheduler: replaces the schedule, stepped once per epoch.
+
+    Raises:
+        ValueError: an argument is out of range or does not fit another.
+
+    Example:
+        >>> teacher = DiffusionTeacher(image_shape=(1, 8, 8), block_out_channels=(8, 16))
+        >>> teacher.sample(3, generator=torch.Generator().manual_seed(0), num_steps=2).shape
+        torch.Size([3, 1, 8, 8])
+
+    Source: Ho, Jain, Abbeel 2020 (arXiv 2006.11239), eq. 14; Salimans & Ho 2022 (arXiv 2202.00512) for v.
+    """
+
+    def __init__(
+        self,
+        image_shape: tuple[int, int, int] = (1, 8, 8),
+        num_classes: int = 10,
+        conditional: bool = False,
+        block_out_channels: Sequence[int] = (16, 32),
+        layers_per_block: int = 1,
+        attention_levels: int = 1,
+        prediction_type: Prediction = "epsilon",
+        beta_schedule: BetaSchedule = "linear",
+        num_train_timesteps: int = 1000,
+        lr: float = 2e-3,
+        warmup: int | float = 0.1,
+        weight_decay: float = 0.01,
+        ema_decay: float = 0.999,
+        seed: int = 0,
+        pictures_every_n_epochs: int = 1,
+        export_to: str | None = None,
+        optimizer: OptimizerCallable | None = None,
+        scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        save_plain_hyperparameters(self)
+        _check_arguments(locals())
+        self.image_shape, self.num_classes, self.conditional = tuple(image_shape), num_classes, conditional
+        self.block_out_channels, self.layers_per_block = tuple(block_out_channels), layers_per_block
+        self.attention_levels = attention_levels
+        self.prediction_type, self.beta_schedule = prediction_type, beta_schedule
+        self.num_train_timesteps = num_train_timesteps
+        self.lr, self.warmup, self.weight_decay, self.ema_decay = lr, warmup, weight_decay, ema_decay
+        self.seed, self.pictures_every_n_epochs, self.export_to = seed, pictures_every_n_epochs, export_to
+        self._optimizer, self._scheduler = optimizer, scheduler
+
+        self.denoiser = Denoiser(self.build_network(), self.build_scheduler())
+        self.average = self.denoiser.sharing(copy.deepcopy(self.denoiser.network)).requires_grad_(False)
+        self.losses = nn.ModuleDict({f"{stage}_loss": MeanMetric() for stage in ("val", "test")})
+
+    # The model: override any of these two in a subclass.
+
+    def build_network(self) -> nn.Module:
+        """The network in training, of a class of diffusers."""
+        from diffusers import UNet2DModel
+
+        channels, height, width = self.image_shape
+        levels = len(self.block_out_channels)
+        attends = [levels - level <= self.attention_levels for level in range(levels)]
+        common = math.gcd(*self.block_out_channels)
+        return UNet2DModel(
+            sample_size=height if height == width else (height, width),
+            in_channels=channels,
+            out_channels=channels,
+            down_block_types=tuple("AttnDownBlock2D" if attention else "DownBlock2D" for attention in attends),
+            up_block_types=tuple("AttnUpBlock2D" if attention else "UpBlock2D" for attention in reversed(attends)),
+            block_out_channels=self.block_out_channels,
+            layers_per_block=self.layers_per_block,
+            norm_num_groups=math.gcd(32, common // 4),  # four channels a group and 32 groups at most, as Ho et al.
+            num_class_embeds=self.num_classes if self.conditional else None,
+        )
+
+    def build_scheduler(self) -> "DDPMScheduler":
+        """The noise levels and the prediction, as the exported pipeline's scheduler."""
+        from diffusers import DDPMScheduler
+
+        scale = 1000 / self.num_train_timesteps
+        return DDPMScheduler(
+            num_train_timesteps=self.num_train_timesteps,
+            beta_start=1e-4 * scale,
+            beta_end=0.02 * scale,
+            beta_schedule=self.beta_schedule,
+            prediction_type=self.prediction_type,
+            timestep_spacing="trailing",  # few steps begin at the last level too
+        )
+
+    def configure_model(self) -> None:
+        """Shard the networks under ``ModelParallelStrategy`` (FSDP2); no effect otherwise."""
+        if shard_parts(self, self.denoiser, self.average):
+            register_fsdp_forward_method(self, "sample")
+
+    # Samples.
+
+    def forward(self, x: Tensor, sigma: Tensor, **conditioning: Any) -> Tensor:
+        """The mean clean images of noisy ``(B, C, H, W)`` in EDM scaling and [-1, 1], by the running mean."""
+        return self.average(x, sigma, **conditioning)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        num_steps: int = 50,
+    ) -> Tensor:
+        """Draw images by the running mean.
+
+        Args:
+            num_samples: n.
+            labels: ``(n,)`` int64 classes of a conditional model; uniform at random by default.
+            generator: of the draws, on any device.
+            num_steps: calls of the network, of :func:`~lightning_plugins.sid.sampling.many_steps`.
+
+        Returns:
+            ``(n, C, H, W)`` in [0, 1], float32.
+
+        Raises:
+            ValueError: classes for a model that has none.
+        """
+        device = self.device if generator is None else generator.device
+        noise = torch.randn(num_samples, *self.image_shape, generator=generator, device=device).to(self.device)
+        if self.conditional and labels is None:
+            labels = torch.randint(self.num_classes, (num_samples,), generator=generator, device=device)
+        training = self.average.training
+        self.average.eval()
+        images = many_steps(self.average, noise, num_steps, self._conditioning(labels, num_samples))
+        self.average.train(training)
+        return (images / 2 + 0.5).clamp(0, 1)
+
+    def _conditioning(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
+        """The network's keyword arguments."""
+        if not self.conditional:
+            if labels is not None:
+                raise ValueError(
+                    "labels were given, but this DiffusionTeacher is not conditional: train one with conditional=True."
+                )
+            return {}
+        if labels.shape != (count,) or labels.is_floating_point():
+            found = f"{tuple(labels.shape)} {labels.dtype}"
+            raise ValueError(f"labels must be ({count},) int64, a class for each image, got {found}.")
+        if count and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < self.num_classes:
+            raise ValueError(f"labels run from {low} to {high}; they must be 0 to {self.num_classes - 1}.")
+        return {"class_labels": labels.to(self.device)}
+
+    # Training.
+
+    def loss(self, batch: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """The mean error of the noise or the velocity, as ``denoising``, at random levels.
+
+        Args:
+            batch: see the class.
+            generator: of levels and noise, on the module's device.
+        """
+        return {"denoising": self._errors(self.denoiser, batch, generator).mean()}
+
+    def _errors(self, denoiser: Denoiser, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+        """``(B,)``: the squared error of D, weighed as that of what the network predicts."""
+        image = batch["image"]
+        if tuple(image.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"DiffusionTeacher was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}."
+            )
+        clean, n = 2 * image.float() - 1, len(image)
+        index = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=image.device)
+        noise = torch.randn(clean.shape, generator=generator, device=image.device)
+        sigma = denoiser.sigmas[index]
+        conditioning = self._conditioning(batch["label"] if self.conditional else None, n)
+        denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, **conditioning)
+        weight = 1 / sigma**2 if self.prediction_type == "epsilon" else 1 + 1 / sigma**2
+        return weight * (denoised - clean).square().flatten(1).mean(1)
+
+    def _generator(self, *place: int) -> torch.Generator:
+        """Random numbers of a place in the run, independent of the global random state."""
+        seed = self.seed
+        for number in (*place, self.global_rank):
+            seed = seed * 1_000_003 + number
+        return torch.Generator(self.device).manual_seed(seed % 2**63)
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Sum the terms of :meth:`loss` and log the sum."""
+        terms = self.loss(batch, self._generator(1 + self.current_epoch, batch_idx))
+        loss = torch.stack([*terms.values()]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
+        return loss
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Then move the running mean; here, because a checkpoint of this step is written right after."""
+        super().optimizer_step(*args, **kwargs)
+        n = self.global_step
+        update_average(self.average, self.denoiser, min(self.ema_decay, (1 + n) / (10 + n)))
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
+        parameters = self.denoiser.parameters()
+        if self._optimizer:
+            optimizer = self._optimizer(parameters)
+        else:
+            optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
+        if self._scheduler:
+            scheduler = self._scheduler(optimizer)
+            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+        if self._optimizer:
+            return optimizer
+        schedule = linear_warmup_decay(optimizer, self.warmup, lambda: self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def setup(self, stage: str) -> None:
+        """Refuse before training what would fail after it.
+
+        Raises:
+            FileExistsError: ``export_to`` exists and is not empty.
+            ValueError: weights in half precision, in which the running mean would stand still.
+        """
+        if stage != "fit":
+            return
+        if str(self.trainer.precision) in ("16-true", "bf16-true"):
+            precision = self.trainer.precision
+            raise ValueError(
+                f"precision={precision!r} keeps the weights in half precision, where a running mean of decay "
+                f"{self.ema_decay} rounds to no change: use {precision.replace('true', 'mixed')!r}."
+            )
+        if self.export_to is not None and not self.trainer.fast_dev_run:
+            _new_folder(self.export_to)
+
+    def on_fit_end(self) -> None:
+        """Write the pipeline, if ``export_to`` says where."""
+        if self.export_to is not None and not self.trainer.fast_dev_run:
+            self.export(self.export_to)
+
+    # Evaluation.
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Sum up the losses of the running mean."""
+        self._evaluate(batch, batch_idx, "val")
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+        """Sum up the losses of the running mean."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+        errors = self._errors(self.average, batch, self._generator(0, batch_idx))
+        self.losses[f"{stage}_loss"].update(errors)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the loss; draw samples on their cadence."""
+        self.log("val/loss", self._mean_loss("val"), prog_bar=True)
+        every = self.pictures_every_n_epochs
+        alone = self.trainer.state.fn == TrainerFn.VALIDATING
+        if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
+            self._log_pictures("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the loss and samples."""
+        self.log("test/loss", self._mean_loss("test"))
+        if self.pictures_every_n_epochs:
+            self._log_pictures("test")
+
+    def _mean_loss(self, stage: str) -> Tensor:
+        metric = self.losses[f"{stage}_loss"]
+        loss = metric.compute()
+        metric.reset()
+        return loss
+
+    def _log_pictures(self, stage: str) -> None:
+        # Every rank computes, because a sharded forward is collective; rank zero writes. The same noise each time.
+        images = self.sample(_NUM_SHOWN, generator=torch.Generator(self.device).manual_seed(0))
+        grid = image_grid(_visible(images), zoom=max(1, 32 // images.shape[-1]))
+        log_image(self.trainer, f"{stage}/samples", grid, self.global_step)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """``image`` ``(B, C, H, W)`` in [0, 1]: a sample for each row of the batch, of its class if conditional."""
+        labels = batch["label"] if self.conditional else None
+        rows = len(next(iter(batch.values())))
+        return {"image": self.sample(rows, labels=labels, generator=self._generator(0, batch_idx))}
+
+    # Export.
+
+    def export(self, folder: str | Path) -> Path:
+        """Write the running mean as a diffusers pipeline, all or nothing; on several processes all must call it.
+
+        ``DiffusionPipeline.from_pretrained(folder)()`` then draws images: a ``DDPMPipeline``, or for a conditional
+        model a ``ConsistencyModelPipeline`` with DDIM, as the former takes no ``class_labels``; give that one
+        ``num_inference_steps=50``.
+
+        Args:
+            folder: new, or empty.
+
+        Returns:
+            The folder.
+
+        Raises:
+            FileExistsError: ``folder`` exists and is not empty.
+        """
+        folder = _new_folder(folder)
+        network = self.average.network
+        state = network.state_dict()
+        weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
+        if self.global_rank == 0:
+            whole = type(network).from_config(network.config)
+            whole.load_state_dict({name: value.cpu() for name, value in weights.items()})
+            _write(self._pipeline(whole.eval()), folder)
+        return folder
+
+    def _pipeline(self, network: nn.Module) -> Any:
+        from diffusers import ConsistencyModelPipeline, DDIMScheduler, DDPMPipeline
+
+        scheduler = self.build_scheduler()
+        if self.conditional:
+            return ConsistencyModelPipeline(network, DDIMScheduler.from_config(scheduler.config))
+        return DDPMPipeline(network, scheduler)
+
+
+def _visible(images: Tensor) -> Tensor:
+    """As many channels as a picture has: one or three."""
+    return images if images.shape[1] == 3 else images.mean(1, keepdim=True)
+
+
+def _new_folder(folder: str | Path) -> Path:
+    folder = Path(folder).expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{folder} exists and is not empty: move it away, or export to a new folder (export_to, or export(folder))."
+        )
+    return folder
+
+
+def _write(pipeline: Any, folder: Path) -> None:
+    """Into a folder beside, which takes the name when it is complete."""
+    partial = folder.with_name(f"{folder.name}.partial-{token_hex(4)}")
+    partial.mkdir(parents=True)
+    try:
+        pipeline.save_pretrained(partial)
+        if folder.exists():
+            folder.rmdir()  # empty; not every system renames over it
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+def _check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Refuse what no other check sees, in one sentence."""
+    for name, least in {
+        "num_classes": 1,
+        "layers_per_block": 1,
+        "num_train_timesteps": 50,
+        "attention_levels": 0,
+        "weight_decay": 0,
+        "pictures_every_n_epochs": 0,
+    }.items():
+        if arguments[name] < least:
+            raise ValueError(f"{name}={arguments[name]} must be {least} or more.")
+    for name, kind in {"prediction_type": Prediction, "beta_schedule": BetaSchedule}.items():
+        if arguments[name] not in get_args(kind):
+            raise ValueError(f"{name}={arguments[name]!r} must be one of {', '.join(get_args(kind))}.")
+    channels, levels = list(arguments["block_out_channels"]), len(arguments["block_out_channels"])
+    if not channels or any(number < 8 or number % 8 for number in channels):
+        raise ValueError(f"block_out_channels={channels} must be multiples of 8, one number for each level.")
+    if arguments["attention_levels"] > levels:
+        raise ValueError(
+            f"attention_levels={arguments['attention_levels']} is more than the {levels} levels of "
+            f"block_out_channels={channels}."
+        )
+    _, height, width = arguments["image_shape"]
+    if height % (unit := 2 ** (levels - 1)) or width % unit:
+        raise ValueError(
+            f"image_shape={tuple(arguments['image_shape'])} cannot be halved {levels - 1} times, as the "
+            f"{levels} levels of block_out_channels={channels} need: give images of multiples of {unit} px (by the "
+            "data's image_size, for example), or fewer levels."
+        )
+    if arguments["conditional"] and height != width:
+        raise ValueError(
+            f"image_shape={tuple(arguments['image_shape'])}: a conditional model needs square images, as the only "
+            "pipeline that takes classes (diffusers' ConsistencyModelPipeline) draws no others."
+        )
+    if arguments["lr"] <= 0:
+        raise ValueError(f"lr={arguments['lr']} must be positive.")
+    if not 0 <= arguments["ema_decay"] < 1:
+        raise ValueError(f"ema_decay={arguments['ema_decay']} must lie in [0, 1): the share that stays in a step.")
+
+
+_NUM_SHOWN = 64
