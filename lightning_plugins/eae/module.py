@@ -47,7 +47,8 @@ class EAE(LightningModule):
     ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with ``conditional``.
 
     More neighbours need more codes in one batch: ``accumulate_grad_batches`` does not join batches here, several
-    processes do.
+    processes do. The ``rae`` network's own batch norms see one process's batch, unless the Trainer has
+    ``sync_batchnorm=True``.
 
     Args:
         image_shape: ``(C, H, W)`` of the images.
@@ -130,6 +131,7 @@ class EAE(LightningModule):
         # Every process remembers the codes of all: DDP need not send them round at each step.
         self._ddp_params_and_buffers_to_ignore = [f"prior.{name}" for name, _ in self.prior.named_buffers()]
         self._build_metrics()
+        self._batch_idx = 0
         self._shown: Tensor | None = None  # the images whose pictures are drawn
         self._shown_labels: Tensor | None = None
 
@@ -160,8 +162,8 @@ class EAE(LightningModule):
             {
                 f"{stage}_metrics": nn.ModuleDict(
                     {
-                        "reconstruction": MeanMetric(),
-                        "divergence": MeanMetric(),
+                        "reconstruction": MeanMetric("disable"),  # of NaN checks: a mean over NaN is NaN
+                        "divergence": MeanMetric("disable"),
                         "latent": LatentDiagnostics(self.latent_dim, self.k),
                     }
                 )
@@ -182,12 +184,15 @@ class EAE(LightningModule):
 
     def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """Images ``(B, C, H, W)`` in [0, 1] of codes ``(B, d)`` and, if conditional, classes ``(B,)``."""
+        if z.ndim != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"Codes must be (B, latent_dim={self.latent_dim}), got {tuple(z.shape)}.")
+        z = z.to(self.dtype)  # batch norm widens half precision
         if self.conditional:
             if label is None:
                 raise ValueError("This EAE is conditional: its decoder needs a class for each code, label=(B,) int64.")
             z = torch.cat([z, torch.nn.functional.one_hot(label, self.num_classes).to(z)], dim=1)
-        elif z.shape[1] != self.latent_dim:
-            raise ValueError(f"Codes must be (B, latent_dim={self.latent_dim}), got {tuple(z.shape)}.")
+        elif label is not None:
+            raise ValueError("A class was given, but this EAE is not conditional: train one with conditional=True.")
         return self.decoder(z)
 
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
@@ -197,14 +202,16 @@ class EAE(LightningModule):
     def _encode(self, image: Tensor) -> Tensor:
         if tuple(image.shape[1:]) != self.image_shape:
             raise ValueError(f"EAE was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}.")
-        return self.encoder(image)
+        return self.encoder(image.to(self.dtype))
 
     def codes(self, image: Tensor) -> Codes:
         """What the decoder reads in training, and what the regulariser sees: the codes of all processes."""
-        h = self._encode(image).float()
+        h = self._encode(image)
+        h = h.to(torch.promote_types(h.dtype, torch.float32))
         if self.objective.term == "divergence":
             mean, log_variance = h.chunk(2, dim=1)
-            noise = torch.randn(mean.shape, generator=self._generator(self.global_rank), device=h.device)
+            source = {"generator": self._generator(self.global_rank), "device": h.device, "dtype": h.dtype}
+            noise = torch.randn(mean.shape, **source)
             own = mean + (log_variance / 2).exp() * noise if self.training else mean
             divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
             return Codes(own, self._all_rows(mean), divergence)
@@ -217,9 +224,12 @@ class EAE(LightningModule):
         return gather_rows(h)[0] if self.training else h  # ranks may have different numbers of validation batches
 
     def _generator(self, rank: int = 0) -> torch.Generator:
-        """Random numbers of this step: of one process, or the same on all. Independent of the global random state."""
-        seed = (torch.initial_seed() * 1_000_003 + self.global_step) * 4_099 + rank
-        return torch.Generator(self.device).manual_seed(seed % 2**63)
+        """Random numbers of this batch: of one process, or the same on all. Independent of the global random state."""
+        if not self.training:  # every evaluation draws the same: its numbers compare
+            return torch.Generator(self.device).manual_seed(0)
+        # The step alone would give the same noise to all batches of one accumulated gradient.
+        step = (torch.initial_seed() * 1_000_003 + self.global_step) * 1_000_003 + self._batch_idx
+        return torch.Generator(self.device).manual_seed((step * 4_099 + rank) % 2**63)
 
     # Samples.
 
@@ -258,7 +268,7 @@ class EAE(LightningModule):
         if labels is not None:
             labels = self._check_labels(labels.to(self.device), num_samples)
         with _evaluation(self):
-            return self.decode(z.to(self.dtype), labels).float()
+            return self.decode(z, labels).float()
 
     @torch.no_grad()
     def interpolate(
@@ -279,31 +289,42 @@ class EAE(LightningModule):
             labels: ``(B,)`` classes to decode as, if conditional.
 
         Returns:
-            ``(B, S, C, H, W)`` in [0, 1].
+            ``(B, S, C, H, W)`` in [0, 1], float32.
+
+        Raises:
+            ValueError: as many images are not on both ends, ``num_steps`` is below 2, or classes do not fit.
         """
+        if len(a) != len(b):
+            raise ValueError(f"Both ends need as many images, got {len(a)} and {len(b)}.")
+        if labels is not None:
+            labels = self._check_labels(labels.to(self.device), len(a)).repeat_interleave(num_steps)
         with _evaluation(self):
             z = interpolate_codes(self.encode(a).float(), self.encode(b).float(), num_steps, mode)
-            labels = None if labels is None else labels.repeat_interleave(num_steps)
-            return self.decode(z.flatten(0, 1).to(self.dtype), labels).float().unflatten(0, (len(a), num_steps))
+            return self.decode(z.flatten(0, 1), labels).float().unflatten(0, (len(a), num_steps))
 
     @torch.no_grad()
     def fit_prior(self, dataloader: Iterable[Any]) -> None:
         """Fit the Gaussian and the mixture to the codes of all images, in evaluation mode.
 
-        Without this call they are fitted to the last 10,000 codes of training, which is nearly the same.
+        Without this call they are fitted to the last 10,000 codes of training, which is nearly the same. Training that
+        goes on makes the fit out of date.
 
         Args:
-            dataloader: batches as in training, or tensors of images.
+            dataloader: batches as in training, or tensors of images. Over several processes each calls this with its
+                share of them; all fit the same.
+
+        Raises:
+            ValueError: fewer images than the mixture has components.
         """
+        codes = [torch.empty(0, self.latent_dim, device=self.device)]  # a process may have no share
         with _evaluation(self):
-            batches = (batch["image"] if isinstance(batch, Mapping) else batch for batch in dataloader)
-            codes = [self.encode(images.to(self.device, self.dtype)).float() for images in batches]
-        if not codes:
-            raise ValueError("fit_prior was given a dataloader without batches.")
-        self.prior.fit(torch.cat(codes))
+            for batch in dataloader:
+                images = batch["image"] if isinstance(batch, Mapping) else batch
+                codes.append(self.encode(images.to(self.device)).float())
+        self.prior.fit(gather_rows(torch.cat(codes))[0])
 
     def _check_labels(self, labels: Tensor, count: int) -> Tensor:
-        if labels.shape != (count,) or labels.is_floating_point():
+        if labels.shape != (count,) or labels.dtype != torch.int64:
             found = f"{tuple(labels.shape)} {labels.dtype}"
             raise ValueError(f"labels must be ({count},) int64, a class for each image, got {found}.")
         if count and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < self.num_classes:
@@ -341,6 +362,7 @@ class EAE(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
+        self._batch_idx = batch_idx
         if batch_idx == 0 and self.conditional:
             self._check_labels(batch["label"], len(batch["image"]))
         codes = self.codes(batch["image"])
@@ -356,6 +378,11 @@ class EAE(LightningModule):
             gap = -terms["regularization"].detach() / self.current_weight() - reference
             self.log("train/entropy_gap", gap, prog_bar=True, batch_size=size)
         return loss
+
+    def on_train_end(self) -> None:
+        """Fit the priors to the newest training codes, for what is saved from here on."""
+        if not self.prior.is_fitted and self.prior.can_be_fitted:
+            self.prior.fit()
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum up errors and codes; keep the first images for the pictures."""
@@ -422,11 +449,13 @@ class EAE(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam whose rate decays after each epoch, unless ``optimizer`` or ``scheduler`` is given."""
-        decay = self.objective.decoder_decay
-        groups = [
-            {"params": self.encoder.parameters()},
-            {"params": self.decoder.parameters(), "weight_decay": decay},
-        ]
+        groups: Any = self.parameters()
+        if decay := self.objective.decoder_decay:
+            decoder = set(self.decoder.parameters())
+            groups = [
+                {"params": [p for p in self.parameters() if p not in decoder]},
+                {"params": [*self.decoder.parameters()], "weight_decay": decay},
+            ]
         optimizer = self._optimizer(groups) if self._optimizer else torch.optim.Adam(groups, self.lr)
         if self._scheduler:
             scheduler = self._scheduler(optimizer)
@@ -449,7 +478,8 @@ class EAE(LightningModule):
         images, labels = self._shown, self._shown_labels
         figures = {"reconstructions": plots.plot_reconstructions(images, self.reconstruct(images, labels).float())}
         generator = torch.Generator(self.device).manual_seed(0)  # the same codes each time: pictures compare
-        priors = dict.fromkeys(("normal", self.default_prior))
+        fits = self.prior.is_fitted or self.prior.can_be_fitted  # not before the first batches
+        priors = dict.fromkeys(("normal", self.default_prior if fits else "normal"))
         samples = {name: self.sample(_NUM_SAMPLES, prior=name, generator=generator) for name in priors}
         figures["samples"] = plots.plot_samples(samples)
         if (half := len(images) // 2) > 0:
@@ -489,7 +519,7 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
     k = arguments["k"]
     if not (numbers := [k] if isinstance(k, int) else list(k)) or min(numbers) < 1:
         raise ValueError(f"k={k} must be 1 or more, or several such numbers: the nearest neighbour is 1.")
-    if arguments["lr"] <= 0:
+    if not arguments["lr"] > 0:
         raise ValueError(f"lr={arguments['lr']} must be positive.")
     if not 0 < arguments["lr_decay"] <= 1:
         raise ValueError(f"lr_decay={arguments['lr_decay']} must lie in (0, 1]: the factor after each epoch.")

@@ -82,7 +82,7 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor, kind: Reconstru
         kind: ``mse`` the squared error, ``l1`` the absolute one, ``bce`` the cross entropy in nats (its least value is
             the images' own entropy, not 0).
     """
-    reconstruction, images = reconstruction.float(), images.float()
+    reconstruction, images = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (reconstruction, images))
     if kind == "bce":
         with torch.autocast(images.device.type, enabled=False):  # refuses to run there, though its input is float32
             return F.binary_cross_entropy(reconstruction, images, reduction="none").flatten(1).sum(1)
@@ -108,5 +108,5 @@ def regularization(objective: Objective, codes: Codes, k: int | Sequence[int], g
         assert codes.divergence is not None
         return codes.divergence.mean()
     if objective.term == "norm":
-        return codes.own.float().square().sum(1).mean() / 2
+        return codes.own.square().sum(1).mean() / 2
     return {"sigreg": sigreg, "mmd": mmd}[objective.term](codes.all, generator=generator)
