@@ -1,4 +1,4 @@
-"""Commands without a Trainer: ``generate``, ``sample``, ``list``, ``copy`` and ``plot``."""
+"""Commands without a Trainer: ``generate``, ``sample``, ``export``, ``list``, ``copy`` and ``plot``."""
 
 import ast
 import shutil
@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from shtab import FILE
 
 import lightning_plugins
+from lightning_plugins.cli.export import EXAMPLES as EXPORT_EXAMPLES
+from lightning_plugins.cli.export import add_export_arguments, export
 from lightning_plugins.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from lightning_plugins.cli.generate import add_generate_arguments, generate
 from lightning_plugins.cli.messages import UsageError, did_you_mean
@@ -25,6 +27,7 @@ COMMANDS = {
     "predict": "write the predictions to a file",
     "generate": "print the texts a trained model writes, piece by piece",
     "sample": "draw images from a trained generative model",
+    "export": "write a trained model as a folder that runs without this package",
     "list": "parts, configs and recipes, one line each",
     "copy": "copy a shipped config or recipe, to change it",
     "plot": "a page of pictures from a run with ODEDiagnostics",
@@ -47,6 +50,8 @@ def command_parsers() -> dict[str, ArgumentParser]:
     add_generate_arguments(generate_parser)
     sample_parser = _teaching_parser("sample", SAMPLE_EXAMPLES)
     add_sample_arguments(sample_parser)
+    export_parser = _teaching_parser("export", EXPORT_EXAMPLES)
+    add_export_arguments(export_parser)
     list_parser = _LightParser(prog="lightning-plugins list", description=COMMANDS["list"])
     copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
     copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
@@ -60,6 +65,7 @@ def command_parsers() -> dict[str, ArgumentParser]:
     return {
         "generate": generate_parser,
         "sample": sample_parser,
+        "export": export_parser,
         "list": list_parser,
         "copy": copy_parser,
         "plot": plot_parser,
@@ -86,6 +92,8 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         generate(options)
     elif name == "sample":
         sample(options)
+    elif name == "export":
+        export(options)
     elif name == "copy":
         copy(options.name, options.dest)
     else:

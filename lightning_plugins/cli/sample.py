@@ -14,6 +14,7 @@ from shtab import FILE
 
 from lightning_plugins.cli.load import checkpoint_file, load_model
 from lightning_plugins.cli.messages import UsageError, raised_here
+from lightning_plugins.cli.pipelines import Pipeline, is_pipeline
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +25,9 @@ An --output that ends in .png becomes one picture of all images, any other a fol
   lightning-plugins sample --ckpt_path last                                   a page of 64, beside the run
   lightning-plugins sample --ckpt_path last --labels 3 5 --output digits.png  of a conditional model: a column a class
   lightning-plugins sample --ckpt_path last --prior mixture --num_samples 10000 --batch_size 256 --output drawn
+  lightning-plugins sample --ckpt_path student --prompt "a lighthouse" --num_samples 4   of an exported folder
 """
+_NO_FILE = "Of folders it takes those of diffusers pipelines, such as `lightning-plugins export` writes of SiD."
 _OTHER_FORMATS = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".pdf", ".svg")
 _VISIBLE = 32  # px: smaller images are enlarged on a page by a whole number
 
@@ -48,15 +51,18 @@ class DrawsSamples(Protocol):
 
 def add_sample_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``sample``; how to draw stays as the model has it where nothing is given."""
-    where = "Checkpoint of a generative model, or `last`: the newest run's below the current folder."
+    where = "Checkpoint of a generative model, `last` (the newest run's below the current folder), or the folder of a "
+    where += "diffusers pipeline: an exported one draws in one step, any other as it does by default."
     parser.add_argument("--ckpt_path", type=str, required=True, help=where).complete = FILE
     parser.add_argument("--num_samples", type=PositiveInt, default=64, help="Images to draw.")
     output = "Picture to write if it ends in .png (an existing one is replaced), else a folder for a PNG of each image "
-    output += "(where nothing is replaced). By default samples.png in the run's folder."
+    output += "(where nothing is replaced). By default samples.png in the run's folder, or beside the pipeline's."
     parser.add_argument("--output", type=str, help=output).complete = FILE
     parser.add_argument("--model", type=str, help="Class of a checkpoint that was made in Python, such as EAE.")
     labels = "Classes to draw, in turn, of a conditional model; at random if left out."
     parser.add_argument("--labels", type=NonNegativeInt, nargs="+", help=labels)
+    prompt = "Text to draw, of a text-to-image model; several take turns."
+    parser.add_argument("--prompt", type=str, action="append", help=prompt)
     prior = "Where codes are drawn: normal, or gaussian and mixture as fitted to the training codes."
     parser.add_argument("--prior", choices=("normal", "gaussian", "mixture"), help=prior)
     temperature = "Below 1 images are more typical and less varied."
@@ -73,14 +79,15 @@ def sample(options: Namespace) -> None:
     Raises:
         UsageError: the checkpoint cannot be used, an option does not fit the model, or nothing can be written there.
     """
-    path = checkpoint_file(options.ckpt_path)
+    pipeline = is_pipeline(options.ckpt_path)
+    path = Path(options.ckpt_path) if pipeline else checkpoint_file(options.ckpt_path, _NO_FILE)
     output = Path(options.output) if options.output is not None else _beside_run(path) / "samples.png"
     _refuse_output(output, options.num_samples)
-    model = load_model(path, options.model, ("sample",), "draws no samples")
+    model = Pipeline(path) if pipeline else load_model(path, options.model, ("sample",), "draws no samples")
     images = _draw(model, options)
     try:
         if output.suffix.lower() == ".png":
-            _write_page(output, list(images), options.labels)
+            _write_page(output, list(images), len(options.labels or options.prompt or [0]))
             print(f"Picture: {_shorten(output)}")
         else:
             _write_folder(output, images)
@@ -128,7 +135,8 @@ def _draw(model: Any, options: Namespace) -> Iterator["torch.Tensor"]:
 
     name = type(model).__name__
     given = {key: options[key] for key in ("prior", "temperature") if options[key] is not None}
-    _refuse_options(model, given)
+    prompts = options.prompt
+    _refuse_options(model, given if prompts is None else {**given, "prompts": prompts})
     labels = None
     if options.labels is not None:
         _refuse_labels(model, options.labels)
@@ -140,6 +148,8 @@ def _draw(model: Any, options: Namespace) -> Iterator["torch.Tensor"]:
         n = min(options.batch_size, options.num_samples - start)
         if labels is not None:
             given["labels"] = labels[start : start + n]
+        if prompts is not None:
+            given["prompts"] = [prompts[index % len(prompts)] for index in range(start, start + n)]
         try:
             with torch.inference_mode():
                 images = model.sample(n, generator=generator, **given)
@@ -156,7 +166,10 @@ def _refuse_options(model: Any, given: dict[str, Any]) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     for key in given.keys() - parameters.keys():
-        raise UsageError(f"--{key} does not fit this {type(model).__name__}: its sample takes no {key}. Leave it out.")
+        option = "prompt" if key == "prompts" else key
+        raise UsageError(
+            f"--{option} does not fit this {type(model).__name__}: its sample takes no {key}. Leave it out."
+        )
 
 
 def _refuse_labels(model: Any, labels: list[int]) -> None:
@@ -177,13 +190,12 @@ def _refuse_other_values(images: "torch.Tensor", n: int, name: str) -> None:
         raise UsageError(f"{name}.sample gave values from {low:.4g} to {high:.4g}; those of a picture lie in [0, 1].")
 
 
-def _write_page(path: Path, images: list["torch.Tensor"], labels: list[int] | None) -> None:
-    """All images in one picture, about square; with labels each column holds one class."""
+def _write_page(path: Path, images: list["torch.Tensor"], turn: int) -> None:
+    """All images in one picture, about square; each column holds one of the ``turn`` classes or texts."""
     import torch
 
     from lightning_plugins.core.pictures import image_grid
 
-    turn = len(labels or [0])
     columns = turn * max(1, round(math.sqrt(len(images)) / turn))
     zoom = max(1, _VISIBLE // max(images[0].shape[1:]))
     content = _png(image_grid(torch.stack(images), columns, zoom=zoom))
