@@ -12,25 +12,42 @@ from lightning_plugins.sid.guidance import guided
 
 
 def step_levels(denoiser: Denoiser, num_steps: int) -> Tensor:
-    """Noise levels ``(num_steps + 1,)`` from the largest to 0: equal steps of the teacher's time, or EDM's for EDM.
+    """Noise levels ``(num_steps + 1,)`` from the largest to 0, float32 on the CPU.
+
+    For VP teachers those of diffusers' ``timestep_spacing="trailing"``, which begins at the last timestep whatever
+    their scheduler's own spacing; else the scheduler's, without flow matching's shift by an image's size.
 
     Args:
         denoiser: whose grid the levels are of.
-        num_steps: 1 or more; at most the levels there are.
+        num_steps: 1 or more; for VP teachers at most the levels there are.
 
     Raises:
         ValueError: more steps than levels, or none.
     """
-    most = len(denoiser.sigmas) if denoiser.sigmas is not None else None
+    most = len(denoiser.sigmas) if denoiser.kind == "vp" else None
     if num_steps < 1 or (most is not None and num_steps > most):
-        raise ValueError(f"num_steps={num_steps} must lie in 1..{most or 'any'}: the teacher has {most} noise levels.")
-    if denoiser.sigmas is None:
-        low, high = denoiser.sigma_min ** (1 / 7), denoiser.sigma_max ** (1 / 7)
-        levels = torch.linspace(high, low, num_steps) ** 7
+        rule = "1 or more" if most is None else f"1 to {most}, the teacher's noise levels"
+        raise ValueError(f"num_steps={num_steps} must be {rule}.")
+    if most is not None:
+        index = most - most / num_steps * torch.arange(num_steps, dtype=torch.float64)
+        levels = denoiser.sigmas.cpu()[index.round().long() - 1]
     else:
-        index = torch.linspace(len(denoiser.sigmas) - 1, 0, num_steps + 1, device=denoiser.sigmas.device)[:-1]
-        levels = denoiser.sigmas[index.round().long()]
+        levels = _scheduler_levels(denoiser, num_steps)
     return torch.cat([levels, levels.new_zeros(1)])
+
+
+def _scheduler_levels(denoiser: Denoiser, num_steps: int) -> Tensor:
+    import diffusers
+
+    config = denoiser.scheduler_config
+    fixed = {"use_dynamic_shifting": False} if config.get("use_dynamic_shifting") else {}
+    scheduler = getattr(diffusers, config["_class_name"]).from_config({**config, **fixed})
+    scheduler.set_timesteps(num_steps)
+    levels = scheduler.sigmas.double().unique().flip(0)  # solvers of second order have each twice
+    levels = levels[levels > 0]
+    levels = levels / (1 - levels) if denoiser.kind == "flow" else levels
+    levels[0] = denoiser.sigma_max  # an exponential schedule of one step has the lowest alone
+    return levels.clamp(denoiser.sigma_min, denoiser.sigma_max).float()
 
 
 @torch.no_grad()
@@ -46,7 +63,8 @@ def many_steps(
 
     .. math:: x_{i+1} = D(x_i, \sigma_i) + \sigma_{i+1} \frac{x_i - D(x_i, \sigma_i)}{\sigma_i}
 
-    Where the teacher's scheduler clips its denoised images (``clip_sample``), so does this.
+    Where the teacher's scheduler clips its denoised images (``clip_sample``), so does this: the first D, as diffusers'
+    DDIM does, and not the one in the direction.
 
     Args:
         denoiser: the teacher's.
@@ -60,18 +78,19 @@ def many_steps(
         ``(B, C, H, W)`` clean samples, not clamped further.
     """
     levels = step_levels(denoiser, num_steps).to(noise.device)
-    x = noise * denoiser.input_scale(denoiser.sigma_max) if denoiser.kind != "edm" else noise * levels[0]
+    x = noise * denoiser.input_scale(float(levels[0]))
     for sigma, following in itertools.pairwise(levels):
         mean = guided(denoiser, x, sigma.expand(len(x)), conditioning or {}, null_conditioning, guidance)
-        mean = clip(denoiser, mean)
-        x = mean + (following / sigma) * (x - mean)
+        x = (clip(denoiser, mean) if clips(denoiser) else mean) + (following / sigma) * (x - mean)
     return x
 
 
+def clips(denoiser: Denoiser) -> bool:
+    """Whether the teacher's scheduler clamps denoised images."""
+    return bool(denoiser.scheduler_config.get("clip_sample", False))
+
+
 def clip(denoiser: Denoiser, mean: Tensor) -> Tensor:
-    """Cut denoised images as the teacher's scheduler does; as they are where it does not."""
-    config = denoiser.scheduler_config
-    if not config.get("clip_sample", False):
-        return mean
-    reach = config.get("clip_sample_range", 1.0)
+    """Denoised images, clamped to the scheduler's ``clip_sample_range``, [-1, 1] in most."""
+    reach = denoiser.scheduler_config.get("clip_sample_range", 1.0)
     return mean.clamp(-reach, reach)
