@@ -3,27 +3,26 @@
 import copy
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.utils.data import DataLoader
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lightning_plugins.core.curvature import loss_scale
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.sid import losses, plots
+from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.averaging import half_life_decay, update_average
+from lightning_plugins.sid.batches import EqualBatches, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
@@ -42,6 +41,7 @@ from lightning_plugins.sid.steps import (
     generator_terms,
 )
 from lightning_plugins.sid.teacher import Teacher
+from lightning_plugins.sid.updates import count_no_step, finite_gradients_, gradient_sync, refuse_setup
 
 
 class SiD(LightningModule):
@@ -81,9 +81,11 @@ class SiD(LightningModule):
         ema_ramp_up: share of the images seen so far that the memory is at most; 0.05 in the paper's code.
         loss: ``sid``, or ``reverse_kl`` (Diff-Instruct, DMD) for comparison.
         weighting: ``l1``, the paper's :math:`\omega`, or ``none``.
-        noise_levels: ``edm`` draws levels as the paper does (the generator's along EDM's schedule up to ``t_max``, the
-            fake score's log-normal) and takes the teacher's nearest; ``grid`` the teacher's own timesteps from
-            ``t_min`` to ``t_max`` thousandths, with plain noise prediction for the fake score (SiD-LSG).
+        noise_levels: of the generator's loss: ``edm``, the paper's, runs along EDM's schedule up to ``t_max``, moved to
+            the teacher's nearest levels; ``grid`` draws the teacher's own timesteps, each as likely, from ``t_min`` to
+            ``t_max`` thousandths (SiD-LSG).
+        fake_noise_levels: of the fake score's: ``edm``, the paper's, are log-normal with EDM's weights; ``grid`` all of
+            the teacher's timesteps with plain noise prediction (SiD-LSG). Default: as ``noise_levels``.
         t_min: thousandths of the schedule the generator's levels begin at; 0 in the paper, 20 in SiD-LSG.
         t_max: and end at; 800 in the paper, 980 in SiD-LSG.
         guidance: classifier-free guidance of the teacher; 1 is none. SiD-LSG: 1.5 to 4.5.
@@ -127,6 +129,7 @@ class SiD(LightningModule):
         loss: Loss = "sid",
         weighting: losses.Weighting = "l1",
         noise_levels: Levels = "edm",
+        fake_noise_levels: Levels | None = None,
         t_min: float = 0.0,
         t_max: float = 800.0,
         guidance: float = 1.0,
@@ -144,7 +147,7 @@ class SiD(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
-        _check_arguments(locals())
+        check_arguments(locals())
         self.automatic_optimization = False
         self.alpha = alpha
         self.lr, self.fake_lr, self.betas, self.eps = lr, fake_lr, (float(betas[0]), float(betas[1])), eps
@@ -152,6 +155,7 @@ class SiD(LightningModule):
         self.gradient_clip, self.decay_from = gradient_clip, decay_from
         self.ema_halflife_images, self.ema_ramp_up = ema_halflife_images, ema_ramp_up
         self.loss_kind, self.weighting, self.noise_levels = loss, weighting, noise_levels
+        self.fake_noise_levels = fake_noise_levels or noise_levels
         self.t_min, self.t_max = t_min, t_max
         self.guidance = guidance
         self.fake_guidance = guidance if fake_guidance is None else fake_guidance
@@ -162,6 +166,7 @@ class SiD(LightningModule):
         self._optimizer, self._fake_optimizer = optimizer, fake_optimizer
         self.networks = StudentNetworks(teacher, sigma_init, clip_output)
         self._sharded_teacher = False
+        self.strict_loading = lora_rank is None  # checkpoints of adapters leave the teacher's weights out
         self.images, self._updates = 0, 0
         self._shown_teacher: Tensor | None = None
         self._marks: list[tuple[float, int]] = []
@@ -187,7 +192,8 @@ class SiD(LightningModule):
         """A trainable network that starts equal to the teacher's; called for the generator and for the fake score."""
         if self.lora_rank is not None:
             return lora_copy(network, self.lora_rank)
-        return copy.deepcopy(network).requires_grad_(True).train()
+        precise = torch.promote_types(network.dtype, torch.float32)  # small updates are lost in a low precision
+        return copy.deepcopy(network).to(precise).requires_grad_(True).train()
 
     def configure_model(self) -> None:
         """Build the networks; shard them and the teacher under ``ModelParallelStrategy`` (FSDP2).
@@ -228,7 +234,6 @@ class SiD(LightningModule):
         self.images, self._updates = record.pop("images"), record.pop("updates")
         adapters = self.lora_rank is not None
         self.networks.use_description(record, needs_teacher=adapters or not record["in_pixels"])
-        self.strict_loading = not adapters
         if not self.networks.is_built:
             self.networks.build(self.build_network) if adapters else self.networks.build_from_description()
 
@@ -236,7 +241,7 @@ class SiD(LightningModule):
 
     def forward(self, noise: Tensor, **conditioning: Any) -> Tensor:
         """The student's images or latents ``(B, C, H, W)`` of unit noise, in one step."""
-        return self.networks.generate(self.networks.student, noise, conditioning)
+        return self.networks.student_images(noise, conditioning)
 
     @torch.no_grad()
     def sample(
@@ -288,10 +293,10 @@ class SiD(LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Update the fake score, then the generator, then the student."""
         generator_optimizer, fake_optimizer = self.optimizers()
-        _count_no_step(fake_optimizer)
-        n, labels, prompts = self._read(batch)
+        count_no_step(fake_optimizer)
+        n, labels, prompts = conditions(batch, self.conditional)
         conditioning = self.networks.conditioning(n, labels, prompts, self._random(self.fake_steps + 1), self.device)
-        real = 2 * batch["image"].to(self.dtype) - 1 if self.adversarial else None
+        real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
         for turn in range(self.fake_steps):
             logs = self._update(fake_optimizer, n, conditioning, real, turn, self._fake_objective)
         logs |= self._update(generator_optimizer, n, conditioning, real, self.fake_steps, self._generator_objective)
@@ -314,12 +319,12 @@ class SiD(LightningModule):
         objective: Callable[..., tuple[Tensor, dict[str, Tensor]]],
     ) -> dict[str, Tensor]:
         """One step of an optimizer on n samples, in ``accumulate`` parts; returns the means of what is logged."""
-        draws = self._draw(n, turn)
+        draws, parts = self._draw(n, turn), min(n, self.accumulate)
         sums: dict[str, Tensor] = {}
-        for k in range(self.accumulate):
-            part = slice(k * n // self.accumulate, (k + 1) * n // self.accumulate)
+        for k in range(parts):
+            part = slice(k * n // parts, (k + 1) * n // parts)
             rows = {name: value[part] for name, value in conditioning.items()}
-            with self._synchronised(k == self.accumulate - 1):
+            with gradient_sync(self, now=k == parts - 1):
                 values, logs = objective(
                     Draws(*(value[part] for value in draws)), rows, None if real is None else real[part]
                 )
@@ -339,7 +344,7 @@ class SiD(LightningModule):
             images = nets.generate(nets.generator, draws.latent, conditioning)
         score = self._score(fake, self._dropped(conditioning, draws.dropped), self.fake_guidance)
         with self._discriminator() as logits:
-            loss = fake_score_terms(images, draws, score, self.noise_levels, fake.sigma_data, real, logits)
+            loss = fake_score_terms(images, draws, score, self.fake_noise_levels, fake.sigma_data, real, logits)
         return loss, {"fake_loss": loss}
 
     def _generator_objective(
@@ -362,7 +367,7 @@ class SiD(LightningModule):
         objective = _GENERATOR_SCALE * (images.nan_to_num() * terms.gradient).flatten(1).sum(1)
         lost = (~terms.finite).float()
         loss, divergence = (torch.where(terms.finite, value, 0.0) for value in (terms.loss, terms.divergence))
-        return objective, {"generator_loss": loss, "divergence": divergence, "nonfinite_samples": lost}
+        return objective, {"generator_loss": loss, "divergence": divergence, "nonfinite": lost}
 
     def _score(self, denoiser: Denoiser, conditioning: Mapping[str, Tensor], guidance: float) -> Score:
         null = self.networks.null_conditioning() if guidance != 1 else None
@@ -393,7 +398,8 @@ class SiD(LightningModule):
         fake = turn < self.fake_steps
         denoiser = self.networks.generator
         limits = {"t_min": self.t_min, "t_max": self.t_max}
-        sigma = draw_levels(denoiser, n, self.noise_levels, random, fake=fake, **limits)
+        kind = self.fake_noise_levels if fake else self.noise_levels
+        sigma = draw_levels(denoiser, n, kind, random, fake=fake, **limits)
         dropped = torch.rand(n, generator=random, device=self.device) < self.condition_dropout
         return Draws(latent, noise, sigma, dropped)
 
@@ -402,39 +408,11 @@ class SiD(LightningModule):
         seed = functools.reduce(lambda total, number: total * 1_000_003 + number, numbers, 1)
         return torch.Generator(self.device).manual_seed(seed % 2**63)
 
-    def _read(self, batch: Mapping[str, Any]) -> tuple[int, Tensor | None, list[str] | None]:
-        """How many samples a batch asks for, and of which classes or prompts."""
-        prompts = batch.get("prompt")
-        if self.adversarial and "image" not in batch:
-            raise ValueError("adversarial=True tells generated images from real ones: give data with images.")
-        if prompts is not None:
-            return len(prompts), None, list(prompts)
-        n = next(len(value) for value in batch.values() if isinstance(value, Tensor))
-        return n, batch.get("label") if self.conditional else None, None
-
-    @contextmanager
-    def _synchronised(self, now: bool) -> Iterator[None]:
-        """Gradients go round the processes in the last part of a batch only."""
-        strategy = self.trainer.strategy
-        if now or self.accumulate == 1:
-            yield
-        elif isinstance(strategy, DDPStrategy):
-            with strategy.model.no_sync():
-                yield
-        else:
-            parts = [part for part in self.modules() if isinstance(part, FSDPModule)]
-            for part in parts:
-                part.set_requires_gradient_sync(False, recurse=False)
-            yield
-            for part in parts:
-                part.set_requires_gradient_sync(True, recurse=False)
-
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make gradients finite, as the paper's code does, and clip them; a GradScaler skips such steps itself."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            for parameter in parameters:
-                torch.nan_to_num(parameter.grad, nan=0.0, posinf=1e5, neginf=-1e5, out=parameter.grad)
+            finite_gradients_(parameters)
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
 
@@ -458,30 +436,37 @@ class SiD(LightningModule):
         done = step / self.trainer.estimated_stepping_batches
         return min(1.0, max(0.0, (1 - done) / (1 - self.decay_from)))
 
-    def _log_step(self, n: int, logs: Mapping[str, Tensor]) -> None:
+    def _log_step(self, n: int, logs: dict[str, Tensor]) -> None:
         now = time.monotonic()
         self._marks = [*self._marks[-20:], (now, self.images)]
         (before, images), bar = self._marks[0], {"prog_bar": True, "batch_size": n}
+        lost = n * logs.pop("nonfinite")
+        self.log("train/nonfinite_samples", lost, batch_size=n, reduce_fx="sum", sync_dist=True)  # of all processes
         for name, value in logs.items():
-            self.log(f"train/{name}", value, prog_bar=name != "nonfinite_samples", batch_size=n)
+            self.log(f"train/{name}", value, prog_bar=True, batch_size=n)
         self.log("train/images", float(self.images), prog_bar=False, batch_size=n)
         if now > before:
             self.log("images/s", (self.images - images) / (now - before), **bar)
 
     # Loaders for a run without data, and rules.
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> EqualBatches:
         """Batches that say how many images to make; a data module's batches take their place."""
         self._refuse_missing_prompts()
-        return self._counting_loader(self.updates_per_epoch)
+        return EqualBatches(self.batch_size, self.updates_per_epoch)
 
-    def val_dataloader(self) -> DataLoader:
+    def val_dataloader(self) -> EqualBatches:
         """One batch, so that an epoch ends with pictures and evaluation."""
-        return self._counting_loader(1)
+        return EqualBatches(self.batch_size, 1)
 
-    def _counting_loader(self, num_batches: int) -> DataLoader:
-        batch = {"index": torch.arange(self.batch_size)}
-        return DataLoader([batch] * num_batches, batch_size=None)
+    def test_dataloader(self) -> EqualBatches:
+        """One batch."""
+        return EqualBatches(self.batch_size, 1)
+
+    def predict_dataloader(self) -> EqualBatches:
+        """One batch of samples."""
+        self._refuse_missing_prompts()
+        return EqualBatches(self.batch_size, 1)
 
     def _refuse_missing_prompts(self) -> None:
         if self.networks.description["takes_text"]:
@@ -491,26 +476,23 @@ class SiD(LightningModule):
         """Refuse what would train something else, or hang.
 
         Raises:
-            MisconfigurationException: DDP without ``find_unused_parameters``.
-            ValueError: the teacher's output is not finite.
+            MisconfigurationException: a strategy that cannot train two networks in turn.
+            ValueError: weights in half precision, a teacher without the condition that guidance or dropout needs, or
+                one whose output is not finite.
         """
-        strategy = self.trainer.strategy
-        if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
-            raise MisconfigurationException(
-                "SiD has two optimizers, each of which trains a part of the parameters: under DDP use "
-                "strategy='ddp_find_unused_parameters_true'."
-            )
-        if self.guidance != 1 or self.fake_guidance != 1 or self.condition_dropout:
-            self._dropped({}, torch.zeros(0, dtype=torch.bool))
-        with torch.no_grad():
-            n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
-            conditioning = self.networks.conditioning(n, None, prompts, self._random(self.fake_steps + 2), self.device)
-            draws = self._draw(n, self.fake_steps)
-            denoised = self.teacher.denoiser(draws.noise * draws.sigma.view(-1, 1, 1, 1), draws.sigma, **conditioning)
-        if not denoised.isfinite().all():
-            raise ValueError(
-                f"teacher={self.networks.source!r} denoises noise to values that are not finite: is its file whole?"
-            )
+        refuse_setup(self.trainer)
+        n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
+        conditioning = self.networks.conditioning(n, None, prompts, self._random(self.fake_steps + 2), self.device)
+        draws = self._draw(n, self.fake_steps)
+        self._dropped(conditioning, draws.dropped)
+        for scale in {self.guidance, self.fake_guidance}:
+            with torch.no_grad():
+                noise = draws.noise * draws.sigma.view(-1, 1, 1, 1)
+                denoised = self._score(self.teacher.denoiser, conditioning, scale)(noise, draws.sigma)
+            if not denoised.isfinite().all():
+                raise ValueError(
+                    f"teacher={self.networks.source!r} denoises noise to values that are not finite: is its file whole?"
+                )
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
@@ -520,7 +502,7 @@ class SiD(LightningModule):
 
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions."""
-        n, labels, prompts = self._read(batch)
+        n, labels, prompts = conditions(batch, self.conditional)
         random = torch.Generator(self.device).manual_seed(
             (self.seed * 1_000_003 + batch_idx) * 4_099 + self.global_rank
         )
@@ -585,48 +567,6 @@ class SiD(LightningModule):
             teacher=self.teacher if needs_parts else None,
             card=card,
         )
-
-
-def _count_no_step(optimizer: LightningOptimizer) -> None:
-    """Let Lightning's ``global_step`` count the generator's updates alone.
-
-    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
-    the updates asked for. It sets these two hooks anew when a loop starts.
-    """
-    optimizer._on_before_step = do_nothing_closure
-    optimizer._on_after_step = do_nothing_closure
-
-
-def _check_arguments(arguments: Mapping[str, Any]) -> None:
-    """Refuse what no other check sees, in one sentence."""
-    least = {
-        "fake_steps": 1,
-        "batch_size": 1,
-        "accumulate": 1,
-        "num_pictures": 0,
-        "updates_per_epoch": 1,
-        "teacher_steps": 1,
-    }
-    for name, minimum in least.items():
-        if arguments[name] < minimum:
-            raise ValueError(f"{name}={arguments[name]} must be {minimum} or more.")
-    for name in ("sigma_init", "lr", "fake_lr", "eps", "gradient_clip", "lora_rank"):
-        if (value := arguments[name]) is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be positive.")
-    for name in ("ema_halflife_images", "ema_ramp_up", "guidance", "fake_guidance"):
-        if (value := arguments[name]) is not None and not value >= 0:
-            raise ValueError(f"{name}={value} must be 0 or more.")
-    for name in ("decay_from", "condition_dropout"):
-        if not 0 <= arguments[name] <= 1:
-            raise ValueError(f"{name}={arguments[name]} must lie in [0, 1].")
-    choices = {"loss": Loss, "noise_levels": Levels, "weighting": losses.Weighting}
-    for name, kind in choices.items():
-        if arguments[name] not in get_args(kind):
-            raise ValueError(f"{name}={arguments[name]!r} must be one of {', '.join(get_args(kind))}.")
-    if arguments["adversarial"] and (arguments["guidance"] != 1 or arguments["fake_guidance"] not in (None, 1)):
-        raise ValueError("adversarial=True reads the fake score's network without guidance: set guidance to 1.")
-    if arguments["batch_size"] < arguments["accumulate"]:
-        raise ValueError(f"accumulate={arguments['accumulate']} must not exceed batch_size={arguments['batch_size']}.")
 
 
 _RECORD = "sid"

@@ -6,14 +6,15 @@ Shapes: n samples, ``(n, C, H, W)`` images in [-1, 1] or latents.
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plugins.sid.denoiser import Denoiser
-from lightning_plugins.sid.sampling import clip
+from lightning_plugins.sid.sampling import clip, clips
 from lightning_plugins.sid.teacher import Teacher, load_teacher
 
 
@@ -45,14 +46,29 @@ class StudentNetworks(nn.Module):
 
     @property
     def teacher(self) -> Teacher:
-        """The frozen teacher, loaded at first use."""
+        """The frozen teacher, loaded at first use.
+
+        Raises:
+            ValueError: it is not the one that the checkpoint in use was trained with.
+        """
         if self._teacher is None:
-            self._teacher = load_teacher(self.source)
-            device = next((parameter.device for parameter in self.parameters()), None)
-            if device is not None and device.type != "meta":
+            with torch.device("cpu"), _single_precision():  # whatever Lightning builds in: its fingerprint is of these
+                teacher = load_teacher(self.source)
+            self._refuse_another(teacher, self._description)
+            self._teacher = teacher
+            like = next(self.parameters(), None)
+            if like is not None and like.device.type != "meta":
                 for part in self._teacher_parts():
-                    part.to(device)
+                    part.to(like.device, torch.float64 if like.dtype == torch.float64 else None)
         return self._teacher
+
+    def _refuse_another(self, teacher: Teacher, description: Mapping[str, Any] | None) -> None:
+        if description is not None and (expected := description["fingerprint"]) != teacher.fingerprint:
+            raise ValueError(
+                f"teacher={self.source!r} is not the model that this checkpoint was trained with: its weights or "
+                f"configuration differ (fingerprint {teacher.fingerprint[:8]}, not {expected[:8]}). Give the one it "
+                "was."
+            )
 
     def _teacher_parts(self) -> list[nn.Module]:
         teacher = self._teacher
@@ -85,22 +101,17 @@ class StudentNetworks(nn.Module):
         return self._description
 
     def use_description(self, description: Mapping[str, Any], needs_teacher: bool) -> None:
-        """Take a checkpoint's description; refuse it if the teacher that is there is another.
+        """Take a checkpoint's description; refuse it if the teacher, now or when it is loaded, is another.
 
         Args:
             description: from :attr:`description`, of the run that wrote the checkpoint.
-            needs_teacher: load the teacher to compare.
+            needs_teacher: load the teacher now.
 
         Raises:
             ValueError: the teacher is not the one trained with.
         """
         if self._teacher is not None or needs_teacher:
-            found, expected = self.teacher.fingerprint, description["fingerprint"]
-            if found != expected:
-                raise ValueError(
-                    f"teacher={self.source!r} is not the model that this checkpoint was trained with: its weights or "
-                    f"configuration differ (fingerprint {found[:8]}, not {expected[:8]}). Give the one it was."
-                )
+            self._refuse_another(self.teacher, description)
         self._description = dict(description)
 
     # The copies.
@@ -117,23 +128,30 @@ class StudentNetworks(nn.Module):
             copy_network: from the teacher's network to a trainable one that starts equal.
 
         Raises:
-            ValueError: ``sigma_init`` lies outside of the teacher's levels.
+            ValueError: ``sigma_init`` lies outside of the teacher's levels, or it needs texts and cannot read them.
         """
         teacher = self.teacher
+        kind = type(teacher.network).__name__
+        if kind in ("UNet2DConditionModel", "SD3Transformer2DModel") and teacher.text_encoder is None:
+            raise ValueError(
+                f"teacher={self.source!r} is told texts by its {kind}, but has not the one text encoder and tokenizer "
+                "that make something of them: give a whole pipeline of Stable Diffusion's kind."
+            )
         teacher.denoiser.input_scale(self.sigma_init)
-        self.generator = teacher.denoiser.sharing(copy_network(teacher.network))
-        self.fake_score = teacher.denoiser.sharing(copy_network(teacher.network))
+        self.generator = teacher.denoiser.sharing(_without_label_dropout(copy_network(teacher.network)))
+        self.fake_score = teacher.denoiser.sharing(_without_label_dropout(copy_network(teacher.network)))
         shared = {id(parameter): parameter for parameter in teacher.network.parameters()}  # what adapters sit on
-        self.student = copy.deepcopy(self.generator, shared).requires_grad_(False).eval()
+        self.student = copy.deepcopy(self.generator, shared).requires_grad_(False)
 
     def build_from_description(self) -> None:
         """Networks with weights that a checkpoint brings."""
         import diffusers
 
         cls = getattr(diffusers, self.description["network"])
-        made = [Denoiser(cls.from_config(self.description["config"]), self.description["scheduler"]) for _ in range(3)]
+        config, scheduler = self.description["config"], self.description["scheduler"]
+        made = [Denoiser(_without_label_dropout(cls.from_config(config)), scheduler) for _ in range(3)]
         self.generator, self.fake_score, self.student = made
-        self.student.requires_grad_(False).eval()
+        self.student.requires_grad_(False)
 
     def built(self, denoiser: Denoiser | None) -> Denoiser:
         """The network, or one sentence if it has not been built."""
@@ -160,13 +178,22 @@ class StudentNetworks(nn.Module):
         """Whether generated images are clamped to [-1, 1], or what the scheduler says."""
         if self.clip_output is not None:
             return self.clip_output
-        return bool(self.built(self.generator).scheduler_config.get("clip_sample", False))
+        return clips(self.built(self.generator))
 
     def generate(self, denoiser: Denoiser | None, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         r""":math:`G(z) = D(s z, \sigma_{init})`, as a pipeline of one step feeds its network."""
         denoiser, level = self.built(denoiser), self.start_level
         images = denoiser(noise * denoiser.input_scale(level), noise.new_full((len(noise),), level), **conditioning)
         return clip(denoiser, images) if self.clips else images
+
+    def student_images(self, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
+        """What the student generates of noise, without dropout."""
+        student = self.built(self.student)
+        training = student.training
+        student.eval()
+        images = self.generate(student, noise, conditioning)
+        student.train(training)  # Lightning warns of parts that are in eval mode when training starts
+        return images
 
     def noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Unit noise ``(n, C, H, W)``, drawn where the generator is."""
@@ -184,12 +211,12 @@ class StudentNetworks(nn.Module):
         """The network's keyword arguments for n classes or prompts; classes are drawn uniformly if none are given.
 
         Raises:
-            ValueError: classes or prompts for a teacher without, or too few, or none for one that needs them.
+            ValueError: classes or prompts for a teacher without, or too few, others, or none for one that needs them.
         """
         if prompts is not None:
             if len(prompts) != n:
                 raise ValueError(f"prompts must be {n} texts, one for each image, got {len(prompts)}.")
-            return self.teacher.encode_prompts(list(prompts))
+            return {name: value.to(device) for name, value in self.teacher.encode_prompts(list(prompts)).items()}
         classes = self.description["num_classes"]
         if classes is None and labels is not None:
             raise ValueError("labels were given, but the teacher has no classes: leave them out.")
@@ -199,10 +226,13 @@ class StudentNetworks(nn.Module):
             return {}
         if labels is None:
             source = device if generator is None else generator.device
-            labels = torch.randint(classes, (n,), generator=generator, device=source)
+            return {"class_labels": torch.randint(classes, (n,), generator=generator, device=source).to(device)}
         if labels.shape != (n,) or labels.is_floating_point():
             found = f"{tuple(labels.shape)} {labels.dtype}"
             raise ValueError(f"labels must be ({n},) int64, a class for each image, got {found}.")
+        low, high = (int(end) for end in labels.aminmax()) if n else (0, 0)
+        if low < 0 or high >= classes:  # a DiT would take the next for no class
+            raise ValueError(f"labels run from {low} to {high}; the teacher's classes are 0 to {classes - 1}.")
         return {"class_labels": labels.to(device)}
 
     def null_conditioning(self) -> dict[str, Tensor] | None:
@@ -216,3 +246,27 @@ class StudentNetworks(nn.Module):
         if self.description["in_pixels"]:
             return (x.float() / 2 + 0.5).clamp(0, 1)
         return self.teacher.decode(x)
+
+
+def _without_label_dropout(network: nn.Module) -> nn.Module:
+    """Let a DiT in training see the classes it is given.
+
+    Each of its blocks would forget one in ten by itself: the generator would then make anything where both scores are
+    told a class; the fake score's share is ``condition_dropout``. Their random numbers could not be drawn again either.
+    """
+    from diffusers.models.embeddings import LabelEmbedding
+
+    for part in network.modules():
+        if isinstance(part, LabelEmbedding):
+            part.dropout_prob = 0.0
+    return network
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

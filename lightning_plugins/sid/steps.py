@@ -133,10 +133,12 @@ def generator_terms(
         kind: ``sid`` or ``reverse_kl``.
         weighting: :math:`\omega`.
         logits: SiDA's of the fake score's latest call; its term is added with SiDA's weights.
-        scale: of the loss in this backward pass, as half precision needs; the gradient returned is without it.
+        scale: of the loss in this backward pass, as half precision needs; the gradient returned is without it. A tensor
+            is a GradScaler's.
 
     Returns:
-        Zero gradients for samples where anything is not finite, so that no process waits for another.
+        Zero gradients for samples where anything is not finite, so that no process waits for another. With a GradScaler
+        a finite loss may have an infinite gradient, which it must see to lower its scale.
     """
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
@@ -155,7 +157,9 @@ def generator_terms(
     loss, ours, theirs = loss.detach(), ours.detach(), theirs.detach()
     weight = losses.l1_weight(leaf.detach(), ours) if weighting == "l1" else None
     divergence = losses.fisher_divergence(ours, theirs, weight)
-    finite = gradient.flatten(1).isfinite().all(1) & loss.isfinite()
+    finite = loss.isfinite()
+    if not isinstance(scale, Tensor):
+        finite = finite & gradient.flatten(1).isfinite().all(1)
     gradient = torch.where(_column(finite, gradient), gradient, 0.0)
     return GeneratorTerms(gradient, loss, divergence, finite)
 
