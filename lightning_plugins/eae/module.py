@@ -154,7 +154,7 @@ class EAE(LightningModule):
             ValueError: the strategy asks for tensor parallelism, which the networks are not written for.
         """
         if shard_parts(self, self.encoder, self.decoder):
-            for name in ("encode", "decode", "sample", "interpolate", "reconstruct"):
+            for name in ("encode", "codes", "decode", "sample", "interpolate", "reconstruct"):
                 register_fsdp_forward_method(self, name)
 
     def _build_metrics(self) -> None:
@@ -218,7 +218,7 @@ class EAE(LightningModule):
         if self.batch_norm is None:
             return Codes(h, self._all_rows(h))
         every, own_rows = self.batch_norm.all_rows(h)
-        return Codes(every[own_rows], every)
+        return Codes(every[own_rows].clone(), every)  # FSDP2 warns of views
 
     def _all_rows(self, h: Tensor) -> Tensor:
         return gather_rows(h)[0] if self.training else h  # ranks may have different numbers of validation batches
@@ -439,7 +439,8 @@ class EAE(LightningModule):
             )
         for metric in metrics.values():
             metric.reset()
-        self.log_dict({f"{stage}/{name}": value for name, value in terms.items()})
+        # The same on all processes already; Lightning would advise it.
+        self.log_dict({f"{stage}/{name}": value for name, value in terms.items()}, sync_dist=True)
         return z
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
@@ -529,4 +530,4 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 _NUM_SHOWN = 10
-_NUM_SAMPLES = 48
+_NUM_SAMPLES = 49

@@ -89,7 +89,7 @@ def build_decoder(network: Network, image_shape: Sequence[int], num_inputs: int,
     width = _checked_width(network, image_shape, width, num_inputs=num_inputs)
     if network == "mlp":
         hidden = _mlp(num_inputs, width, math.prod(image_shape))
-        return nn.Sequential(*hidden, nn.Sigmoid(), nn.Unflatten(1, tuple(image_shape)))
+        return nn.Sequential(*hidden, nn.Unflatten(1, tuple(image_shape)), nn.Sigmoid())  # FSDP2 warns of views
     side = _CANVAS[image_shape[1]]
     kernel = _KERNEL[side]
     padding, odd = (kernel - 1) // 2, kernel % 2
