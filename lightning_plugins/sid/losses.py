@@ -154,7 +154,7 @@ def l1_weight(x_g: Tensor, d_teacher: Tensor) -> Tensor:
         x_g: ``(B, ...)`` generated.
         d_teacher: ``(B, ...)`` denoised by the teacher.
 
-    Source: Zhou et al. 2024 (arXiv 2404.04057); DMD (arXiv 2311.18828) eq. 8.
+    Source: Zhou et al. 2024 (arXiv 2404.04057); DMD (arXiv 2311.18828).
     """
     with torch.no_grad():
         return 1 / (x_g - d_teacher).abs().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
@@ -169,8 +169,8 @@ def generator_loss(
         L_\alpha = \omega \left[ (1 - \alpha) |\delta|^2 + \langle \delta, f_\psi - x_g \rangle \right], \quad
         \delta = f_\phi(x_t) - f_\psi(x_t)
 
-    Gradients must flow through ``x_g`` *and* through both networks' input; freeze the networks' parameters. (Cutting
-    the two scores leaves a cousin of :func:`reverse_kl_loss`, which trains to something else.)
+    Gradients must flow through ``x_g`` *and* through both networks' input; freeze the networks' parameters. (With
+    both scores cut, the gradient is that of :func:`reverse_kl_loss`.)
 
     Which alpha, where F is the Fisher divergence E|S_phi - S_psi|^2 and the weight depends on the noise level alone:
     the value is (1 - alpha) F, so that at alpha = 1 it swings around 0 and says nothing of progress (watch
@@ -196,7 +196,7 @@ def generator_loss(
     Raises:
         ValueError: shapes that differ, half precision, a score that was cut off from its input, unknown weighting.
 
-    Source: Zhou et al. 2024 (arXiv 2404.04057) eq. 23; alpha = 0.5: kexue.fm/archives/10567.
+    Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1; alpha = 0.5: kexue.fm/archives/10567.
     """
     _check_images(x_g=x_g, d_teacher=d_teacher, d_fake=d_fake)
     if torch.is_grad_enabled() and x_g.requires_grad and not (d_teacher.requires_grad and d_fake.requires_grad):
@@ -246,7 +246,7 @@ def fake_score_loss(d_fake: Tensor, x_g: Tensor, sigma: Tensor, sigma_data: floa
     Raises:
         ValueError: shapes that differ, half precision, or images with a gradient.
 
-    Source: Zhou et al. 2024 (arXiv 2404.04057) eq. 24; weight of EDM (arXiv 2206.00364).
+    Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1; weight of EDM (arXiv 2206.00364).
     """
     _check_images(d_fake=d_fake, x_g=x_g)
     if x_g.requires_grad:
@@ -337,7 +337,7 @@ def reverse_kl_loss(x_g: Tensor, d_teacher: Tensor, d_fake: Tensor, weighting: W
     Returns:
         ``(B,)``.
 
-    Source: Luo et al. 2023 (arXiv 2305.18455); Yin et al. 2024 (arXiv 2311.18828) eq. 7 and 8.
+    Source: Luo et al. 2023 (arXiv 2305.18455); Yin et al. 2024 (DMD, arXiv 2311.18828).
     """
     _check_images(x_g=x_g, d_teacher=d_teacher, d_fake=d_fake)
     loss = _dot((d_fake - d_teacher).detach(), x_g)

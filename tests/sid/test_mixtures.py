@@ -71,10 +71,10 @@ def test_both_notations_train_the_same(script):
 
 def test_a_short_run_finds_every_mode_and_the_naive_loss_collapses(script):
     mixture = script.ring().scaled()
-    found = script.score(mixture, script.distil(mixture, script.METHODS["alpha 0.5"], 0, 400, batch=256))
-    naive = script.score(mixture, script.distil(mixture, script.METHODS["naive L1"], 0, 400, batch=256))
-    assert found["energy_distance"] < 0.1 and found["least_mode"] > 0.1
-    assert naive["energy_distance"] > 5 * found["energy_distance"]
+    found = script.score(mixture, script.distil(mixture, script.METHODS["alpha 0.5"], 0, 150, batch=256))
+    naive = script.score(mixture, script.distil(mixture, script.METHODS["naive L1"], 0, 150, batch=256))
+    assert found["energy_distance"] < 0.08 and found["least_mode"] > 0.5
+    assert naive["energy_distance"] > 1 and naive["total_variation"] > 0.6  # three modes or fewer
 
 
 @pytest.mark.slow
