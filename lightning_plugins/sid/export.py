@@ -17,7 +17,7 @@ from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.teacher import Teacher
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline, SchedulerMixin
+    from diffusers import SchedulerMixin
 
 ONE_STEP = "_one_step"
 """Key of ``model_index.json``, which diffusers ignores, by which the ``sample`` command knows an exported student."""
@@ -76,9 +76,10 @@ def export_student(
     """
     folder = Path(folder).resolve()
     _refuse_sharded(denoiser.network)
+    name = _pipeline_name(denoiser.network, teacher)
+    _refuse_other_results(name, denoiser, clips, teacher)
     scheduler = _one_step_scheduler(denoiser, sigma_init, clips)
-    pipeline = _pipeline(_plain_network(denoiser.network), scheduler, teacher)
-    _refuse_other_results(denoiser, pipeline, clips)
+    pipeline = _pipeline(name, _plain_network(denoiser.network), scheduler, teacher)
     with _new_folder(folder) as partial:
         pipeline.save_pretrained(partial)
         for path in partial.rglob("*.json"):
@@ -151,31 +152,40 @@ def _plain_network(network: nn.Module) -> nn.Module:
     return plain
 
 
-def _pipeline(network: nn.Module, scheduler: "SchedulerMixin", teacher: Teacher | None) -> "DiffusionPipeline":
-    """The pipeline of diffusers for a network of this class.
+def _pipeline_name(network: nn.Module, teacher: Teacher | None) -> str:
+    """The class of diffusers' pipeline for such a network.
 
     Raises:
         ValueError: there is none.
     """
-    import diffusers
-
-    name, vae = type(network).__name__, teacher.vae if teacher is not None else None
-    if name == "UNet2DModel" and vae is None:
-        return diffusers.ConsistencyModelPipeline(network, scheduler)
+    name, vae = type(network).__name__, teacher is not None and teacher.vae is not None
+    text = teacher is not None and teacher.text_encoder is not None and teacher.tokenizer is not None
     if name == "UNet2DModel":
-        return diffusers.LDMPipeline(vae, network, scheduler)
-    if name == "DiTTransformer2DModel" and vae is not None:
-        return diffusers.DiTPipeline(network, vae, scheduler)
-    if name == "UNet2DConditionModel" and vae is not None and teacher.text_encoder and teacher.tokenizer:
-        parts = {"vae": vae, "text_encoder": teacher.text_encoder, "tokenizer": teacher.tokenizer}
-        none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-        return diffusers.StableDiffusionPipeline(unet=network, scheduler=scheduler, **parts, **none)
+        return "LDMPipeline" if vae else "ConsistencyModelPipeline"
+    if name == "DiTTransformer2DModel" and vae:
+        return "DiTPipeline"
+    if name == "UNet2DConditionModel" and vae and text:
+        return "StableDiffusionPipeline"
     raise ValueError(
         f"This student cannot be exported: diffusers has no pipeline for a {name} with what the teacher has "
-        f"({'a' if vae is not None else 'no'} VAE, {'a' if teacher and teacher.text_encoder else 'no'} text encoder). "
+        f"({'a' if vae else 'no'} VAE, {'a' if text else 'no'} text encoder). "
         "There are ones for UNet2DModel, for DiTTransformer2DModel with a VAE, and for UNet2DConditionModel with a "
         "VAE, one text encoder and its tokenizer; the network alone is written by its save_pretrained(folder)."
     )
+
+
+def _pipeline(name: str, network: nn.Module, scheduler: "SchedulerMixin", teacher: Teacher | None) -> Any:
+    import diffusers
+
+    if name == "ConsistencyModelPipeline":
+        return diffusers.ConsistencyModelPipeline(network, scheduler)
+    if name == "LDMPipeline":
+        return diffusers.LDMPipeline(teacher.vae, network, scheduler)
+    if name == "DiTPipeline":
+        return diffusers.DiTPipeline(network, teacher.vae, scheduler)
+    parts = {"vae": teacher.vae, "text_encoder": teacher.text_encoder, "tokenizer": teacher.tokenizer}
+    none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return diffusers.StableDiffusionPipeline(unet=network, scheduler=scheduler, **parts, **none)
 
 
 def _refuse_sharded(network: nn.Module) -> None:
@@ -185,18 +195,17 @@ def _refuse_sharded(network: nn.Module) -> None:
         )
 
 
-def _refuse_other_results(denoiser: Denoiser, pipeline: "DiffusionPipeline", clips: bool) -> None:
-    """What a pipeline would do otherwise without a word."""
-    name = type(pipeline).__name__
-    latent, config = name != "ConsistencyModelPipeline", denoiser.network.config
-    vae = getattr(pipeline, "vae", getattr(pipeline, "vqvae", None))
-    if clips and latent and (denoiser.kind != "vp" or name == "StableDiffusionPipeline"):
+def _refuse_other_results(name: str, denoiser: Denoiser, clips: bool, teacher: Teacher | None) -> None:
+    """What the pipeline would do otherwise without a word."""
+    if name == "ConsistencyModelPipeline":  # clamps its pixels anyway
+        clips = False
+    if clips and (denoiser.kind != "vp" or name == "StableDiffusionPipeline"):
         raise ValueError(f"clip_output=True cannot be exported: {name} clips no latents of this kind. Train without.")
     if name == "DiTPipeline" and denoiser.kind == "edm":
         raise ValueError("A DiT in EDM's scaling cannot be exported: DiTPipeline starts from noise of variance 1.")
-    if vae is not None and vae.config.get("shift_factor"):
+    if teacher is not None and teacher.vae is not None and teacher.vae.config.get("shift_factor"):
         raise ValueError(f"A VAE with a shift_factor cannot be exported: {name} knows none.")
-    size = config.get("sample_size")
+    size = denoiser.network.config.get("sample_size")
     if name != "StableDiffusionPipeline" and not isinstance(size, int) and len(set(size)) > 1:
         raise ValueError(f"Samples of size {tuple(size)} cannot be exported: {name} makes squares.")
 
