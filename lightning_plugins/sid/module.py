@@ -3,6 +3,7 @@
 import copy
 import functools
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -192,8 +193,8 @@ class SiD(LightningModule):
         """A trainable network that starts equal to the teacher's; called for the generator and for the fake score."""
         if self.lora_rank is not None:
             return lora_copy(network, self.lora_rank)
-        precise = torch.promote_types(network.dtype, torch.float32)  # small updates are lost in a low precision
-        return copy.deepcopy(network).to(precise).requires_grad_(True).train()
+        copied = copy.deepcopy(network).requires_grad_(True).train()
+        return copied.float() if network.dtype.itemsize < 4 else copied  # small updates are lost in a low precision
 
     def configure_model(self) -> None:
         """Build the networks; shard them and the teacher under ``ModelParallelStrategy`` (FSDP2).
@@ -481,6 +482,8 @@ class SiD(LightningModule):
                 one whose output is not finite.
         """
         refuse_setup(self.trainer)
+        # Of ModelCheckpoint(every_n_train_steps): that weights are saved after an update, which is what is wanted.
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
         n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
         conditioning = self.networks.conditioning(n, None, prompts, self._random(self.fake_steps + 2), self.device)
         draws = self._draw(n, self.fake_steps)

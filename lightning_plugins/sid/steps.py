@@ -142,8 +142,8 @@ def generator_terms(
     """
     leaf = images.detach().requires_grad_()
     with torch.enable_grad():
-        noisy = add_noise(leaf, draws)
-        ours, theirs = teacher(noisy, draws.sigma), fake(noisy, draws.sigma)
+        # Noised twice, so that each score's gradient is summed up by itself: where both agree they cancel exactly.
+        ours, theirs = (score(add_noise(leaf, draws), draws.sigma) for score in (teacher, fake))
         if kind == "sid":
             loss = losses.generator_loss(leaf, ours, theirs, alpha, weighting)
         else:
