@@ -4,6 +4,15 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny networks only wait for a second one; also while a module's fixtures are made."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def unet(channels=1, **options):
     import diffusers
 
