@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     )
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.core.replay import is_replaying
-    from lightning_plugins.data import Digits, HFImages, IdxImages, MultiMNIST, PythonDocstrings, Seq2SeqData
+    from lightning_plugins.data import (
+        Digits,
+        HFImages,
+        IdxImages,
+        MultiMNIST,
+        PromptData,
+        PythonDocstrings,
+        Seq2SeqData,
+    )
     from lightning_plugins.eae import EAE, entropy_gap, knn_entropy
     from lightning_plugins.metrics import (
         BirthdayParadox,
@@ -31,15 +39,17 @@ if TYPE_CHECKING:
         PrecisionRecallDensityCoverage,
     )
     from lightning_plugins.optim import NormRMSprop
+    from lightning_plugins.sid import DiffusionTeacher, SiD
     from lightning_plugins.unilm import UniLMSeq2Seq, plot_masks
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "EAE": "lightning_plugins.eae",
     "BirthdayParadox": "lightning_plugins.metrics",
     "CapsNet": "lightning_plugins.capsnet",
+    "DiffusionTeacher": "lightning_plugins.sid",
     "Digits": "lightning_plugins.data",
-    "EAE": "lightning_plugins.eae",
     "Flooding": "lightning_plugins.callbacks",
     "FrechetDistance": "lightning_plugins.metrics",
     "GenerationScores": "lightning_plugins.metrics",
@@ -52,10 +62,12 @@ _PUBLIC = {
     "NormRMSprop": "lightning_plugins.optim",
     "ODEDiagnostics": "lightning_plugins.callbacks",
     "PrecisionRecallDensityCoverage": "lightning_plugins.metrics",
+    "PromptData": "lightning_plugins.data",
     "PythonDocstrings": "lightning_plugins.data",
     "RandomState": "lightning_plugins.callbacks",
     "SaveOnSigterm": "lightning_plugins.callbacks",
     "Seq2SeqData": "lightning_plugins.data",
+    "SiD": "lightning_plugins.sid",
     "UniLMSeq2Seq": "lightning_plugins.unilm",
     "entropy_gap": "lightning_plugins.eae",
     "flood": "lightning_plugins.callbacks",
@@ -67,10 +79,11 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "EAE",
     "BirthdayParadox",
     "CapsNet",
+    "DiffusionTeacher",
     "Digits",
-    "EAE",
     "Flooding",
     "FrechetDistance",
     "GenerationScores",
@@ -83,10 +96,12 @@ __all__ = [
     "NormRMSprop",
     "ODEDiagnostics",
     "PrecisionRecallDensityCoverage",
+    "PromptData",
     "PythonDocstrings",
     "RandomState",
     "SaveOnSigterm",
     "Seq2SeqData",
+    "SiD",
     "UniLMSeq2Seq",
     "entropy_gap",
     "flood",
