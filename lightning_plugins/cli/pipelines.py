@@ -43,7 +43,7 @@ class Pipeline:
         try:
             index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
             self._pipeline: Any = DiffusionPipeline.from_pretrained(folder)
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, KeyError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UsageError(f"{str(folder)!r} cannot be loaded as a diffusers pipeline: {reason}.") from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,7 @@
 """Exported students: a process with diffusers alone draws, in one step, what the generator draws of the same noise."""
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -8,10 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import diffusers
+import numpy
 import pytest
 import torch
 import yaml
+from PIL import Image
 
+from lightning_plugins.cli import main
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.teacher import load_teacher
 
@@ -112,7 +116,8 @@ def drawn(teacher_folder, tmp_path_factory):
         x = x.clamp(*([-2, 2] if case == "variance" else [-1, 1])) if clips else x
         calls[case], expected[case] = call, (x, teacher.decode(x).permute(0, 2, 3, 1), largest)
     (root / "calls.json").write_text(json.dumps(calls))
-    ran = subprocess.run([sys.executable, "-c", FRESH], cwd=root, capture_output=True, text=True)
+    one_thread = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run([sys.executable, "-c", FRESH], cwd=root, capture_output=True, text=True, env=one_thread)
     assert ran.returncode == 0, ran.stderr
     return root, expected, ran
 
@@ -151,6 +156,30 @@ def test_the_card_of_each_is_true(drawn):
     }.items():
         card = (root / case / "README.md").read_text()
         assert all(word in card for word in words) and "## Results" not in card
+
+
+def test_the_command_draws_from_each(drawn, tmp_path, capsys):
+    root, expected, _ = drawn
+    for case, (*_, call) in CASES.items():
+        words = ["--labels", *map(str, call["class_labels"])] if "class_labels" in call else []
+        words += [f"--prompt={prompt}" for prompt in call.get("prompt", [])[:1]]
+        main(["sample", f"--ckpt_path={root / case}", "--num_samples=4", f"--output={tmp_path / case}", *words])
+        assert "4 images: " in capsys.readouterr().out
+        for path, image in zip(sorted((tmp_path / case).iterdir()), expected[case][1], strict=True):
+            shown = torch.from_numpy(numpy.asarray(Image.open(path)).copy()).view(image.shape)
+            assert (shown - 255 * image).abs().max() <= 0.51, case
+    main(["sample", f"--ckpt_path={root / 'dit'}", "--num_samples=2", "--output=any.png"])  # classes at random
+    assert Path("any.png").is_file()
+    for case, words, told in (
+        ("sd", [], "This StableDiffusionPipeline draws what a text says: give one by --prompt."),
+        ("edm", ["--prompt=a"], "--prompt: this ConsistencyModelPipeline cannot be told what to draw. Leave it out."),
+        ("dit", ["--labels=10"], "--labels 10: the classes of this Pipeline are 0 to 9."),
+        ("edm", ["--labels=1"], "--labels: this Pipeline is not conditional, it cannot be told what to draw."),
+        ("edm", ["--prior=normal"], "--prior does not fit this Pipeline: its sample takes no prior."),
+    ):
+        with pytest.raises(SystemExit):
+            main(["sample", f"--ckpt_path={root / case}", *words])
+        assert f"error: {told}" in capsys.readouterr().err
 
 
 def test_the_files(drawn):
