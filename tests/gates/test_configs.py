@@ -141,9 +141,9 @@ def local_data(data, folder):
             "--data.num_workers",
             "0",
         ]
-    if name == "PromptData" and "prompts" in arguments:
+    if name == "PromptData" and "prompt_file" in arguments:
         (folder / "prompts.txt").write_text("a cat\na dog\na fish\na bird\n")
-        return ["--data.prompts", str(folder / "prompts.txt")]
+        return ["--data.prompt_file", str(folder / "prompts.txt")]
     if name == "MultiMNIST" and arguments.get("source", "digits") != "digits":
         return ["--data.source", str(image_folder(folder / "png"))]
     return []
