@@ -14,10 +14,8 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lightning_plugins.core.curvature import loss_scale
-from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.sid import losses, plots
@@ -42,7 +40,7 @@ from lightning_plugins.sid.steps import (
     generator_terms,
 )
 from lightning_plugins.sid.teacher import Teacher
-from lightning_plugins.sid.updates import count_no_step, finite_gradients_, gradient_sync, refuse_setup
+from lightning_plugins.sid.updates import count_no_step, finite_gradients_, gradient_sync, refuse_setup, shard_networks
 
 
 class SiD(LightningModule):
@@ -166,7 +164,6 @@ class SiD(LightningModule):
         self.seed = seed
         self._optimizer, self._fake_optimizer = optimizer, fake_optimizer
         self.networks = StudentNetworks(teacher, sigma_init, clip_output)
-        self._sharded_teacher = False
         self.strict_loading = lora_rank is None  # checkpoints of adapters leave the teacher's weights out
         self.images, self._updates = 0, 0
         self._shown_teacher: Tensor | None = None
@@ -210,11 +207,8 @@ class SiD(LightningModule):
                 nets.build(self.build_network)
         if self.lora_rank is not None and self.device_mesh is not None:
             raise ValueError(f"lora_rank={self.lora_rank} shares the teacher's weights, which FSDP2 cannot shard.")
-        if shard_parts(self, nets.generator, nets.fake_score, nets.student) and not self._sharded_teacher:
-            fully_shard(self.teacher.denoiser, mesh=self.device_mesh["data_parallel"])
-            self._sharded_teacher = True
-            for name in ("sample", "teacher_sample"):
-                register_fsdp_forward_method(self, name)
+        if self.device_mesh is not None:
+            shard_networks(self, nets.generator, nets.fake_score, nets.student, self.teacher.denoiser)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the networks are, the teacher's fingerprint, and how far training is."""

@@ -9,7 +9,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_clos
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 
 def count_no_step(optimizer: LightningOptimizer) -> None:
@@ -38,6 +38,29 @@ def gradient_sync(module: LightningModule, now: bool) -> Iterator[None]:
         yield
         for part in parts:
             part.set_requires_gradient_sync(True, recurse=False)
+
+
+def shard_networks(module: LightningModule, *networks: nn.Module) -> None:
+    """Shard networks over the data-parallel processes (FSDP2), each by itself; call it in ``configure_model``.
+
+    Not the module around them: FSDP2 then wants every call to come through it, but here each network is called alone.
+
+    Args:
+        module: under ``ModelParallelStrategy``.
+        networks: called as a whole; ones that are sharded already are left alone.
+
+    Raises:
+        ValueError: the strategy asks for tensor parallelism.
+    """
+    if (size := module.device_mesh["tensor_parallel"].size()) > 1:
+        raise ValueError(
+            f"{type(module).__name__} has no tensor parallelism, got tensor_parallel_size={size}: shard it over "
+            "data-parallel processes, ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)."
+        )
+    for network in networks:
+        if not isinstance(network, FSDPModule):
+            # True, since by default the outermost stays whole after a call without a backward pass, such as sampling.
+            fully_shard(network, mesh=module.device_mesh["data_parallel"], reshard_after_forward=True)
 
 
 @torch.no_grad()

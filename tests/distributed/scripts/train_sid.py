@@ -1,0 +1,143 @@
+"""Distil a tiny teacher on one or more processes and save every rank's weights and samples.
+
+``torchrun --nproc_per_node 2 train_sid.py FOLDER TEACHER``; the test also calls ``run`` for one process, in its own.
+All processes together draw the same random numbers, however many there are.
+"""
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_plugins.core.distributed import close_process_group_at_exit
+from lightning_plugins.sid.module import SiD
+from lightning_plugins.sid.steps import Draws
+
+RANKS, ROWS = 2, 4
+
+
+def sgd(lr, fake_lr):
+    """Unlike Adam it does not blow up the rounding of gradients that are nearly zero."""
+    first, second = (partial(torch.optim.SGD, lr=rate) for rate in (lr, fake_lr))
+    return {"optimizer": first, "fake_optimizer": second}
+
+
+def sharded():
+    """FSDP2 over two processes."""
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
+DDP = "ddp_find_unused_parameters_true"
+# name: arguments of SiD, strategy for two processes
+CASES = {
+    "accumulate": ({"accumulate": 2, "decay_from": 0.5, "fake_steps": 2, **sgd(1e-5, 1e-6)}, DDP),
+    "spoilt": (sgd(1e-5, 1e-6), DDP),
+    "sharded": ({"accumulate": 2, "gradient_clip": 1.0, **sgd(1e-2, 1e-2)}, sharded),
+    "sharded-adam": ({"num_pictures": 2, "teacher_steps": 2, "lr": 1e-3, "fake_lr": 1e-3}, sharded),
+}
+
+
+class Joined(SiD):
+    """Draws for one process what two draw: the rows of the first, then of the second."""
+
+    spoilt = False
+    rank = None
+
+    @property
+    def global_rank(self):
+        return super().global_rank if self.rank is None else self.rank
+
+    def _draw(self, n, turn):
+        if self.trainer.world_size == RANKS:
+            return self._spoil(super()._draw(n, turn))
+        parts = []
+        for self.rank in range(RANKS):
+            parts.append(self._spoil(super()._draw(n // RANKS, turn)))
+        self.rank = None
+        return Draws(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _spoil(self, draws):
+        """One sample of the second process is not a number, in one update."""
+        if self.spoilt and self._updates == 1 and self.global_rank == 1:
+            draws.latent[1] = float("nan")
+        return draws
+
+
+class Lost(Callback):
+    """How many samples were left out in each update."""
+
+    def __init__(self):
+        self.counts = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.counts.append(int(trainer.callback_metrics["train/nonfinite_samples"]))
+
+
+def full(tensor):
+    """The whole of a sharded tensor."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def run(name, folder, teacher, processes=1, ckpt_path=None):
+    """Train one case; write ``rank<r>.pt``."""
+    arguments, strategy = CASES[name]
+    settings = {"num_pictures": 0, "updates_per_epoch": 2, "batch_size": RANKS * ROWS // processes}
+    model = Joined(teacher=str(teacher), **(settings | arguments))
+    model.spoilt = name == "spoilt"
+    lost = Lost()
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=processes,
+        strategy="auto" if processes == 1 else strategy() if callable(strategy) else strategy,
+        logger=CSVLogger(folder, name="logs"),
+        max_epochs=2,
+        log_every_n_steps=1,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[lost, ModelCheckpoint(folder / "ckpt", "{step}", every_n_train_steps=2, save_top_k=-1)],
+    )
+    trainer.fit(model, ckpt_path=ckpt_path)
+    result = {
+        "weights": {key: full(value).detach().clone() for key, value in model.named_parameters()},
+        "teacher": {key: full(value).clone() for key, value in model.teacher.network.named_parameters()},
+        "sharded": sorted(
+            {key.split(".")[1] for key, value in model.named_parameters() if hasattr(value, "placements")}
+        ),
+        "sharded_teacher": all(hasattr(value, "placements") for value in model.teacher.network.parameters()),
+        "sample": model.sample(3, generator=torch.Generator().manual_seed(0)),
+        "lost": lost.counts,
+        "counted": [trainer.global_step, model.images],
+        "strategy": type(trainer.strategy).__name__,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(result, folder / f"rank{trainer.global_rank}.pt")
+
+
+def refused(teacher):
+    """What plain DDP is answered."""
+    model = SiD(teacher=str(teacher), num_pictures=0)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    try:
+        Trainer(accelerator="cpu", devices=RANKS, strategy="ddp", max_steps=1, **quiet).fit(model)
+    except MisconfigurationException as error:
+        return str(error)
+
+
+if __name__ == "__main__":
+    close_process_group_at_exit()
+    torch.set_num_threads(1)
+    root, teacher = map(Path, sys.argv[1:])
+    for case in CASES:
+        run(case, root / case, teacher, processes=RANKS)
+    run("sharded-adam", root / "resumed", teacher, RANKS, root / "sharded-adam" / "ckpt" / "step=2.ckpt")
+    message = refused(teacher)
+    (root / f"refused{torch.distributed.get_rank()}.txt").write_text(message or "")
+    torch.distributed.barrier()
+    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
