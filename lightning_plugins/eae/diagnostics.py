@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from lightning_plugins.eae.entropy import count_duplicates, gaussian_reference_entropy, knn_entropy
+from lightning_plugins.eae.kept_codes import KeptCodes
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _CONSTANT = 1e-5  # a standard deviation below this share of the root mean square is rounding
@@ -104,15 +104,11 @@ def mean_correlation(matrix: Tensor) -> Tensor:
     return off_diagonal.nanmean().nan_to_num(0.0)
 
 
-class LatentDiagnostics(Metric):
+class LatentDiagnostics(KeptCodes):
     """:func:`latent_diagnostics` of the codes of all updates and processes.
 
-    Of more than ``max_codes`` codes a random subset is kept, in which every code is equally likely to be whatever its
-    update or process: each gets a random number, and the ``max_codes`` smallest numbers stay. All values are then
-    those of the subset, ``duplicates`` too. The numbers are seeded, so that a run can be repeated, and the global
-    random state is left alone.
-
-    States have a fixed size: processes may differ in their updates, or have none.
+    Of more than ``max_codes`` codes a random subset is kept, see :class:`~lightning_plugins.eae.kept_codes.KeptCodes`.
+    All values are then those of the subset, ``duplicates`` too.
 
     Args:
         latent_dim: d.
@@ -131,51 +127,11 @@ class LatentDiagnostics(Metric):
         tensor(255.)
     """
 
-    is_differentiable, higher_is_better, full_state_update = False, None, True
-    kept: Tensor
-    numbers: Tensor
-    num_updates: Tensor
-
     def __init__(self, latent_dim: int, k: int | Sequence[int] = 1, max_codes: int = 4096) -> None:
-        super().__init__()
         if latent_dim < 1:
             raise ValueError(f"latent_dim={latent_dim} must be 1 or more.")
-        if (largest := k if isinstance(k, int) else max(k)) >= max_codes:
-            raise ValueError(
-                f"max_codes={max_codes} must be more than k={largest}, for as many neighbours to be there."
-            )
-        self.latent_dim, self.k, self.max_codes = latent_dim, k, max_codes
-        self.add_state("kept", torch.zeros(max_codes, latent_dim), dist_reduce_fx="cat")
-        self.add_state("numbers", torch.full((max_codes,), math.inf), dist_reduce_fx="cat")  # infinite: no code yet
-        self.add_state("num_updates", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, z: Tensor) -> None:
-        """Take more codes ``(n, d)``."""
-        if z.ndim != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z must be (n, {self.latent_dim}), one code in each row, got {tuple(z.shape)}.")
-        numbers = torch.cat([self.numbers, self._draw(len(z))])
-        self.numbers, smallest = numbers.topk(self.max_codes, largest=False)
-        self.kept = torch.cat([self.kept, z.detach().to(self.kept)])[smallest]
-        self.num_updates += 1
-
-    def _draw(self, n: int) -> Tensor:
-        """A number in [0, 1) for each new code, others in every update and process."""
-        rank, processes = 0, 1
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        generator = torch.Generator().manual_seed(int(self.num_updates) * processes + rank)
-        return torch.rand(n, generator=generator).to(self.numbers.device)
-
-    def codes(self) -> Tensor:
-        """The kept codes ``(N, d)`` of all processes, N at most ``max_codes``; every process has to ask."""
-        with self.sync_context(self.dist_sync_fn, should_sync=self._to_sync, should_unsync=self._should_unsync):
-            return self._kept_of_all()
+        super().__init__(k, max_codes, latent_dim)
 
     def compute(self) -> dict[str, Tensor]:
         """The values of :func:`latent_diagnostics`, the same on all processes."""
-        return latent_diagnostics(self._kept_of_all(), self.k)
-
-    def _kept_of_all(self) -> Tensor:
-        numbers, kept = self.numbers.flatten(), self.kept.reshape(-1, self.latent_dim)  # processes stand in a row
-        numbers, smallest = numbers.topk(self.max_codes, largest=False)
-        return kept[smallest[numbers.isfinite()]]
+        return latent_diagnostics(self.codes_here(), self.k)

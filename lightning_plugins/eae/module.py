@@ -11,9 +11,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torchmetrics import MeanMetric
 
 from lightning_plugins.core.distributed import gather_rows, shard_parts
+from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.eae import plots
@@ -162,8 +162,8 @@ class EAE(LightningModule):
             {
                 f"{stage}_metrics": nn.ModuleDict(
                     {
-                        "reconstruction": MeanMetric("disable"),  # of NaN checks: a mean over NaN is NaN
-                        "divergence": MeanMetric("disable"),
+                        "reconstruction": FullPrecisionMean(),
+                        "divergence": FullPrecisionMean(),
                         "latent": LatentDiagnostics(self.latent_dim, self.k),
                     }
                 )

@@ -97,55 +97,6 @@ def test_metric_is_the_function_of_all_updates():
     torch.testing.assert_close(metric.compute(), latent_diagnostics(z, k=2))
 
 
-def kept(metric, index, sizes):
-    for part in index.split(sizes):
-        metric.update(part[:, None])
-    return metric.codes()[:, 0]
-
-
-def test_of_many_codes_each_is_as_likely_to_stay():
-    index = torch.arange(20_000.0)
-    sizes = [10_000] + [100] * 99 + [1] * 100  # a code of a small update must not be likelier, nor an early one
-    before = torch.get_rng_state()
-    chosen = kept(LatentDiagnostics(1, max_codes=4000), index, sizes)
-    assert torch.equal(before, torch.get_rng_state())
-    assert len(chosen.unique()) == 4000
-    assert scipy.stats.kstest(chosen.numpy() / 20_000, "uniform").pvalue > 0.01
-    places = chosen[(chosen >= 10_000) & (chosen < 19_900)] % 100  # nor a place in its update
-    assert scipy.stats.chisquare(torch.histc(places, 10, 0, 100)).pvalue > 0.01
-    again = kept(LatentDiagnostics(1, max_codes=4000), index, sizes)
-    assert torch.equal(chosen, again)
-
-
-def as_rank(rank, monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-
-
-@pytest.mark.parametrize("own", [3000, 0])
-def test_processes_join_their_codes(own, monkeypatch):
-    """Two processes, one of them with fewer updates or none; what they exchange is put in their states' place."""
-    index = torch.arange(10_000.0)
-    metrics = [LatentDiagnostics(1, max_codes=2000) for _ in range(2)]
-    for rank, part in enumerate([index[:own], index[own:]]):
-        with monkeypatch.context() as patch:
-            as_rank(rank, patch)
-            for update in part.split(500) if len(part) else []:
-                metrics[rank].update(update[:, None])
-    states = [{name: getattr(metric, name) for name in metric._reductions} for metric in metrics]
-    chosen = []
-    for metric in metrics:
-        metric.distributed_available_fn = lambda: True
-        metric.dist_sync_fn = lambda state, group: next(
-            [s[name] for s in states] for name in states[0] if any(state is s[name] for s in states)
-        )
-        chosen.append(metric.codes()[:, 0])
-        assert metric.kept.shape == (2000, 1)  # its own codes are back
-    assert torch.equal(*chosen) and len(chosen[0].unique()) == 2000
-    assert scipy.stats.kstest(chosen[0].numpy() / 10_000, "uniform").pvalue > 0.01
-
-
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"z must hold one code in each row, \(N, d\), got \(3, 1, 2\)\."):
         latent_diagnostics(torch.zeros(3, 1, 2))

@@ -116,6 +116,15 @@ def test_modes(small, loader, trainer, batch, arguments, options):
     model.fit_prior(loader())
 
 
+def test_half_precision_counts_all_images(small, loader, trainer):
+    """A count in bfloat16 would end at 256."""
+    logged = [
+        trainer(precision="bf16-true").validate(small(), loader(size, 400), verbose=False)[0] for size in (1, 400)
+    ]
+    assert logged[0]["val/reconstruction"] == pytest.approx(logged[1]["val/reconstruction"], rel=1e-3)
+    assert logged[0]["val/entropy"] == pytest.approx(logged[1]["val/entropy"], abs=0.05)
+
+
 def test_sync_batchnorm_leaves_the_codes_norm_alone(small):
     model = small(network="rae", image_shape=(1, 32, 32), width=1)
     before = [type(part).__name__ for part in model.modules()]

@@ -1,0 +1,39 @@
+"""Metrics that stay exact in a module of half precision."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+
+
+class FullPrecision(Metric):
+    """To stand before a metric whose states are float32 or wider, whatever the module around is cast to.
+
+    Under ``precision="bf16-true"`` Lightning casts a module with all its metrics: a count in bfloat16 ends at 256, as
+    257 does not exist, and a mean over an epoch is wrong without a word.
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> nn.Module:
+        def widened(value: Tensor) -> Tensor:
+            applied = fn(value)
+            if not applied.is_floating_point():
+                return applied
+            return value.to(applied.device, torch.promote_types(applied.dtype, torch.float32))
+
+        return super()._apply(widened, exclude_state)
+
+
+class FullPrecisionMean(FullPrecision, MeanMetric):
+    """torchmetrics' ``MeanMetric`` in float32 or wider; a mean over NaN is NaN, so that a diverged run shows.
+
+    Example:
+        >>> mean = FullPrecisionMean().to(torch.bfloat16)
+        >>> for _ in range(300):
+        ...     mean.update(torch.tensor([3.0, 4.0]))
+        >>> mean.compute()
+        tensor(3.5000)
+    """
+
+    def __init__(self) -> None:
+        super().__init__("disable")

@@ -1,0 +1,68 @@
+"""The subset of codes that metrics keep: fair, repeatable, bounded, and in full precision."""
+
+import copy
+
+import pytest
+import scipy.stats
+import torch
+
+from lightning_plugins.eae.diagnostics import LatentDiagnostics, latent_diagnostics
+from lightning_plugins.eae.entropy import knn_entropy
+from lightning_plugins.eae.entropy_metric import KNNEntropy
+
+
+def kept(metric, index, sizes):
+    for part in index.split(sizes):
+        metric.update(part[:, None])
+    return metric.codes()[:, 0]
+
+
+def test_of_many_codes_each_is_as_likely_to_stay():
+    index = torch.arange(20_000.0)
+    sizes = [10_000] + [100] * 99 + [1] * 100  # a code of a small update must not be likelier, nor an early one
+    before = torch.get_rng_state()
+    metric = KNNEntropy(max_codes=4000)
+    chosen = kept(metric, index, sizes)
+    assert torch.equal(before, torch.get_rng_state())
+    assert len(chosen.unique()) == 4000
+    assert scipy.stats.kstest(chosen.numpy() / 20_000, "uniform").pvalue > 0.01
+    places = chosen[(chosen >= 10_000) & (chosen < 19_900)] % 100  # nor a place in its update
+    assert scipy.stats.chisquare(torch.histc(places, 10, 0, 100)).pvalue > 0.01
+    assert sum(map(len, metric.kept)) <= 8000  # and memory is bounded
+    torch.testing.assert_close(metric.compute(), knn_entropy(chosen[:, None]))
+    metric.reset()
+    assert torch.equal(chosen, kept(metric, index, sizes))
+    assert torch.equal(chosen, kept(copy.deepcopy(LatentDiagnostics(1, max_codes=4000)), index, sizes))
+
+
+def test_processes_have_numbers_of_their_own(monkeypatch):
+    """Two processes, one with fewer updates; what they hold is put together as torchmetrics does."""
+    index = torch.arange(10_000.0)
+    metrics = [KNNEntropy(max_codes=2000) for _ in range(2)]
+    for rank, part in enumerate([index[:3000], index[3000:]]):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.distributed, "is_initialized", lambda: True)
+            patch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            for update in part.split(500):
+                metrics[rank].update(update[:, None])
+    first, second = metrics
+    assert not torch.equal(first.numbers[0][:9], second.numbers[0][:9])
+    first.kept, first.numbers = first.kept + second.kept, first.numbers + second.numbers
+    chosen = first.codes()[:, 0]
+    assert len(chosen.unique()) == 2000
+    assert scipy.stats.kstest(chosen.numpy() / 10_000, "uniform").pvalue > 0.01
+
+
+def test_no_codes():
+    assert LatentDiagnostics(3).codes().shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casting_the_module_around_rounds_no_code(dtype):
+    """As precision="bf16-true" does, and its opposite."""
+    z = torch.randn(600, 2, generator=torch.Generator().manual_seed(0))
+    owner = torch.nn.ModuleList([LatentDiagnostics(2)]).to(dtype)
+    for part in z.to(torch.promote_types(dtype, torch.float32)).split(100):
+        owner[0].update(part)
+    assert owner[0].codes().dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(owner[0].compute(), latent_diagnostics(z), check_dtype=False, rtol=1e-5, atol=1e-5)
