@@ -9,19 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parent / "scripts" / "gather.py"
+SCRIPTS = Path(__file__).parent / "scripts"
 
 pytestmark = pytest.mark.ddp
 
 
-def load_script():
-    spec = importlib.util.spec_from_file_location("gather", SCRIPT)
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-script = load_script()
+script = load_script("gather")
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,8 @@ def one():
 def folder(tmp_path_factory):
     """Written by four processes, and then by two of them."""
     folder = tmp_path_factory.mktemp("gather")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", SCRIPT, folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    command += [SCRIPTS / "gather.py", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
     assert answer.returncode == 0, answer.stderr[-5000:]
@@ -54,6 +55,14 @@ def test_rows_and_their_place(one, ranks):
         assert torch.equal(rank["rows"], one["rows"])
         assert rank["own"].tolist() == [start, start + count]
         start += count
+
+
+def test_batch_norm_is_of_all_rows(one, ranks):
+    every, _, *statistics = one["batch norm"]
+    for rank in ranks:
+        found, own, *theirs = rank["batch norm"]
+        torch.testing.assert_close([found, *theirs], [every, *statistics], rtol=1e-10, atol=1e-10)
+        assert torch.equal(own, found[slice(*rank["own"])])
 
 
 @pytest.mark.parametrize("name", ["gradient", "second"])
@@ -87,3 +96,16 @@ def test_draws_of_all_processes_are_shared(one, ranks):
 def test_metric_of_uneven_processes(one, ranks):
     for rank in ranks:
         torch.testing.assert_close(rank["metric"], one["metric"])
+
+
+@pytest.mark.filterwarnings("ignore:FrechetDistance of 25 generated images")  # fewer than features
+def test_metrics_of_images(folder, tmp_path):
+    """Two processes with different numbers of images, or one with none, find what one process with all does."""
+    load_script("compare_images").run(tmp_path)
+    expected = torch.load(tmp_path / "images-rank0.pt", weights_only=True)
+    for rank in (0, 1):
+        found = torch.load(folder / f"images-rank{rank}.pt", weights_only=True)
+        assert found.keys() == expected.keys() and len(found) == 8
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=f"{name}: {found[name]}, {value}")
+    assert expected["reference count"] == 75

@@ -1,8 +1,4 @@
-"""Batch norm of the codes: against torch's on one process, and two processes against one."""
-
-import os
-import subprocess
-import sys
+"""Batch norm of the codes on one process, against torch's; tests/distributed/test_gather_ranks.py has it on several."""
 
 import pytest
 import torch
@@ -123,78 +119,3 @@ def test_bad_rows():
     with pytest.raises(ValueError, match="h has 1 row, and a variance needs two or more"):
         norm(torch.zeros(1, 5))
     assert norm.eval()(torch.zeros(1, 5)).shape == (1, 5)
-
-
-SCRIPT = """
-import sys
-import torch
-import torch.distributed as dist
-from torch import nn
-from lightning_plugins.core.distributed import close_process_group_at_exit
-from lightning_plugins.eae.batch_norm import LatentBatchNorm
-from lightning_plugins.eae.priors import LatentPrior
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.encoder = nn.Linear(4, 3).double()
-        self.norm = LatentBatchNorm(3).double()
-        self.prior = LatentPrior(3, num_components=2, capacity=50).double()
-
-    def forward(self, x, step):
-        z, own = self.norm.all_rows(self.encoder(x))
-        assert torch.equal(z[own], z[6 * rank if step else 5 * rank:][: len(x)])
-        self.prior.remember(z)
-        return z
-
-
-close_process_group_at_exit()
-dist.init_process_group("gloo")
-rank = dist.get_rank()
-net = Net()
-ddp = nn.parallel.DistributedDataParallel(net)
-x = torch.load(sys.argv[1] + "/x.pt", weights_only=True)
-weight = torch.load(sys.argv[1] + "/weight.pt", weights_only=True)
-gradients = []
-for step, sizes in enumerate(((5, 3), (6, 2))):  # uneven batches
-    net.zero_grad()
-    z = ddp(x[step].split(sizes)[rank], step)
-    (z * weight).sin().sum().backward()
-    gradients.append(net.encoder.weight.grad.clone())
-net.eval()
-if rank == 0:  # would wait for ever if evaluation communicated
-    net.norm(net.encoder(x[0]))
-net.prior.fit()
-torch.save({"gradients": gradients, "state": net.state_dict()}, f"{sys.argv[1]}/rank{rank}.pt")
-dist.barrier()
-"""
-
-
-@pytest.mark.ddp
-def test_two_processes_equal_one(tmp_path):
-    x, weight = rows(16, 4).view(2, 8, 4), rows(8, 3, seed=1)
-    torch.save(x, tmp_path / "x.pt")
-    torch.save(weight, tmp_path / "weight.pt")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(launch, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-5000:]
-
-    torch.manual_seed(0)
-    encoder, norm = nn.Linear(4, 3).double(), nn.BatchNorm1d(3, affine=False).double()
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    for step in range(2):
-        encoder.zero_grad()
-        (norm(encoder(x[step])) * weight).sin().sum().backward()
-        for rank in ranks:
-            torch.testing.assert_close(rank["gradients"][step], encoder.weight.grad, rtol=1e-10, atol=1e-10)
-    for rank in ranks:
-        torch.testing.assert_close(rank["state"]["norm.running_mean"], norm.running_mean, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(rank["state"]["norm.running_var"], norm.running_var, rtol=1e-10, atol=1e-10)
-    first, second = (rank["state"] for rank in ranks)
-    assert first.keys() == second.keys() and first["prior.fitted"] and first["prior.num_seen"] == 16
-    assert all(torch.equal(first[name], second[name]) for name in first)

@@ -1,14 +1,7 @@
-"""Metrics of two sets of images on one or more processes, which hold different numbers of them; saves the values.
-
-``torchrun --nproc_per_node 2 compare_images.py FOLDER``.
-"""
-
-import sys
-from pathlib import Path
+"""Metrics of two sets of images on one or two processes, which hold different numbers of them; saves the values."""
 
 import torch
 
-from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.metrics import FrechetDistance, KernelDistance, PrecisionRecallDensityCoverage
 
 METRICS = {
@@ -44,11 +37,4 @@ def run(folder, rank=None):
     metric.load_reference(reference)  # the same file on every process, counted once
     values["reference"] = metric.compute()
     values["reference count"] = torch.load(reference, weights_only=True)["count"]
-    torch.save(values, folder / f"rank{rank or 0}.pt")
-
-
-if __name__ == "__main__":
-    close_process_group_at_exit()
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo")
-    run(Path(sys.argv[1]), torch.distributed.get_rank())
+    torch.save(values, folder / f"images-rank{rank or 0}.pt")

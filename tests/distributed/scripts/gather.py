@@ -1,6 +1,7 @@
 """Rows of all processes: values, gradients of a network's weights and their derivatives; save them per rank.
 
-``torchrun --nproc_per_node 4 gather.py FOLDER``. All processes together hold the same rows, be they four or two.
+``torchrun --nproc_per_node 4 gather.py FOLDER``. All processes together hold the same rows, be they four or two. The
+two then compare images, too.
 """
 
 import sys
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_plugins.core.distributed import close_process_group_at_exit, gather_rows, sum_over_ranks
+from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.entropy import KNNEntropyLoss, knn_entropy, koleo_loss
 from lightning_plugins.eae.entropy_metric import KNNEntropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
@@ -61,7 +63,19 @@ def gathered_entropy(net, x, normalised_before=False):
     h = net(x)
     if normalised_before:
         return knn_entropy(gather_rows(normalise(h))[0])
-    return knn_entropy(normalise(gather_rows(h)[0]))
+    return knn_entropy(LatentBatchNorm(4).all_rows(h)[0])
+
+
+def batch_norm_state(x):
+    """After two steps of training: this process's codes, and the statistics. Then one process alone evaluates."""
+    norm = LatentBatchNorm(5).double()
+    for scale in (1, 3):
+        codes, own = norm.all_rows(scale * x)
+    found = [codes, codes[own], norm.running_mean.clone(), norm.running_var.clone()]
+    norm.eval()
+    if not dist.is_initialized() or dist.get_rank() == 0:  # would wait for ever if it communicated
+        norm(x)
+    return found
 
 
 def losses(rank):
@@ -95,6 +109,7 @@ def results(world, rank):
         "gradient": gradients(all_rows_loss(net, x64), net),
         "second": [second.detach(), *gradients(second, net)],
         "metric": metric_value(x32),
+        "batch norm": batch_norm_state(x64),
     }
     for name, (outputs, loss) in losses(rank).items():
         net = encoder(outputs, torch.float32)
@@ -112,6 +127,8 @@ def results(world, rank):
 
 
 if __name__ == "__main__":
+    import compare_images
+
     close_process_group_at_exit()
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
@@ -122,4 +139,5 @@ if __name__ == "__main__":
     if rank < 2:  # the first two once more, as all there are
         dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
         torch.save(results(2, rank), folder / f"world2-rank{rank}.pt")
+        compare_images.run(folder, rank)
         dist.barrier()
