@@ -29,10 +29,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     for name, minimum in _LEAST.items():
         if arguments[name] < minimum:
             raise ValueError(f"{name}={arguments[name]} must be {minimum} or more.")
-    for name in ("sigma_init", "lr", "fake_lr", "eps", "gradient_clip", "lora_rank"):
+    for name in ("sigma_init", "lr", "fake_lr", "eps", "gradient_clip", "ema_ramp_up", "lora_rank"):
         if (value := arguments[name]) is not None and not value > 0:
             raise ValueError(f"{name}={value} must be positive.")
-    for name in ("ema_halflife_images", "ema_ramp_up", "guidance", "fake_guidance"):
+    for name in ("ema_halflife_images", "guidance", "fake_guidance"):
         if (value := arguments[name]) is not None and not value >= 0:
             raise ValueError(f"{name}={value} must be 0 or more.")
     for name in ("decay_from", "condition_dropout"):

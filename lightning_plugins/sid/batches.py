@@ -63,17 +63,19 @@ def real_images(batch: Mapping[str, Any], description: Mapping[str, Any], dtype:
     """A batch's images ``(n, C, H, W)`` in [-1, 1], for SiDA.
 
     Args:
-        batch: with ``image`` in [0, 1].
+        batch: with ``image`` in [0, 1], and ``label`` if the teacher has classes.
         description: of the networks.
         dtype: of the result.
 
     Raises:
-        ValueError: there are none, or of another shape than what the teacher makes.
+        ValueError: there are none, or without classes, or of another shape than what the teacher makes.
     """
     if not description["in_pixels"]:
         raise ValueError("adversarial=True tells generated images from real ones, but this teacher makes latents.")
     if "image" not in batch:
         raise ValueError("adversarial=True tells generated images from real ones: give data with images.")
+    if description["num_classes"] is not None and "label" not in batch:
+        raise ValueError("adversarial=True tells images of each class apart: give data with labels for this teacher.")
     found, shape = tuple(batch["image"].shape[1:]), tuple(description["sample_shape"])
     if found != shape:
         raise ValueError(f"adversarial=True needs images of the teacher's shape, {shape}, got {found}.")

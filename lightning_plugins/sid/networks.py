@@ -52,15 +52,19 @@ class StudentNetworks(nn.Module):
             ValueError: it is not the one that the checkpoint in use was trained with.
         """
         if self._teacher is None:
-            with torch.device("cpu"), _single_precision():  # whatever Lightning builds in: its fingerprint is of these
-                teacher = load_teacher(self.source)
-            self._refuse_another(teacher, self._description)
-            self._teacher = teacher
-            like = next(self.parameters(), None)
-            if like is not None and like.device.type != "meta":
-                for part in self._teacher_parts():
-                    part.to(like.device, torch.float64 if like.dtype == torch.float64 else None)
+            with torch.inference_mode(False):  # loaded for a picture, it may be trained with later
+                self._load()
         return self._teacher
+
+    def _load(self) -> None:
+        with torch.device("cpu"), _single_precision():  # whatever Lightning builds in: its fingerprint is of these
+            teacher = load_teacher(self.source)
+        self._refuse_another(teacher, self._description)
+        self._teacher = teacher
+        like = next(self.parameters(), None)
+        if like is not None and like.device.type != "meta":
+            for part in self._teacher_parts():
+                part.to(like.device, torch.float64 if like.dtype == torch.float64 else None)
 
     def _refuse_another(self, teacher: Teacher, description: Mapping[str, Any] | None) -> None:
         if description is not None and (expected := description["fingerprint"]) != teacher.fingerprint:

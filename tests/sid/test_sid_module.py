@@ -10,6 +10,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_plugins.sid.module import SiD
 from lightning_plugins.sid.teacher import load_teacher
@@ -262,6 +263,14 @@ def test_checkpoints_hold_three_networks_and_load_without_the_teacher(run, tmp_p
     assert module.teacher_sample(1, num_steps=1).shape == (1, 3, 8, 8)
 
 
+def test_a_teacher_first_needed_for_a_picture_can_be_trained_with(run, tmp_path):
+    """Lightning validates in inference mode, whose tensors let no gradient pass."""
+    module = SiD.load_from_checkpoint(run.folder / "last.ckpt", num_pictures=1, teacher_steps=1)
+    trainer(default_root_dir=tmp_path).validate(module, verbose=False)
+    assert not any(parameter.is_inference() for parameter in module.teacher.network.parameters())
+    trainer(max_steps=1).fit(module)
+
+
 def test_another_teacher_is_refused(run, tmp_path):
     """By fit with a checkpoint, and by a module from a checkpoint when it first needs its teacher."""
     other = tmp_path / "other"
@@ -368,7 +377,7 @@ def test_a_broken_teacher_is_refused(teacher_folder, tmp_path):
         ({"accumulate": 6}, "accumulate=6 must not exceed batch_size=5."),
         ({"gradient_clip": 0}, "gradient_clip=0 must be positive."),
         ({"decay_from": 1.5}, "decay_from=1.5 must lie in [0, 1]."),
-        ({"ema_ramp_up": -0.1}, "ema_ramp_up=-0.1 must be 0 or more."),
+        ({"ema_ramp_up": 0.0}, "ema_ramp_up=0.0 must be positive."),  # it would keep no mean at all
         ({"loss": "dmd"}, "loss='dmd' must be one of sid, reverse_kl."),
         ({"weighting": None}, "weighting=None must be one of l1, none."),
         ({"noise_levels": "uniform"}, "noise_levels='uniform' must be one of edm, grid."),
@@ -404,6 +413,13 @@ def test_arguments_that_do_not_fit_the_teacher(teacher_folder, teacher, argument
     assert teacher != "flow" or "is told texts by its SD3Transformer2DModel, but has not the one text" in str(
         error.value
     )
+
+
+def test_a_discriminator_of_classes_needs_labels(teacher_folder):
+    """Drawn ones would not be those of the real images."""
+    images = DataLoader([{"image": torch.rand(4, 3, 8, 8)}] * 2, batch_size=None)
+    with pytest.raises(ValueError, match=r"^adversarial=True tells images of each class apart: give data with labels"):
+        trainer().fit(build(teacher_folder("labelled"), adversarial=True), images)
 
 
 def test_setups_that_cannot_train_are_refused(teacher_folder):
