@@ -13,11 +13,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 
-from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
 from lightning_plugins.core.optimizers import linear_warmup_decay
@@ -25,6 +23,7 @@ from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.sid.averaging import update_average
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.sampling import many_steps
+from lightning_plugins.sid.updates import shard_networks
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -156,8 +155,8 @@ class DiffusionTeacher(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the networks under ``ModelParallelStrategy`` (FSDP2); no effect otherwise."""
-        if shard_parts(self, self.denoiser, self.average):
-            register_fsdp_forward_method(self, "sample")
+        if self.device_mesh is not None:
+            shard_networks(self, self.denoiser, self.average)
 
     # Samples.
 
@@ -315,7 +314,7 @@ class DiffusionTeacher(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss; draw samples on their cadence."""
-        self.log("val/loss", self._mean_loss("val"), prog_bar=True)
+        self.log("val/loss", self._mean_loss("val"), prog_bar=True, sync_dist=True)  # equal on all ranks
         every = self.pictures_every_n_epochs
         alone = self.trainer.state.fn == TrainerFn.VALIDATING
         if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
@@ -323,7 +322,7 @@ class DiffusionTeacher(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the loss and samples."""
-        self.log("test/loss", self._mean_loss("test"))
+        self.log("test/loss", self._mean_loss("test"), sync_dist=True)
         if self.pictures_every_n_epochs:
             self._log_pictures("test")
 

@@ -1,0 +1,1 @@
+"""SiD configurations."""
