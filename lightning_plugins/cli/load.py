@@ -61,7 +61,7 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
         if "in loading state_dict" not in str(error):
             raise
         raise checkpoint.explain_mismatch(error, path, cls.__name__) from error
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # the last: an extra, such as lora, is missing
         raise UsageError(str(error)) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 

@@ -14,6 +14,8 @@ KEEPER = '''
 from lightning.pytorch import LightningModule
 import torch
 
+MISSING = False
+
 
 class Keeper(LightningModule):
     """Exports its only weight; `trick` makes it fail."""
@@ -21,6 +23,8 @@ class Keeper(LightningModule):
     def __init__(self, trick: str = ""):
         super().__init__()
         self.save_hyperparameters()
+        if trick == "extra" and MISSING:
+            raise ModuleNotFoundError("needs peft: pip install lightning_plugins[lora]")
         self.weight = torch.nn.Parameter(torch.tensor(0.5))
 
     def export(self, folder):
@@ -68,8 +72,13 @@ def test_any_module_that_exports(save, project, capsys):
         export("--output=empty")
 
 
-def test_mistakes(save, trained, capsys):
+def test_mistakes(save, trained, capsys, monkeypatch):
+    save(trick="extra")
     capsys.readouterr()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("keeper.MISSING", True)
+        export("--output=kept")
+    assert capsys.readouterr().err == "error: needs peft: pip install lightning_plugins[lora]\n"
     save(trick="full")
     for words, told in (
         (["--output=checkpoints"], "--output 'checkpoints' exists and is not empty; choose a new folder."),
