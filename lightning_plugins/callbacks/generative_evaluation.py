@@ -188,6 +188,7 @@ class GenerativeEvaluation(Callback):
             "birthday": lambda: BirthdayParadox(None),
         }
         judges = {name: make[name]().to(device) for name in self.metrics}
+        torch.manual_seed(self.seed)  # one order of a shuffled loader on all processes, or their shares would overlap
         for images in reference_images(trainer, self.reference):
             if len(images):
                 self._update(judges, images.to(device), real=True)

@@ -46,6 +46,9 @@ class EAE(LightningModule):
     Other models on the same networks, for comparison, are named by ``objective``. Batches are dicts
     ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with ``conditional``.
 
+    At evaluation a VAE decodes its means, and the term beside the error is that of all codes at once (at most 4,096 of
+    them, and ``sigreg`` grows with their number): compare ``val/loss`` with ``val/loss``, not with ``train/loss``.
+
     More neighbours need more codes in one batch: ``accumulate_grad_batches`` does not join batches here, several
     processes do. The ``rae`` network's own batch norms see one process's batch, unless the Trainer has
     ``sync_batchnorm=True``.
@@ -61,7 +64,7 @@ class EAE(LightningModule):
         objective: ``eae``; ``ae`` (reconstruction alone), ``ae_bn`` (with batch norm), ``rae_l2`` (Ghosh et al. 2020),
             ``vae``, ``wae`` (MMD, Tolstikhin et al. 2018), ``sigreg`` and ``mmd`` (these two with batch norm).
         weight: of the term beside the reconstruction error: :math:`\lambda` of ``eae`` [3], :math:`\beta` of ``vae``
-            [1], and so on. 0: reconstruction alone; ``eae`` is then ``ae_bn``.
+            [1], and so on. 0: reconstruction alone; ``eae`` is then ``ae_bn`` (``rae_l2`` still decays its decoder).
         k: nearest neighbour of the entropy's estimate, or several whose estimates are averaged; 1 as the supplement
             advises.
         weight_warmup_steps: optimiser steps in which the weight grows from 0, linearly.
@@ -311,7 +314,7 @@ class EAE(LightningModule):
 
         Args:
             dataloader: batches as in training, or tensors of images. Over several processes each calls this with its
-                share of them; all fit the same.
+                share of them, under FSDP2 in as many batches; all fit the same.
 
         Raises:
             ValueError: fewer images than the mixture has components.

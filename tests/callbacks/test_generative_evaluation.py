@@ -199,7 +199,7 @@ class Prepared(LightningDataModule):
         setattr(self, stage, TensorDataset(images, torch.arange(120)))
 
     def val_dataloader(self):
-        return DataLoader(self.validate, 50)
+        return DataLoader(self.validate, 50, shuffle=True)
 
     def test_dataloader(self):
         return DataLoader(self.test, 50)
@@ -271,6 +271,7 @@ def run_alone(folder):
             original(judges, images, real)
 
         callback._update = update
+        torch.manual_seed(int(os.environ.get("RANK", "0")))  # as after training on batches of their own
         run = trainer(callback, devices=int(os.environ.get("WORLD_SIZE", "1")), logger=CSVLogger(folder / name))
         run.validate(Blind(), data, verbose=False)
         found[name] = {
