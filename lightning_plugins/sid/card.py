@@ -43,9 +43,8 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
         card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name).
     """
     name, teacher = type(pipeline).__name__, str(card["teacher"])
-    local = Path(teacher).expanduser().exists()  # of whose path the card tells only the last part
-    hub_id = not local and re.fullmatch(r"[\w.-]+/[\w.-]+", teacher)
-    teacher = Path(teacher).name if local else teacher
+    hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists()
+    teacher = teacher if hub_id else Path(teacher).name  # of a folder's path the card tells only the last part
     settings = {
         "teacher": teacher,
         "generator's noise level (EDM scaling)": f"{sigma_init:.6g}",
