@@ -26,7 +26,7 @@ from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
-from lightning_plugins.sid.networks import StudentNetworks
+from lightning_plugins.sid.networks import StudentNetworks, without_dropout
 from lightning_plugins.sid.sampling import many_steps
 from lightning_plugins.sid.steps import (
     Draws,
@@ -164,7 +164,6 @@ class SiD(LightningModule):
         self.seed = seed
         self._optimizer, self._fake_optimizer = optimizer, fake_optimizer
         self.networks = StudentNetworks(teacher, sigma_init, clip_output)
-        self.strict_loading = lora_rank is None  # checkpoints of adapters leave the teacher's weights out
         self.images, self._updates = 0, 0
         self._shown_teacher: Tensor | None = None
         self._marks: list[tuple[float, int]] = []
@@ -221,7 +220,7 @@ class SiD(LightningModule):
         """Build the networks if there are none, and refuse another teacher than the one trained with.
 
         Raises:
-            ValueError: the teacher has changed, or the checkpoint is another module's.
+            ValueError: the teacher has changed, adapters are missing, or the checkpoint is another module's.
         """
         record = dict(checkpoint.get(_RECORD) or {})
         if not record:
@@ -231,6 +230,13 @@ class SiD(LightningModule):
         self.networks.use_description(record, needs_teacher=adapters or not record["in_pixels"])
         if not self.networks.is_built:
             self.networks.build(self.build_network) if adapters else self.networks.build_from_description()
+        if adapters and not {name for name in self.state_dict() if "lora_" in name} <= checkpoint["state_dict"].keys():
+            raise ValueError(
+                f"lora_rank={self.lora_rank}: the checkpoint does not hold this module's adapters, and the teacher "
+                "itself would be the student. Leave lora_rank as it was in training."
+            )
+        if adapters:  # the file leaves the teacher's weights out
+            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
 
     # Samples.
 
@@ -335,7 +341,7 @@ class SiD(LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
         fake = nets.fake_score
-        with torch.no_grad():
+        with torch.no_grad(), without_dropout(nets.generator):
             images = nets.generate(nets.generator, draws.latent, conditioning)
         score = self._score(fake, self._dropped(conditioning, draws.dropped), self.fake_guidance)
         with self._discriminator() as logits:
@@ -347,7 +353,7 @@ class SiD(LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
         images = nets.generate(nets.generator, draws.latent, conditioning)
-        with self._discriminator() as logits:
+        with self._discriminator() as logits, without_dropout(nets.fake_score):  # which the teacher has not either
             terms = generator_terms(
                 images,
                 draws,
@@ -551,7 +557,7 @@ class SiD(LightningModule):
         network = student.network if self.lora_rank is None else merged(student.network)
         needs_parts = self.lora_rank is not None or not nets.description["in_pixels"]
         card = {
-            "teacher": str(self.networks.source),
+            "teacher": nets.source if isinstance(nets.source, str) else type(nets.source).__name__,
             "alpha": self.alpha,
             "images": self.images,
             "metrics": dict(metrics or {}),

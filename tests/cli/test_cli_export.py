@@ -107,7 +107,6 @@ def teacher(project):
     return project / "teacher"
 
 
-@pytest.mark.filterwarnings("ignore:Found keys that are in the model state dict but not in the checkpoint")
 @pytest.mark.parametrize("lora", [[], ["--model.lora_rank=2"]])
 def test_a_student_is_exported_and_draws_what_it_drew(teacher, cli, project, capsys, lora):
     model = ["--model=SiD", "--model.teacher=teacher", "--model.batch_size=2", "--model.num_pictures=0", *lora]
