@@ -271,9 +271,10 @@ def run_alone(folder):
             original(judges, images, real)
 
         callback._update = update
-        torch.manual_seed(int(os.environ.get("RANK", "0")))  # as after training on batches of their own
         run = trainer(callback, devices=int(os.environ.get("WORLD_SIZE", "1")), logger=CSVLogger(folder / name))
-        run.validate(Blind(), data, verbose=False)
+        module = Blind()
+        torch.manual_seed(run.global_rank)  # as after training on batches of their own
+        run.validate(module, data, verbose=False)
         found[name] = {
             "values": {key: value.item() for key, value in run.callback_metrics.items()},
             "real": torch.cat([images for real, images in rows if real]),
