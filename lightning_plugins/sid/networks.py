@@ -193,11 +193,8 @@ class StudentNetworks(nn.Module):
     def student_images(self, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """What the student generates of noise, without dropout."""
         student = self.built(self.student)
-        training = student.training
-        student.eval()
-        images = self.generate(student, noise, conditioning)
-        student.train(training)  # Lightning warns of parts that are in eval mode when training starts
-        return images
+        with without_dropout(student):
+            return self.generate(student, noise, conditioning)
 
     def noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """Unit noise ``(n, C, H, W)``, drawn where the generator is."""
@@ -250,6 +247,17 @@ class StudentNetworks(nn.Module):
         if self.description["in_pixels"]:
             return (x.float() / 2 + 0.5).clamp(0, 1)
         return self.teacher.decode(x)
+
+
+@contextmanager
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; Lightning warns of parts that are still in it when training starts."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def _without_label_dropout(network: nn.Module) -> nn.Module:

@@ -115,13 +115,17 @@ def test_updates_equal_a_plain_loop(teacher_folder):
         assert sum(bool(distance > 1e-4) for distance in moved) > 0.8 * len(moved)
 
 
-def test_at_the_start_nothing_moves_the_generator(teacher_folder):
-    """Fake score and teacher are equal then: difference, loss and gradient are exactly 0."""
-    for name in ("ddpm", "labelled", "edm"):
-        module = build(teacher_folder(name), fake_lr=1e-30)
+def test_at_the_start_nothing_moves_the_generator(teacher_folder, tmp_path):
+    """Fake score and teacher are equal then: difference, loss and gradient are exactly 0; with dropout too."""
+    teacher = load_teacher(teacher_folder("ddpm"))
+    type(teacher.network).from_config({**teacher.network.config, "dropout": 0.5}).save_pretrained(tmp_path / "unet")
+    teacher.scheduler.save_pretrained(tmp_path / "scheduler")
+    for folder in (tmp_path, *map(teacher_folder, ("ddpm", "labelled", "edm"))):
+        module = build(folder, fake_lr=1e-30)
         run = trainer(max_steps=1)
         run.fit(module)
-        network = load_teacher(teacher_folder(name)).network
+        assert all(part.training for part in module.networks.modules())
+        network = load_teacher(folder).network
         for ours, theirs in zip(module.networks.generator.network.parameters(), network.parameters(), strict=True):
             assert torch.equal(ours, theirs)
         for figure in ("generator_loss", "divergence"):
@@ -289,6 +293,12 @@ def test_another_teacher_is_refused(run, tmp_path):
         trainer().fit(module)
     moved = SiD.load_from_checkpoint(run.folder / "last.ckpt", teacher=str(run.folder / "teacher"))
     trainer(precision="64-true", max_steps=1).fit(moved)  # the same one, whatever the precision
+
+
+def test_a_checkpoint_without_the_adapters_is_refused(run):
+    """Whatever it lacks would be the teacher's, without a word."""
+    with pytest.raises(ValueError, match=r"^lora_rank=2: the checkpoint does not hold this module's adapters"):
+        SiD.load_from_checkpoint(run.folder / "last.ckpt", lora_rank=2)
 
 
 def test_another_module_s_checkpoint_is_refused(run, tmp_path):
