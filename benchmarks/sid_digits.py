@@ -163,9 +163,7 @@ def distil(seed: int, updates: int, arguments: dict[str, Any], folder: Path, jud
         return json.loads(done.read_text())
     watch = Watch(judge)
     saving = ModelCheckpoint(folder, state.stem, every_n_train_steps=EVERY, enable_version_counter=False)
-    trainer = Trainer(
-        accelerator="cpu", max_steps=updates, limit_val_batches=0, callbacks=[watch, saving], **QUIET
-    )
+    trainer = Trainer(accelerator="cpu", max_steps=updates, limit_val_batches=0, callbacks=[watch, saving], **QUIET)
     module = SiD(**arguments, seed=seed, updates_per_epoch=updates)
     trainer.fit(module, ckpt_path=str(state) if state.exists() else None, weights_only=True)
     trainer.save_checkpoint(state)
