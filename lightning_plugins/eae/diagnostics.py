@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.eae.entropy import count_duplicates, gaussian_reference_entropy, knn_entropy
-from lightning_plugins.eae.kept_codes import KeptCodes
+from lightning_plugins.eae.entropy_metric import KeptCodes
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _CONSTANT = 1e-5  # a standard deviation below this share of the root mean square is rounding
@@ -107,8 +107,8 @@ def mean_correlation(matrix: Tensor) -> Tensor:
 class LatentDiagnostics(KeptCodes):
     """:func:`latent_diagnostics` of the codes of all updates and processes.
 
-    Of more than ``max_codes`` codes a random subset is kept, see :class:`~lightning_plugins.eae.kept_codes.KeptCodes`.
-    All values are then those of the subset, ``duplicates`` too.
+    Of more than ``max_codes`` codes a random subset is kept
+    (:class:`~lightning_plugins.eae.entropy_metric.KeptCodes`); all values are then those of it, ``duplicates`` too.
 
     Args:
         latent_dim: d.
