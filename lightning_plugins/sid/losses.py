@@ -176,10 +176,10 @@ def generator_loss(
     the value is (1 - alpha) F, so that at alpha = 1 it swings around 0 and says nothing of progress (watch
     :func:`fisher_divergence`), and 2 grad L = grad F - (2 alpha - 1) grad E|S_phi - S_psi|^2 with the fake score cut.
 
-    - 0.5: grad F itself, if the fake score is exact: the unbiased choice, and the best on mixtures in the plane.
+    - 0.5: grad F itself, if the fake score is exact: the unbiased choice.
     - 1: the gradient of F with its sampling distribution cut (only the scores are compared, where the images lie now).
     - 1.2: the paper's; it pushes beyond. It asks for a fake score that keeps up (small rates, a warm start, or several
-      fake steps); one that lags turns it away from grad F from alpha = 1 on, and modes get lost.
+      fake steps): with one that lags, the gradient turns away from grad F the more the larger alpha is.
 
     All agree to first order near the optimum, where the gradient is 0 for every alpha.
 

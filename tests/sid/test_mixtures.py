@@ -56,6 +56,11 @@ def test_the_teacher_is_exact(script, name):
     assert samples.mean(0).abs().max() < 0.02
     figures = script.score(mixture, samples[:10_000])
     assert figures["energy_distance"] < 2e-3 and figures["total_variation"] < 0.03  # the floor
+    assert 0.9 < figures["least_spread"] < 1.05
+    shrunk = samples[:10_000].clone()
+    nearest = mixture.means[torch.cdist(shrunk, mixture.means).argmin(1)]
+    shrunk[:, 0] = nearest[:, 0] + 0.1 * (shrunk - nearest)[:, 0]  # each mode a tenth as wide
+    assert script.score(mixture, shrunk)["least_spread"] == pytest.approx(0.1, abs=0.02)
 
 
 def test_both_notations_train_the_same(script):
