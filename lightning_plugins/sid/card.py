@@ -40,7 +40,7 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
         pipeline: as it is written.
         sigma_init: the generator's noise level.
         clips: whether images were clamped in training.
-        card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name).
+        card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name), and other ``settings``.
     """
     name, teacher = type(pipeline).__name__, str(card["teacher"])
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists()
@@ -51,6 +51,7 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
         "alpha": card["alpha"],
         "generated images seen": card["images"],
         "output clamped in training": "yes" if clips else "no",
+        **card.get("settings", {}),
     }
     parts = [
         _front_matter(name, teacher if hub_id else None),

@@ -27,7 +27,7 @@ from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.networks import StudentNetworks, without_dropout
-from lightning_plugins.sid.sampling import many_steps
+from lightning_plugins.sid.sampling import many_steps, step_levels
 from lightning_plugins.sid.steps import (
     Draws,
     Levels,
@@ -166,6 +166,7 @@ class SiD(LightningModule):
         self.networks = StudentNetworks(teacher, sigma_init, clip_output)
         self.images, self._updates = 0, 0
         self._shown_teacher: Tensor | None = None
+        self._results: dict[str, float] = {}
         self._marks: list[tuple[float, int]] = []
 
     # Networks.
@@ -211,7 +212,15 @@ class SiD(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the networks are, the teacher's fingerprint, and how far training is."""
-        checkpoint[_RECORD] = {**self.networks.description, "images": self.images, "updates": self._updates}
+        results = {name: float(value) for name, value in self.trainer.callback_metrics.items() if name[:4] == "val/"}
+        self._results = results or self._results
+        checkpoint[_RECORD] = {
+            **self.networks.description,
+            "start_level": self.networks.start_level,
+            "images": self.images,
+            "updates": self._updates,
+            "results": self._results,
+        }
         if self.lora_rank is not None:  # the rest is the teacher's
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
@@ -226,10 +235,16 @@ class SiD(LightningModule):
         if not record:
             raise ValueError("The checkpoint describes no networks of SiD: it is another module's.")
         self.images, self._updates = record.pop("images"), record.pop("updates")
+        self._results, level = record.pop("results"), record.pop("start_level")
         adapters = self.lora_rank is not None
         self.networks.use_description(record, needs_teacher=adapters or not record["in_pixels"])
         if not self.networks.is_built:
             self.networks.build(self.build_network) if adapters else self.networks.build_from_description()
+        if abs(self.networks.start_level / level - 1) > 1e-6:
+            raise ValueError(
+                f"sigma_init={self.networks.sigma_init} is not the noise level that the checkpoint's generator was "
+                f"trained at, {level:.6g}: leave it as it was."
+            )
         if adapters and not {name for name in self.state_dict() if "lora_" in name} <= checkpoint["state_dict"].keys():
             raise ValueError(
                 f"lora_rank={self.lora_rank}: the checkpoint does not hold this module's adapters, and the teacher "
@@ -481,7 +496,11 @@ class SiD(LightningModule):
             ValueError: weights in half precision, a teacher without the condition that guidance or dropout needs, or
                 one whose output is not finite.
         """
-        refuse_setup(self.trainer)
+        refuse_setup(self, self.trainer)
+        if self.decay_from < 1 and self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
+            raise ValueError(f"decay_from={self.decay_from} needs an end: give the trainer max_steps or max_epochs.")
+        if self.num_pictures:
+            step_levels(self.teacher.denoiser, self.teacher_steps)  # refuses more steps than levels
         # Of ModelCheckpoint(every_n_train_steps): that weights are saved after an update, which is what is wanted.
         warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
         n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
@@ -547,7 +566,8 @@ class SiD(LightningModule):
 
         Args:
             folder: new or empty; written whole or not at all.
-            metrics: figures for the model card, such as ``{"FID": 1.92}``.
+            metrics: figures for the model card, such as ``{"FID": 1.92}``; by default the validation's, as they were
+                when the checkpoint was written.
 
         Returns:
             The folder.
@@ -560,7 +580,8 @@ class SiD(LightningModule):
             "teacher": nets.source if isinstance(nets.source, str) else type(nets.source).__name__,
             "alpha": self.alpha,
             "images": self.images,
-            "metrics": dict(metrics or {}),
+            "metrics": dict(self._results if metrics is None else metrics),
+            "settings": {name: value for name, value in self.hparams.items() if name in _ON_THE_CARD},
         }
         return export_student(
             student.sharing(network),
@@ -573,4 +594,5 @@ class SiD(LightningModule):
 
 
 _RECORD = "sid"
+_ON_THE_CARD = ("lr", "fake_lr", "fake_steps", "guidance", "ema_halflife_images", "lora_rank")
 _GENERATOR_SCALE = 100.0  # of the generator's loss in the paper's code; with Adam it matters through eps and clipping

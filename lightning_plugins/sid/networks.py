@@ -215,6 +215,8 @@ class StudentNetworks(nn.Module):
             ValueError: classes or prompts for a teacher without, or too few, others, or none for one that needs them.
         """
         if prompts is not None:
+            if not self.description["takes_text"]:
+                raise ValueError("prompts were given, but the teacher reads no text: leave them out.")
             if len(prompts) != n:
                 raise ValueError(f"prompts must be {n} texts, one for each image, got {len(prompts)}.")
             return {name: value.to(device) for name, value in self.teacher.encode_prompts(list(prompts)).items()}

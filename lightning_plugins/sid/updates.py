@@ -71,11 +71,11 @@ def finite_gradients_(parameters: Iterable[nn.Parameter]) -> None:
         torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
 
 
-def refuse_setup(trainer: Trainer) -> None:
+def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
     """Refuse what cannot train two networks in turn, by small steps.
 
     Raises:
-        MisconfigurationException: DDP without ``find_unused_parameters``, or the first FSDP.
+        MisconfigurationException: DDP without ``find_unused_parameters``, the first FSDP, or the module compiled whole.
         ValueError: weights in half precision.
     """
     strategy, precision = trainer.strategy, str(trainer.precision)
@@ -83,6 +83,11 @@ def refuse_setup(trainer: Trainer) -> None:
         raise MisconfigurationException(
             "SiD has two optimizers, each of which trains a part of the parameters: under DDP use "
             "strategy='ddp_find_unused_parameters_true'."
+        )
+    if getattr(module, "_compiler_ctx", None) is not None:
+        raise MisconfigurationException(
+            "SiD steps two optimizers and cannot be compiled whole: in place of torch.compile(module) let build_network "
+            "call network.compile() before it returns the network."
         )
     if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
