@@ -86,8 +86,8 @@ def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
         )
     if getattr(module, "_compiler_ctx", None) is not None:
         raise MisconfigurationException(
-            "SiD steps two optimizers and cannot be compiled whole: in place of torch.compile(module) let build_network "
-            "call network.compile() before it returns the network."
+            "SiD steps two optimizers and cannot be compiled whole: in place of torch.compile(module) let "
+            "build_network call network.compile() before it returns the network."
         )
     if isinstance(strategy, FSDPStrategy):
         raise MisconfigurationException(
