@@ -66,7 +66,9 @@ class SiD(LightningModule):
         teacher: a diffusers model: an id of the Hub (``google/ddpm-cifar10-32``), a folder, or in Python a loaded
             pipeline. It is not kept in checkpoints: a resumed run loads it again and refuses another.
         alpha: 1.2 in the paper (1.0 for AFHQ-v2); 0.5 is unbiased where the fake score is exact, and best at toy scale.
-        sigma_init: the generator's noise level in EDM scaling; 2.5 in the paper. The teacher's nearest is taken.
+        sigma_init: the generator's noise level in EDM scaling; 2.5 in the paper. The teacher's nearest is taken. A
+            teacher of flow matching is at the time s = sigma / (1 + sigma) then; its own pipelines begin at s = 1,
+            pure noise, which is 2^24 here (16777216).
         lr: Adam's rate of the generator; 1e-5 in the paper on CIFAR-10 and FFHQ, 4e-6 on ImageNet, 5e-6 on AFHQ-v2.
         fake_lr: of the fake score; the same in the paper.
         betas: of both; (0, 0.999) in the paper. A first one of 0.9 ruins training: the opponent moves.
