@@ -72,7 +72,9 @@ class Judge:
         return torch.cat([self.extractor(part) for part in images.split(256)])
 
     def classify(self, images: Tensor) -> Tensor:
-        """The class ``(n,)`` in each image, by the network's ``head``."""
+        """The class ``(n,)`` in each image, as the extractor itself tells, or by the ``head`` of its network."""
+        if hasattr(self.extractor, "classify"):
+            return self.extractor.classify(images)
         return self.extractor.network.head(self.features(images)).argmax(1)
 
     def frechet(self, images: Tensor) -> float:
@@ -102,8 +104,13 @@ class Judge:
 
 
 @torch.no_grad()
-def judge_model(module: EAE, test: Tensor, labels: Tensor, judge: Judge, num_samples: int) -> dict[str, float]:
-    """Samples of all priors, reconstructions and midpoints of test images, whatever the data set."""
+def judge_model(
+    module: EAE, test: Tensor, labels: Tensor, judge: Judge, num_samples: int, package: Judge | None = None
+) -> dict[str, float]:
+    """Samples of all priors, reconstructions and midpoints of test images, whatever the data set.
+
+    ``package`` judges the samples, too: by the package's features, which know more sizes of digits.
+    """
     generator = torch.Generator().manual_seed(0)
     known = labels if module.conditional else None
     chosen = torch.randint(module.num_classes, (num_samples,), generator=generator) if module.conditional else None
@@ -111,8 +118,12 @@ def judge_model(module: EAE, test: Tensor, labels: Tensor, judge: Judge, num_sam
     for prior in PRIORS:
         images = module.sample(num_samples, labels=chosen, prior=prior, generator=generator)
         row |= {f"{prior}/{name}": value for name, value in judge.figures(images).items()}
+        if package is not None:
+            row[f"{prior}/package_frechet"] = package.frechet(images)
         if chosen is not None:
-            row[f"{prior}/accuracy"] = (judge.classify(images) == chosen).float().mean().item()
+            judges = {"accuracy": judge} if package is None else {"accuracy": judge, "package_accuracy": package}
+            for name, one in judges.items():
+                row[f"{prior}/{name}"] = (one.classify(images) == chosen).float().mean().item()
     images = torch.cat([module(*part) for part in batches(test, known)])
     row["test_error"] = (images - test).square().flatten(1).sum(1).mean().item()
     row["reconstruction"] = judge.frechet(images)
@@ -173,6 +184,7 @@ SAMPLES = {
     "N_eff, N(0, I)": ("normal/support_size", 0),
     "N_eff, mixture": ("mixture/support_size", 0),
     "right class": ("normal/accuracy", 3),
+    "package's": ("normal/package_accuracy", 3),
 }
 CODES = {
     "test error": ("test_error", 2),
