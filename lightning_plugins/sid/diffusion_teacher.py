@@ -14,8 +14,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, Reduce
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torchmetrics import MeanMetric
 
+from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
 from lightning_plugins.core.optimizers import linear_warmup_decay
@@ -115,7 +115,7 @@ class DiffusionTeacher(LightningModule):
 
         self.denoiser = Denoiser(self.build_network(), self.build_scheduler())
         self.average = self.denoiser.sharing(copy.deepcopy(self.denoiser.network)).requires_grad_(False)
-        self.losses = nn.ModuleDict({f"{stage}_loss": MeanMetric() for stage in ("val", "test")})
+        self.losses = nn.ModuleDict({f"{stage}_loss": FullPrecisionMean() for stage in ("val", "test")})
 
     # The model: override any of these two in a subclass.
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lightning_plugins.core.distributed import largest_over_ranks
+from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.metrics.generation_scores import GenerationScores
 
 COLUMNS = ("source", "reference", "generated")
@@ -29,7 +29,7 @@ class Evaluation(nn.Module):
 
     def __init__(self, lowercase: bool) -> None:
         super().__init__()
-        self.nll, self.scores = MeanMetric(), GenerationScores(lowercase=lowercase)
+        self.nll, self.scores = FullPrecisionMean(), GenerationScores(lowercase=lowercase)
         self.samples: list[tuple[str, str, str]] = []
         self._share: set[int] = set()
 
