@@ -43,6 +43,7 @@ from lightning_plugins.data.digits import embedded_digits
 from lightning_plugins.sid.module import SiD
 from lightning_plugins.sid.plots import plot_progress, plot_student
 from lightning_plugins.sid.sampling import many_steps
+from lightning_plugins.sid.teacher import load_teacher
 
 CONFIG = Path(__file__).parents[1] / "configs" / "sid" / "digits.yaml"
 EVERY, TEACHER_STEPS, NOISE_SEED = 125, 50, 7
@@ -71,9 +72,9 @@ def real_digits() -> Tensor:
     return embedded_digits()[0][:, None].float() / 16
 
 
-def noise_of(module: SiD) -> Tensor:
+def noise() -> Tensor:
     """The unit noise that everybody is judged on."""
-    return module.networks.noise(len(real_digits()), torch.Generator().manual_seed(NOISE_SEED), module.device)
+    return torch.randn(1797, 1, 8, 8, generator=torch.Generator().manual_seed(NOISE_SEED))
 
 
 @torch.no_grad()
@@ -81,14 +82,15 @@ def student_images(module: SiD) -> Tensor:
     """Samples in one step, not clamped; 0 is black and 1 white."""
     nets, clips = module.networks, module.networks.clip_output
     nets.clip_output = False
-    images = torch.cat([module(part) for part in noise_of(module).split(256)])
+    images = torch.cat([module(part) for part in noise().split(256)])
     nets.clip_output = clips
     return images / 2 + 0.5
 
 
-def teacher_images(module: SiD) -> Tensor:
+def teacher_images(folder: str) -> Tensor:
     """The teacher's in 50 steps, as its scheduler leaves them, of the same noise."""
-    parts = [many_steps(module.teacher.denoiser, part, TEACHER_STEPS) for part in noise_of(module).split(256)]
+    denoiser = load_teacher(folder).denoiser
+    parts = [many_steps(denoiser, part, TEACHER_STEPS) for part in noise().split(256)]
     return torch.cat(parts) / 2 + 0.5
 
 
@@ -166,7 +168,7 @@ def distil(seed: int, updates: int, arguments: dict[str, Any], folder: Path, jud
     trainer = Trainer(accelerator="cpu", max_steps=updates, limit_val_batches=0, callbacks=[watch, saving], **QUIET)
     module = SiD(**arguments, seed=seed, updates_per_epoch=updates)
     trainer.fit(module, ckpt_path=str(state) if state.exists() else None, weights_only=True)
-    trainer.save_checkpoint(state)
+    torch.save(student_images(module), folder / f"seed_{seed}.pt")
     save_runs(watch.rows, done)
     return watch.rows
 
@@ -262,9 +264,8 @@ def main(argv: list[str] | None = None) -> None:
     courses = {seed: distil(seed, args.updates, arguments, args.folder, judge) for seed in args.seeds}
 
     sharp = RawJudge(train_classifier(Digits(image_size=8, batch_size=128), 32, 30), real_digits())
-    modules = {seed: SiD.load_from_checkpoint(args.folder / f"seed_{seed}.ckpt") for seed in args.seeds}
-    first, *_ = modules.values()
-    taught, students = teacher_images(first), {seed: student_images(module) for seed, module in modules.items()}
+    students = {seed: torch.load(args.folder / f"seed_{seed}.pt") for seed in args.seeds}
+    taught = teacher_images(arguments["teacher"])
     teacher = {**distances(taught, judge), **clamping(taught, judge, sharp)}
     finals = {f"teacher, {TEACHER_STEPS} steps": teacher}
     for seed, images in students.items():
