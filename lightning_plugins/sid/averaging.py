@@ -19,7 +19,7 @@ def half_life_decay(batch_images: int, images_seen: int, half_life: float, ramp_
         In [0, 1): 0 at the first batch.
 
     Example:
-        >>> half_life_decay(256, 10_000_000, 500_000) ** (500_000 / 256)
+        >>> round(half_life_decay(256, 10_000_000, 500_000) ** (500_000 / 256), 6)
         0.5
     """
     memory = min(half_life, ramp_up * images_seen)

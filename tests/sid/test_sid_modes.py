@@ -190,7 +190,7 @@ def test_texts(teacher_folder, tmp_path):
         module.sample(2, prompts=["a"])
     with pytest.raises(ValueError, match=r"^This teacher draws what a text says: give PromptData with a file of promp"):
         fit(build(teacher_folder("sd")))
-    with pytest.raises(ValueError, match=r"^prompts: the teacher .* has no text encoder"):
+    with pytest.raises(ValueError, match=r"^prompts were given, but the teacher reads no text: leave them out\.$"):
         fit(build(teacher_folder("ddpm")), batches({"prompt": ["a"]}, {"prompt": ["b"]}))
 
 
