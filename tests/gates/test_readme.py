@@ -105,7 +105,7 @@ def test_block_runs(line, language, text, folder, monkeypatch):
 def run_command(words):
     arguments = words[1:] if words[0] == "lightning-plugins" else words[3:]
     if arguments[0] == "fit":
-        arguments += ["--trainer.max_epochs=1", "--data.batch_size=4"]
+        arguments += ["--trainer.max_epochs=1", "--data.batch_size=12"]
     if arguments[0] in ("fit", "validate", "test", "predict"):
         arguments += [f"--trainer.{name}={value}" for name, value in SHORT.items()]
     try:
