@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_plugins.callbacks.generative_evaluation import GenerativeEvaluation
 from lightning_plugins.data.digits import Digits
 from lightning_plugins.data.prompts import PromptData
+from lightning_plugins.sid.batches import real_images
 from lightning_plugins.sid.denoiser import LARGEST_SIGMA
 from lightning_plugins.sid.losses import generator_loss
 from lightning_plugins.sid.module import SiD
@@ -210,6 +211,10 @@ def test_adversarial_updates(teacher_folder):
     assert run.callback_metrics["train/divergence"] == 0  # where SiD alone would not move
     assert moved(module)
     fit(build(teacher_folder("ddpm"), adversarial=True, alpha=1.0, accumulate=3), data)
+    batch = next(iter(data.train_dataloader()))
+    real = real_images(batch, module.networks.description, torch.float32)
+    assert (real.min(), real.max()) == (-1, 1)
+    torch.testing.assert_close((real + 1) / 2, batch["image"])
     with pytest.raises(
         ValueError, match=r"^adversarial=True needs images of the teacher's shape, \(3, 8, 8\), got \(1, 8"
     ):
