@@ -33,7 +33,19 @@ class FullPrecisionMean(FullPrecision, MeanMetric):
         ...     mean.update(torch.tensor([3.0, 4.0]))
         >>> mean.compute()
         tensor(3.5000)
+        >>> mean.reset()
+        >>> mean.update(torch.tensor(1.0), weight=3)
+        >>> mean.update(torch.tensor(5.0), weight=1)
+        >>> mean.compute()
+        tensor(2.)
     """
 
     def __init__(self) -> None:
         super().__init__("disable")
+
+    def update(self, value: Tensor, weight: Tensor | float = 1.0) -> None:
+        """Take values, each with its weight: torchmetrics 1.9 forgets weights where it does not look for NaN."""
+        value = value.to(self.mean_value)
+        weight = torch.as_tensor(weight).to(self.mean_value).expand_as(value)
+        self.mean_value += (value * weight).sum()
+        self.weight += weight.sum()

@@ -127,7 +127,7 @@ def test_a_student_is_exported_and_draws_what_it_drew(teacher, cli, project, cap
     model = ["--ckpt_path=last", "--prompt=a"]
     with pytest.raises(SystemExit):
         main(["sample", *model])
-    assert "error: prompts: the teacher teacher has no text encoder" in capsys.readouterr().err
+    assert "error: prompts were given, but the teacher reads no text" in capsys.readouterr().err
     (project / "student/model_index.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(["sample", "--ckpt_path=student"])

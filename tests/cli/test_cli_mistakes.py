@@ -52,11 +52,11 @@ MISTAKES = {
     "ft": """\
 error: a command comes first, not 'ft'.
 Did you mean fit?
-Commands: fit, validate, test, predict, generate, sample, list, copy, plot
+Commands: fit, validate, test, predict, generate, sample, export, list, copy, plot
 """,
     "--config capsnet/digits fit": """\
 error: a command comes first, not '--config'.
-Commands: fit, validate, test, predict, generate, sample, list, copy, plot
+Commands: fit, validate, test, predict, generate, sample, export, list, copy, plot
 """,
     "fit --config capsnet/digts": """\
 error: no file and no shipped config is called 'capsnet/digts'.
@@ -114,7 +114,7 @@ error: IdxImages: folder='/nowhere' is not a folder.
     "fit --model CapsNt": """\
 error: no LightningModule is called 'CapsNt' (model).
 Did you mean CapsNet?
-Known: CapsNet, EAE, Independent, ToyNet, UniLMSeq2Seq
+Known: CapsNet, DiffusionTeacher, EAE, Independent, SiD, ToyNet, UniLMSeq2Seq
 A class of your own is given by its path: package.module.Class
 """,
     "fit --model my_package.ToyNt": """\
