@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -35,7 +35,7 @@ from lightning_plugins.capsnet.routing import RoutingKind, RoutingTrace
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.optimizers import exponential_decay
+from lightning_plugins.core.optimizers import exponential_decay, with_scheduler
 
 
 class CapsNet(LightningModule):
@@ -375,9 +375,7 @@ class CapsNet(LightningModule):
         p = self.preset
         optimizer = self._optimizer(self.parameters()) if self._optimizer else torch.optim.Adam(self.parameters(), p.lr)
         if self._scheduler:
-            scheduler = self._scheduler(optimizer)
-            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+            return with_scheduler(optimizer, self._scheduler)
         if self._optimizer or p.lr_decay == 1:
             return optimizer
         decay = exponential_decay(optimizer, p.lr_decay, p.lr_decay_steps, p.lr_min)

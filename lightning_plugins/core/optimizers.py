@@ -2,9 +2,23 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns for a scheduler of the user's, stepped once per epoch.
+
+    Args:
+        optimizer: the module's.
+        make: from the optimizer to the scheduler; Lightning's ``ReduceLROnPlateau`` says itself what it watches.
+    """
+    scheduler = make(optimizer)
+    monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
 
 
 def exponential_decay(optimizer: Optimizer, rate: float, steps: int, floor: float = 0.0) -> LambdaLR:

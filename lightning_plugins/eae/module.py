@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -16,6 +16,7 @@ from lightning_plugins.core.distributed import gather_rows, shard_parts
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.core.optimizers import with_scheduler
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics
@@ -462,9 +463,7 @@ class EAE(LightningModule):
             ]
         optimizer = self._optimizer(groups) if self._optimizer else torch.optim.Adam(groups, self.lr)
         if self._scheduler:
-            scheduler = self._scheduler(optimizer)
-            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+            return with_scheduler(optimizer, self._scheduler)
         if self._optimizer or self.lr_decay == 1:
             return optimizer
         return {

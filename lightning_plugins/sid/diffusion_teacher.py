@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
-from lightning_plugins.core.optimizers import linear_warmup_decay
+from lightning_plugins.core.optimizers import linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.sid.averaging import update_average
 from lightning_plugins.sid.denoiser import Denoiser
@@ -267,9 +267,7 @@ class DiffusionTeacher(LightningModule):
         else:
             optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
         if self._scheduler:
-            scheduler = self._scheduler(optimizer)
-            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+            return with_scheduler(optimizer, self._scheduler)
         if self._optimizer:
             return optimizer
         schedule = linear_warmup_decay(optimizer, self.warmup, lambda: self.trainer.estimated_stepping_batches)

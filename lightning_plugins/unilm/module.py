@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import StochasticWeightAveraging
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
-from lightning_plugins.core.optimizers import linear_warmup_decay
+from lightning_plugins.core.optimizers import linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
@@ -419,9 +419,7 @@ class UniLMSeq2Seq(LightningModule):
         """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
         optimizer = self._optimizer(self.parameters()) if self._optimizer else self._adamw()
         if self._scheduler:
-            scheduler = self._scheduler(optimizer)
-            monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
-            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+            return with_scheduler(optimizer, self._scheduler)
         if self._optimizer:
             return optimizer
         schedule = linear_warmup_decay(optimizer, self.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
