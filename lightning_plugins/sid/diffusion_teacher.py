@@ -2,10 +2,8 @@
 
 import copy
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
@@ -22,6 +20,7 @@ from lightning_plugins.core.optimizers import linear_warmup_decay, with_schedule
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.sid.averaging import update_average
 from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.export import new_folder
 from lightning_plugins.sid.sampling import many_steps
 from lightning_plugins.sid.updates import shard_networks
 
@@ -289,7 +288,7 @@ class DiffusionTeacher(LightningModule):
                 f"{self.ema_decay} rounds to no change: use {precision.replace('true', 'mixed')!r}."
             )
         if self.export_to is not None and not self.trainer.fast_dev_run:
-            _new_folder(self.export_to)
+            _checked_folder(self.export_to)
 
     def on_fit_end(self) -> None:
         """Write the pipeline, if ``export_to`` says where."""
@@ -360,14 +359,15 @@ class DiffusionTeacher(LightningModule):
         Raises:
             FileExistsError: ``folder`` exists and is not empty.
         """
-        folder = _new_folder(folder)
+        folder = _checked_folder(folder)
         network = self.average.network
         state = network.state_dict()
         weights = {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in state.items()}
         if self.global_rank == 0:
             whole = type(network).from_config(network.config)
             whole.load_state_dict({name: value.cpu() for name, value in weights.items()})
-            _write(self._pipeline(whole.eval()), folder)
+            with new_folder(folder) as partial:
+                self._pipeline(whole.eval()).save_pretrained(partial)
         return folder
 
     def _pipeline(self, network: nn.Module) -> Any:
@@ -384,27 +384,13 @@ def _visible(images: Tensor) -> Tensor:
     return images if images.shape[1] == 3 else images.mean(1, keepdim=True)
 
 
-def _new_folder(folder: str | Path) -> Path:
+def _checked_folder(folder: str | Path) -> Path:
     folder = Path(folder).expanduser().resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} exists and is not empty: move it away, or export to a new folder (export_to, or export(folder))."
         )
     return folder
-
-
-def _write(pipeline: Any, folder: Path) -> None:
-    """Into a folder beside, which takes the name when it is complete."""
-    partial = folder.with_name(f"{folder.name}.partial-{token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
-        pipeline.save_pretrained(partial)
-        if folder.exists():
-            folder.rmdir()  # empty; not every system renames over it
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:

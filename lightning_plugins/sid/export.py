@@ -80,7 +80,7 @@ def export_student(
     _refuse_other_results(name, denoiser, clips, teacher)
     scheduler = _one_step_scheduler(denoiser, sigma_init, clips)
     pipeline = _pipeline(name, _plain_network(denoiser.network), scheduler, teacher)
-    with _new_folder(folder) as partial:
+    with new_folder(folder) as partial:
         pipeline.save_pretrained(partial)
         for path in partial.rglob("*.json"):
             _leave_out_paths(path)
@@ -211,7 +211,7 @@ def _refuse_other_results(name: str, denoiser: Denoiser, clips: bool, teacher: T
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to write to that gets its name when all is written, and is removed after an error."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty: export to a new folder.")
