@@ -24,7 +24,6 @@ from capsnet_step import cpu_model
 from judge import (
     CODES,
     SAMPLES,
-    Classifier,
     Judge,
     Runs,
     judge_model,
@@ -33,10 +32,10 @@ from judge import (
     print_bars,
     print_table,
     save_runs,
-    train_classifier,
 )
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from mnist_classifier import mnist_classifier
 
 from lightning_plugins import EAE, IdxImages, RandomState
 
@@ -142,7 +141,7 @@ def main() -> None:
     test = IdxImages(args.folder).require("test")
     images = test.pixels / 255
     real, rest, labels = images[::2], images[1::2], test.labels[1::2]
-    judge = Judge(classifier(args), real)
+    judge = Judge(mnist_classifier(args.folder, args.cache / "classifier.pt"), real)
     right, floor = (judge.classify(rest) == labels).float().mean(), judge.frechet(rest)
     words = f"width {args.width}, {args.epochs} epochs in {args.precision} on the {args.accelerator}"
     print(
@@ -164,18 +163,6 @@ def main() -> None:
     print_table(runs, SAMPLES)
     print_table(runs, CODES)
     print_bars(bars_of(runs))
-
-
-def classifier(args: argparse.Namespace) -> Classifier:
-    """Trained on the training images, or read from the cache."""
-    path = args.cache / "classifier.pt"
-    if not path.exists():
-        network = train_classifier(IdxImages(args.folder, batch_size=64), num_features=64, epochs=2)
-        args.cache.mkdir(parents=True, exist_ok=True)
-        torch.save(network.state_dict(), path)
-    network = Classifier(image_size=28, num_features=64)
-    network.load_state_dict(torch.load(path, weights_only=True))
-    return network
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""How generated images are judged in the benchmarks of generative models: a classifier, distances, and what is kept.
-
-Shared by those benchmarks; it prints nothing itself. The classifier is small and learns without augmentation, so that
-it sees blur: features that have learnt to overlook it, as those of enlarged images do, cannot tell a blurred sample.
-"""
+"""How generated images are judged in the benchmarks of generative models: distances, tables, and what is kept."""
 
 import json
 import os
@@ -10,49 +6,13 @@ import statistics
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_plugins import EAE, BirthdayParadox, FrechetDistance, PrecisionRecallDensityCoverage, entropy_gap
-from lightning_plugins.data.images import ImageData
 from lightning_plugins.metrics import feature_extractor
 
 PRIORS = ("normal", "gaussian", "mixture")
 Runs = dict[str, list[dict[str, float]]]  # of each model, one per seed
-
-
-class Classifier(nn.Module):
-    """Two convolutions and ``num_features`` rectified features, from which one dense layer tells ten classes."""
-
-    def __init__(self, image_size: int, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-        pool = 1 if image_size < 16 else 2
-        first = nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(pool))
-        second = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())
-        dense = nn.Linear(64 * (image_size // pool // 2) ** 2, num_features)
-        self.body, self.head = nn.Sequential(first, second, dense, nn.ReLU()), nn.Linear(num_features, 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, 1, H, W)`` to features ``(B, F)``."""
-        return self.body(images)
-
-
-def train_classifier(data: ImageData, num_features: int, epochs: int) -> Classifier:
-    """A classifier of the training images, always the same one."""
-    torch.manual_seed(0)
-    network, loader = Classifier(data.image_shape[-1], num_features), data.train_dataloader()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * len(loader))
-    for epoch in range(epochs):
-        loader.batch_sampler.set_epoch(epoch)
-        for batch in loader:
-            loss = F.cross_entropy(network.head(network(batch["image"])), batch["label"])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return network
 
 
 class Judge:
@@ -104,13 +64,8 @@ class Judge:
 
 
 @torch.no_grad()
-def judge_model(
-    module: EAE, test: Tensor, labels: Tensor, judge: Judge, num_samples: int, package: Judge | None = None
-) -> dict[str, float]:
-    """Samples of all priors, reconstructions and midpoints of test images, whatever the data set.
-
-    ``package`` judges the samples, too: by the package's features, which know more sizes of digits.
-    """
+def judge_model(module: EAE, test: Tensor, labels: Tensor, judge: Judge, num_samples: int) -> dict[str, float]:
+    """Samples of all priors, reconstructions and midpoints of test images, whatever the data set."""
     generator = torch.Generator().manual_seed(0)
     known = labels if module.conditional else None
     chosen = torch.randint(module.num_classes, (num_samples,), generator=generator) if module.conditional else None
@@ -118,12 +73,8 @@ def judge_model(
     for prior in PRIORS:
         images = module.sample(num_samples, labels=chosen, prior=prior, generator=generator)
         row |= {f"{prior}/{name}": value for name, value in judge.figures(images).items()}
-        if package is not None:
-            row[f"{prior}/package_frechet"] = package.frechet(images)
         if chosen is not None:
-            judges = {"accuracy": judge} if package is None else {"accuracy": judge, "package_accuracy": package}
-            for name, one in judges.items():
-                row[f"{prior}/{name}"] = (one.classify(images) == chosen).float().mean().item()
+            row[f"{prior}/accuracy"] = (judge.classify(images) == chosen).float().mean().item()
     images = torch.cat([module(*part) for part in batches(test, known)])
     row["test_error"] = (images - test).square().flatten(1).sum(1).mean().item()
     row["reconstruction"] = judge.frechet(images)
@@ -173,23 +124,20 @@ def cell(runs: list[dict[str, float]], name: str, digits: int = 2) -> str:
 
 # heading -> figures of a run: its name, and digits behind the point
 SAMPLES = {
-    "FD, N(0, I)": ("normal/frechet", 1),
-    "Gaussian": ("gaussian/frechet", 1),
-    "mixture": ("mixture/frechet", 1),
-    "package's FD, N(0, I)": ("normal/package_frechet", 2),
-    "mixture, too": ("mixture/package_frechet", 2),
+    "FD, N(0, I)": ("normal/frechet", 2),
+    "Gaussian": ("gaussian/frechet", 2),
+    "mixture": ("mixture/frechet", 2),
     "precision, N(0, I)": ("normal/precision", 2),
     "coverage, N(0, I)": ("normal/coverage", 2),
     "coverage, mixture": ("mixture/coverage", 2),
     "N_eff, N(0, I)": ("normal/support_size", 0),
     "N_eff, mixture": ("mixture/support_size", 0),
     "right class": ("normal/accuracy", 3),
-    "package's": ("normal/package_accuracy", 3),
 }
 CODES = {
     "test error": ("test_error", 2),
-    "reconstruction FD": ("reconstruction", 1),
-    "midpoints FD": ("midpoints", 1),
+    "reconstruction FD": ("reconstruction", 2),
+    "midpoints FD": ("midpoints", 2),
     "gap, test": ("test_gap", 2),
     "gap, training": ("train_gap", 2),
     "CPU s": ("seconds", 1),

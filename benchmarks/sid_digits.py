@@ -8,8 +8,7 @@ seed 100. Without ``--teacher`` one is trained by ``configs/sid/digits_teacher``
 the same noise for all seeds and for the teacher's 50 steps, are compared with all 1,797 digits:
 
 - FD: Fréchet distance in the package's 32 ``"digits"`` features, of raw images, and clamped to [0, 1] as a pipeline
-  emits them; KD: kernel distance in the same; sharp FD: Fréchet distance in features of a classifier that this script
-  trains without augmentation, which sees blur better;
+  emits them; KD: kernel distance in the same;
 - what clamping does: FD of images clamped at black alone and at white alone, the share of pixels beyond each, and the
   mean grey level, of which the real digits' is given.
 
@@ -35,9 +34,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from capsnet_step import cpu_model
-from judge import Judge, print_bars, save_runs, train_classifier
+from judge import Judge, print_bars, save_runs
 
-from lightning_plugins import Digits, KernelDistance
+from lightning_plugins import KernelDistance
 from lightning_plugins.cli import main as command
 from lightning_plugins.data.digits import embedded_digits
 from lightning_plugins.sid.module import SiD
@@ -105,11 +104,9 @@ def distances(images: Tensor, judge: RawJudge) -> Row:
     }
 
 
-def clamping(images: Tensor, judge: RawJudge, sharp: RawJudge) -> Row:
-    """What clamping changes, by halves, and the distance in other features."""
+def clamping(images: Tensor, judge: RawJudge) -> Row:
+    """What clamping changes, by halves."""
     return {
-        "sharp": sharp.frechet(images),
-        "sharp_clamped": sharp.frechet(images.clamp(0, 1)),
         "at_black": judge.frechet(images.clamp(min=0)),
         "at_white": judge.frechet(images.clamp(max=1)),
         "below": (images < 0).float().mean().item(),
@@ -196,8 +193,6 @@ COLUMNS = {
     "FD clamped": ("clamped", 2),
     "KD raw": ("raw_kernel", 2),
     "KD clamped": ("clamped_kernel", 2),
-    "sharp FD raw": ("sharp", 1),
-    "sharp FD clamped": ("sharp_clamped", 1),
     "FD, clamped at black": ("at_black", 2),
     "at white": ("at_white", 2),
     "pixels below black": ("below", 3),
@@ -263,13 +258,12 @@ def main(argv: list[str] | None = None) -> None:
     judge = RawJudge("digits", real_digits())
     courses = {seed: distil(seed, args.updates, arguments, args.folder, judge) for seed in args.seeds}
 
-    sharp = RawJudge(train_classifier(Digits(image_size=8, batch_size=128), 32, 30), real_digits())
     students = {seed: torch.load(args.folder / f"seed_{seed}.pt") for seed in args.seeds}
     taught = teacher_images(arguments["teacher"])
-    teacher = {**distances(taught, judge), **clamping(taught, judge, sharp)}
+    teacher = {**distances(taught, judge), **clamping(taught, judge)}
     finals = {f"teacher, {TEACHER_STEPS} steps": teacher}
     for seed, images in students.items():
-        finals[f"student, 1 step, seed {seed}"] = {**courses[seed][-1], **clamping(images, judge, sharp)}
+        finals[f"student, 1 step, seed {seed}"] = {**courses[seed][-1], **clamping(images, judge)}
     print(f"\n{cpu_model()}, one thread, torch {torch.__version__}; real digits' mean grey {real_digits().mean():.4f}")
     print_course(courses)
     print_finals(finals)

@@ -14,7 +14,8 @@ class DigitsClassifier(nn.Module):
     """Three convolutions and 32 features, from which one dense layer tells the ten digits.
 
     Trained by ``benchmarks/train_digits_classifier.py`` on the training part of ``Digits`` alone, which prints its
-    accuracy. Images of any size are brought to 8 x 8 px, colours to grey.
+    accuracy. Images of any size are brought to 8 x 8 px by means over areas, colours to grey. The features' variances
+    over the training images are 1 on average.
     """
 
     num_features: int = 32
@@ -44,8 +45,7 @@ class DigitsClassifier(nn.Module):
 
 
 def _convolution(in_channels: int, out_channels: int) -> nn.Sequential:
-    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-    return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, padding=1), nn.ReLU())
 
 
 def _small_and_grey(images: Tensor) -> Tensor:
@@ -53,7 +53,9 @@ def _small_and_grey(images: Tensor) -> Tensor:
         images = (images * images.new_tensor(_GREY)[:, None, None]).sum(1, keepdim=True)
     if images.shape[-2:] == (_SIZE, _SIZE):
         return images
-    return F.interpolate(images, size=(_SIZE, _SIZE), mode="bilinear", align_corners=False, antialias=True)
+    return F.interpolate(
+        images, size=(_SIZE, _SIZE), mode="area"
+    )  # as the data set was made; less blur than antialiasing
 
 
 def trained_digits_classifier() -> DigitsClassifier:

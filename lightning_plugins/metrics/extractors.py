@@ -105,8 +105,8 @@ class FeatureExtractor(nn.Module):
 class DigitsExtractor(FeatureExtractor):
     """32 features of a classifier of handwritten digits, and the digits themselves.
 
-    Images are brought to 8 x 8 px and grey, see :class:`DigitsClassifier`. It knows enlarged and shrunk digits, so that
-    it serves images of any size, and therefore hardly sees blur: measure pixels beside it where blur matters.
+    Images of any size are brought to 8 x 8 px and grey, see :class:`DigitsClassifier`. It has learnt from sharp images
+    alone, so that it sees blur: a classifier that has seen enlarged images, too, learns to overlook it.
 
     Example:
         >>> DigitsExtractor().classify(torch.zeros(2, 3, 64, 64)).shape

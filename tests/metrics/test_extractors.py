@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import nn
 
@@ -31,6 +32,31 @@ def test_digits_are_recognised(size):
     data = Digits(image_size=size).require("test")
     found = feature_extractor("digits").classify(data.pixels.float() / 255)
     assert (found == data.labels).float().mean() >= 0.97
+
+
+def test_digits_features_see_blur():
+    """Blur is farther than noise of the same squared error: blurred samples are what these features must tell."""
+    data = Digits(image_size=8)
+    images = torch.cat([data.require(split).pixels for split in ("train", "test")]) / 255
+    kernel = torch.exp(-torch.arange(-3.0, 4.0).square() / (2 * 0.45**2))
+    kernel /= kernel.sum()
+    blurred = F.conv2d(images, torch.outer(kernel, kernel)[None, None], padding=3).clamp(0, 1)
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
+    noisy = (images + noise * 1.4 * (blurred - images).square().mean().sqrt()).clamp(0, 1)
+    assert (noisy - images).square().mean() >= (blurred - images).square().mean()  # clamping took less than 1.4 added
+    assert distance(blurred, images) > 5 * distance(noisy, images)
+
+
+def distance(images, real):
+    metric = FrechetDistance("digits")
+    metric.update(real, real=True)
+    metric.update(images, real=False)
+    return metric.compute()
+
+
+def test_features_have_a_variance_of_one():
+    images = Digits(image_size=8).require("train").pixels / 255
+    torch.testing.assert_close(feature_extractor("digits")(images).var(0).mean(), torch.tensor(1.0))
 
 
 def test_the_weights_are_small():
