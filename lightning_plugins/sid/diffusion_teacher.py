@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
+from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.core.optimizers import linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.sid.averaging import update_average
 from lightning_plugins.sid.denoiser import Denoiser
-from lightning_plugins.sid.export import new_folder
 from lightning_plugins.sid.sampling import many_steps
 from lightning_plugins.sid.updates import shard_networks
 

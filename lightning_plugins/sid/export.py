@@ -2,16 +2,14 @@
 
 import copy
 import json
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.sid.card import model_card
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.teacher import Teacher
@@ -208,29 +206,6 @@ def _refuse_other_results(name: str, denoiser: Denoiser, clips: bool, teacher: T
     size = denoiser.network.config.get("sample_size")
     if name != "StableDiffusionPipeline" and not isinstance(size, int) and len(set(size)) > 1:
         raise ValueError(f"Samples of size {tuple(size)} cannot be exported: {name} makes squares.")
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write to that gets its name when all is written, and is removed after an error."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: export to a new folder.")
-    partial = folder.with_name(f"{folder.name}.partial-{token_hex(4)}")
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        if folder.exists():
-            folder.rmdir()  # empty; not every system renames over it
-        partial.rename(folder)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) or "os error" in str(error):  # as safetensors and tokenizers say it
-            raise OSError(f"{folder} cannot be written, and nothing of it was: {_reason(error)}.") from error
-        raise
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error).rstrip(".")
 
 
 def _leave_out_paths(path: Path) -> None:

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from lightning_plugins.core.distributed import data_parallel_mesh
+
 
 def count_no_step(optimizer: LightningOptimizer) -> None:
     """Keep an optimizer's steps out of Lightning's ``global_step``; call it in ``training_step``.
@@ -52,15 +54,11 @@ def shard_networks(module: LightningModule, *networks: nn.Module) -> None:
     Raises:
         ValueError: the strategy asks for tensor parallelism.
     """
-    if (size := module.device_mesh["tensor_parallel"].size()) > 1:
-        raise ValueError(
-            f"{type(module).__name__} has no tensor parallelism, got tensor_parallel_size={size}: shard it over "
-            "data-parallel processes, ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)."
-        )
+    mesh = data_parallel_mesh(module)
     for network in networks:
         if not isinstance(network, FSDPModule):
             # True, since by default the outermost stays whole after a call without a backward pass, such as sampling.
-            fully_shard(network, mesh=module.device_mesh["data_parallel"], reshard_after_forward=True)
+            fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 @torch.no_grad()

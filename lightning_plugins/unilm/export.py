@@ -3,16 +3,15 @@
 import copy
 import json
 import re
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.unilm.backbones import position_offset
 
 if TYPE_CHECKING:
@@ -100,12 +99,11 @@ def export_model(
 
     Raises:
         FileExistsError: ``folder`` exists and is not empty.
+        OSError: the system could not write it.
         ValueError: ``state_dict`` is not the model's or is missing though the model is sharded; the tokenizer is not
             the model's, or not fast; ``max_new_tokens`` leaves no room for a source.
     """
     folder = Path(folder).resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty: export to a new folder.")
     options = {**_options_set(model.generation_config), **(generation or {})}
     options = {name: value for name, value in options.items() if name not in _ONLY_HERE}
     options = {"max_new_tokens": min(64, model.max_length // 2), **options}
@@ -122,19 +120,11 @@ def export_model(
             "not exact in plain generate(): its model card shows how to load it with load_unilm.",
             stacklevel=2,
         )
-    partial = folder.with_name(f"{folder.name}.partial-{token_hex(4)}")
-    partial.mkdir(parents=True)
-    try:
+    with new_folder(folder) as partial:
         _write_weights(model, state_dict, partial)
         _generation_config(model, options).save_pretrained(partial)
         plain.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        if folder.exists():
-            folder.rmdir()  # empty; not every system renames over it
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
     return folder
 
 
