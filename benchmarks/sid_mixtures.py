@@ -38,13 +38,12 @@ from lightning_plugins.core.pictures import new_figure
 from lightning_plugins.sid.losses import (
     epsilon_generator_loss,
     fake_score_loss,
-    fake_score_sigmas,
     fisher_divergence,
     generator_loss,
-    generator_sigmas,
     l1_weight,
     reverse_kl_loss,
 )
+from lightning_plugins.sid.noise_levels import fake_score_sigmas, generator_sigmas
 
 SIGMA_DATA, SIGMA_INIT = 0.5, 2.5  # EDM's and SiD's
 NUM_SAMPLES = 10_000

@@ -3,8 +3,9 @@
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.diffusion_teacher import DiffusionTeacher
 from lightning_plugins.sid.guidance import guided
-from lightning_plugins.sid.losses import fake_score_loss, fisher_divergence, generator_loss, karras_sigmas
+from lightning_plugins.sid.losses import fake_score_loss, fisher_divergence, generator_loss
 from lightning_plugins.sid.module import SiD
+from lightning_plugins.sid.noise_levels import karras_sigmas
 from lightning_plugins.sid.sampling import many_steps
 from lightning_plugins.sid.teacher import Teacher, load_teacher
 

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.sid import losses
+from lightning_plugins.sid import losses, noise_levels
 from lightning_plugins.sid.denoiser import Denoiser
 
 Loss = Literal["sid", "reverse_kl"]
@@ -65,11 +65,11 @@ def draw_levels(
         if denoiser.sigmas is None:
             raise ValueError("noise_levels='grid' needs timesteps, and this teacher's levels have none: use 'edm'.")
         first, last = (0.0, 1000.0) if fake else (t_min, t_max)
-        return losses.grid_sigmas(n, denoiser.sigmas, generator=generator, t_min=first, t_max=last)
+        return noise_levels.grid_sigmas(n, denoiser.sigmas, generator=generator, t_min=first, t_max=last)
     device = generator.device
     if fake:
-        return denoiser.nearest(losses.fake_score_sigmas(n, generator=generator, device=device))
-    sigmas = losses.generator_sigmas(n, generator=generator, t_min=t_min, t_max=t_max, device=device)
+        return denoiser.nearest(noise_levels.fake_score_sigmas(n, generator=generator, device=device))
+    sigmas = noise_levels.generator_sigmas(n, generator=generator, t_min=t_min, t_max=t_max, device=device)
     return denoiser.nearest(sigmas)
 
 

@@ -13,7 +13,8 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from lightning_plugins.eae.priors import LatentPrior, fit_mixture
+from lightning_plugins.eae.mixture import fit_mixture
+from lightning_plugins.eae.priors import LatentPrior
 
 KINDS = ("normal", "gaussian", "mixture")
 

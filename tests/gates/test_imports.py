@@ -40,6 +40,7 @@ FILE_ORDER = {
         "gaussianity",
         "batch_norm",
         "networks",
+        "mixture",
         "priors",
         "diagnostics",
         "paths",
@@ -51,6 +52,7 @@ FILE_ORDER = {
     "sid": [
         "denoiser",
         "guidance",
+        "noise_levels",
         "losses",
         "sampling",
         "teacher",

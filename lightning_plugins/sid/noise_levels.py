@@ -1,0 +1,138 @@
+"""At which noise levels sigma the networks are asked: along EDM's schedule, log-normal, or on a teacher's own grid."""
+
+import torch
+from torch import Tensor
+
+
+def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
+    r"""Noise levels along EDM's schedule, from 0 for the least noise to 1 for the most.
+
+    .. math:: \sigma(r) = \left(\sigma_{\min}^{1/\rho} + r (\sigma_{\max}^{1/\rho} - \sigma_{\min}^{1/\rho})\right)^\rho
+
+    Args:
+        r: any shape, in [0, 1].
+        sigma_min: ``> 0``, at r = 0; default of EDM.
+        sigma_max: at r = 1; default of EDM.
+        rho: larger puts more levels near ``sigma_min``; default of EDM.
+
+    Returns:
+        The shape of r, in [sigma_min, sigma_max].
+
+    Raises:
+        ValueError: levels that are not positive and increasing.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) eq. 5, counted from the other end.
+
+    Example:
+        >>> [round(sigma, 3) for sigma in karras_sigmas(torch.tensor([0.0, 0.4, 0.8, 1.0])).tolist()]
+        [0.002, 0.965, 24.408, 80.0]
+    """
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigma_min={sigma_min} must be positive and below sigma_max={sigma_max}.")
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return (low + r * (high - low)) ** rho
+
+
+def generator_sigmas(
+    n: int,
+    *,
+    generator: torch.Generator | None = None,
+    t_min: float = 0.0,
+    t_max: float = 800.0,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Draw noise levels for the generator's loss: :func:`karras_sigmas` of r ~ U[t_min / 1000, t_max / 1000].
+
+    Args:
+        n: how many.
+        generator: where the random numbers come from; they are drawn on its device.
+        t_min: in thousandths of the schedule, 0 in the paper.
+        t_max: 800 in the paper: levels up to 24.4, with median 0.97 (r = 0.4).
+        sigma_min: of the schedule. A teacher with a discrete grid needs its nearest levels: ``Denoiser.nearest``.
+        sigma_max: of the schedule.
+        device: of the result; by default the generator's.
+
+    Returns:
+        ``(n,)`` float32.
+
+    Raises:
+        ValueError: not 0 <= t_min < t_max <= 1000.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1 and the authors' code.
+    """
+    _check_times(t_min, t_max)
+    r = (t_min + (t_max - t_min) * _uniform(n, generator, device)) / 1000
+    return karras_sigmas(r, sigma_min, sigma_max)
+
+
+def grid_sigmas(
+    n: int,
+    sigmas: Tensor,
+    *,
+    generator: torch.Generator | None = None,
+    t_min: float = 0.0,
+    t_max: float = 1000.0,
+) -> Tensor:
+    """Draw noise levels from a teacher's own grid, each as likely: its integer t, exact without interpolation.
+
+    Args:
+        n: how many.
+        sigmas: ``(T,)`` increasing, as ``Denoiser.sigmas``.
+        generator: where the random numbers come from; they are drawn on its device.
+        t_min: in thousandths of the grid; 20 in SiD-LSG.
+        t_max: 980 in SiD-LSG, which draws t from 20 to 979 of 1000.
+
+    Returns:
+        ``(n,)`` with type and device of ``sigmas``.
+
+    Raises:
+        ValueError: not 0 <= t_min < t_max <= 1000, or no level between them.
+
+    Example:
+        >>> grid_sigmas(3, torch.linspace(0.1, 1.0, 10), t_min=900)
+        tensor([1., 1., 1.])
+    """
+    _check_times(t_min, t_max)
+    low, high = round(t_min / 1000 * len(sigmas)), round(t_max / 1000 * len(sigmas))
+    if low == high:
+        raise ValueError(f"t_min={t_min} and t_max={t_max} leave none of {len(sigmas)} noise levels: widen them.")
+    drawn = low + ((high - low) * _uniform(n, generator, sigmas.device)).long()
+    return sigmas[drawn.clamp(max=high - 1)]  # a product may round up to high
+
+
+def fake_score_sigmas(
+    n: int,
+    *,
+    mean: float = -1.2,
+    std: float = 1.2,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    r"""Draw noise levels for training the fake score, as EDM trains: :math:`\ln \sigma \sim N(mean, std^2)`.
+
+    Args:
+        n: how many.
+        mean: of the logarithm.
+        std: of the logarithm.
+        generator: where the random numbers come from; they are drawn on its device.
+        device: of the result; by default the generator's.
+
+    Returns:
+        ``(n,)`` float32.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) table 1; the same in SiD.
+    """
+    source = device if generator is None else generator.device
+    return (mean + std * torch.randn(n, generator=generator, device=source)).exp().to(device or source)
+
+
+def _uniform(n: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
+    source = device if generator is None else generator.device
+    return torch.rand(n, generator=generator, device=source).to(device or source)
+
+
+def _check_times(t_min: float, t_max: float) -> None:
+    if not 0 <= t_min < t_max <= 1000:
+        raise ValueError(f"t_min={t_min} and t_max={t_max} must satisfy 0 <= t_min < t_max <= 1000 (thousandths).")
