@@ -7,8 +7,8 @@ The settings are those of ``configs/sid/digits``, changed by ``--set``; they wer
 seed 100. Without ``--teacher`` one is trained by ``configs/sid/digits_teacher`` to ``DIR/teacher``. 1,797 samples, of
 the same noise for all seeds and for the teacher's 50 steps, are compared with all 1,797 digits:
 
-- FD: Fréchet distance in the package's 32 ``"digits"`` features, of raw images, and clamped to [0, 1] as a pipeline
-  emits them; KD: kernel distance in the same;
+- FD: Fréchet distance in the package's 32 ``"digits"`` features, of raw images, which are the generator's, and clamped
+  to [0, 1] as a pipeline emits them: the same unless ``--set clip_output=false``; KD: kernel distance in the same;
 - what clamping does: FD of images clamped at black alone and at white alone, the share of pixels beyond each, and the
   mean grey level, of which the real digits' is given.
 
@@ -78,12 +78,8 @@ def noise() -> Tensor:
 
 @torch.no_grad()
 def student_images(module: SiD) -> Tensor:
-    """Samples in one step, not clamped; 0 is black and 1 white."""
-    nets, clips = module.networks, module.networks.clip_output
-    nets.clip_output = False
-    images = torch.cat([module(part) for part in noise().split(256)])
-    nets.clip_output = clips
-    return images / 2 + 0.5
+    """Samples in one step, clamped only if the generator itself does that; 0 is black and 1 white."""
+    return torch.cat([module(part) for part in noise().split(256)]) / 2 + 0.5
 
 
 def teacher_images(folder: str) -> Tensor:

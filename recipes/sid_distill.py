@@ -31,7 +31,6 @@ SETTINGS = {  # of a network of 0.2 million parameters; the paper's rates are fo
     "ema_halflife_images": 22_000,
     "ema_ramp_up": 0.25,
     "batch_size": 64,
-    "clip_output": False,
     "num_pictures": 0,
 }
 
@@ -77,7 +76,9 @@ def train_teacher(folder: Path, steps: int, seed: int) -> None:
     """A diffusion model on the digits, written as a diffusers pipeline."""
     seed_everything(seed, verbose=False)
     data = Digits(image_size=8, batch_size=128, seed=seed)
-    module = DiffusionTeacher(image_shape=(1, 8, 8), seed=seed, pictures_every_n_epochs=0, export_to=str(folder))
+    module = DiffusionTeacher(
+        image_shape=(1, 8, 8), lr=4e-3, seed=seed, pictures_every_n_epochs=0, export_to=str(folder)
+    )
     Trainer(max_steps=steps, accelerator="cpu", limit_val_batches=0, **QUIET).fit(module, datamodule=data)
 
 
