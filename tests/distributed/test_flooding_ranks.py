@@ -1,37 +1,20 @@
 """Flooding on two processes equals a loop of plain torch, on one process, on the written objective."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent / "scripts" / "train_flooding.py"
+from ranks import load_script, torchrun
 
 pytestmark = pytest.mark.ddp
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_flooding", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("train_flooding")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folder of all cases, run by two processes under torchrun."""
     folder = tmp_path_factory.mktemp("flooding")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(launch, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
-    assert answer.returncode == 0, answer.stderr[-10000:]
+    with torchrun("train_flooding", folder, cwd=folder):
+        pass
     return folder
 
 

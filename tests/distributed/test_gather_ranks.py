@@ -1,25 +1,10 @@
 """Two and four processes with uneven rows, one without any: values and derivatives of one process with all rows."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-SCRIPTS = Path(__file__).parent / "scripts"
+from ranks import load_script, torchrun
 
 pytestmark = pytest.mark.ddp
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 script = load_script("gather")
 
@@ -33,11 +18,8 @@ def one():
 def folder(tmp_path_factory):
     """Written by four processes, and then by two of them."""
     folder = tmp_path_factory.mktemp("gather")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    command += [SCRIPTS / "gather.py", folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=folder)
-    assert answer.returncode == 0, answer.stderr[-5000:]
+    with torchrun("gather", folder, cwd=folder, processes=4):
+        pass
     return folder
 
 

@@ -1,38 +1,20 @@
 """NormRMSprop on parameters sharded over two processes: one process's weights, and resumed through every checkpoint."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent / "scripts" / "train_norm_rmsprop.py"
+from ranks import load_script, torchrun
 
 pytestmark = pytest.mark.ddp
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_norm_rmsprop", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("train_norm_rmsprop")
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     """What both ranks computed under torchrun."""
     folder = tmp_path_factory.mktemp("norm_rmsprop")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, folder]
-    done = subprocess.run(
-        launch, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-10000:]
+    with torchrun("train_norm_rmsprop", folder, cwd=folder):
+        pass
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 

@@ -1,29 +1,14 @@
 """Two processes train on the penalised loss of the joined batches: gradients of every step, weights, statistics."""
 
 import functools
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent / "scripts" / "train_penalty.py"
+from ranks import load_script, torchrun
 
 pytestmark = pytest.mark.ddp
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_penalty", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_penalty"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("train_penalty")
 reference = functools.cache(script.reference)
 
 
@@ -36,11 +21,8 @@ def one_thread():
 def runs(tmp_path_factory):
     """The folders of all cases under torchrun."""
     folder = tmp_path_factory.mktemp("penalty")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, folder]
-    done = subprocess.run(
-        launch, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    with torchrun("train_penalty", folder, cwd=folder):
+        pass
     return folder
 
 

@@ -1,31 +1,18 @@
 """Two processes distil as one does with the joined draws: under DDP, and sharded by FSDP2."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import load_script, torchrun
 
 from lightning_plugins.sid.teacher import load_teacher
 
-SCRIPT = Path(__file__).parent / "scripts" / "train_sid.py"
 ONE = ("accumulate", "spoilt", "sharded")
 
 pytestmark = pytest.mark.ddp
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_sid", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("train_sid")
 
 
 def save_teacher(folder):
@@ -50,23 +37,12 @@ def save_teacher(folder):
 def runs(tmp_path_factory):
     """Folders of all cases: run by one process, this one, and by two under torchrun."""
     folder = tmp_path_factory.mktemp("sid")
-    one, two, teacher, log = folder / "one", folder / "two", folder / "teacher", folder / "two.log"
+    one, two, teacher = folder / "one", folder / "two", folder / "teacher"
     save_teacher(teacher)
     two.mkdir()
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, two]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [*launch, teacher], cwd=folder, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with torchrun("train_sid", two, teacher, cwd=folder) as log:
         for name in ONE:
             script.run(name, one / name, teacher)
-        assert process.wait(timeout=300) == 0, log.read_text()[-5000:]
-    finally:
-        process.terminate()
-        torch.set_num_threads(threads)
     return SimpleNamespace(one=one, two=two, teacher=load_teacher(teacher).network.state_dict(), log=log.read_text())
 
 

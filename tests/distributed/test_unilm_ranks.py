@@ -1,49 +1,24 @@
 """Two processes train the UniLM model that one process trains on the joined batches: weights, scores, texts, files."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-
-SCRIPT = Path(__file__).parent / "scripts" / "train_unilm.py"
+from ranks import load_script, torchrun
 
 pytestmark = pytest.mark.ddp
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_unilm", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("train_unilm")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of all cases: run by one process, this one, and by two under torchrun."""
     folder = tmp_path_factory.mktemp("unilm")
-    one, two, log = folder / "one", folder / "two", folder / "two.log"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", SCRIPT, two]
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            launch, cwd=folder, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    one, two = folder / "one", folder / "two"
+    with torchrun("train_unilm", two, cwd=folder) as log:
         for name in script.CASES:
             script.run(name, one / name)
-        assert process.wait(timeout=400) == 0, log.read_text()[-5000:]
-    finally:
-        process.terminate()
-        torch.set_num_threads(threads)
     return SimpleNamespace(one=one, two=two, log=log.read_text())
 
 
