@@ -7,11 +7,11 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
+from lightning_plugins.data.loaders import SplitLoaders
 
 _SHIFT_Y, _SHIFT_X, _FLIP = range(3)  # streams of random numbers, one for each use
 _NOISE = {"train": (20, 21), "val": (22, 23)}  # which labels are wrong, and what they say; test labels stay clean
@@ -122,7 +122,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
 
-class ImageData(LightningDataModule):
+class ImageData(SplitLoaders):
     """Base of the image data modules: a subclass gives ``image_shape``, ``num_classes`` and ``read(split)``.
 
     Args:
@@ -139,6 +139,7 @@ class ImageData(LightningDataModule):
 
     num_labels: int = 1
     """Classes in one image."""
+    predict_split = "test"
 
     def __init__(
         self,
@@ -209,26 +210,6 @@ class ImageData(LightningDataModule):
             **share_of_run(self.trainer, split),
         )
         return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
-
-    def __str__(self) -> str:
-        """The class's name: Lightning's own text goes through all batches."""
-        return type(self).__name__
-
-    def train_dataloader(self) -> KeyLoader:
-        """Shuffled and augmented; the last incomplete batch of an epoch is dropped."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> KeyLoader:
-        """Every validation image once, in order."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> KeyLoader:
-        """Every test image once, in order."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> KeyLoader:
-        """The test images."""
-        return self._loader("test")
 
 
 def at_least(name: str, value: int, minimum: int) -> None:

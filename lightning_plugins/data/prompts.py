@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_plugins.data.images import at_least
 from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
+from lightning_plugins.data.loaders import SplitLoaders
 
 _LABEL = 30  # stream of random numbers
 
@@ -57,7 +57,7 @@ class PromptBatches(KeyBatches):
         }
 
 
-class PromptData(LightningDataModule):
+class PromptData(SplitLoaders):
     """Conditions without images, for a generative module that learns from a teacher, such as ``SiD``.
 
     Batches are ``{"prompt": list of str}`` with a file, else ``{"label": (B,) int64}``. Classes are uniform at random;
@@ -123,26 +123,6 @@ class PromptData(LightningDataModule):
             raise ValueError(f"num_eval={samples} must be one or more for each of {share['world_size']} processes.")
         batches = PromptBatches(dataset, samples, self.batch_size, seed=self.seed, **share)
         return KeyLoader(dataset, batches, pin_memory=pins_memory(self.trainer))
-
-    def __str__(self) -> str:
-        """The class's name: Lightning's own text goes through all batches."""
-        return type(self).__name__
-
-    def train_dataloader(self) -> KeyLoader:
-        """Classes at random, or the file's lines in turn and shuffled."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> KeyLoader:
-        """The same conditions every time."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> KeyLoader:
-        """The same as for validation."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> KeyLoader:
-        """The same as for validation."""
-        return self._loader("predict")
 
 
 def read_prompts(file: str | Path) -> list[str]:

@@ -3,12 +3,12 @@
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.data.images import at_least
 from lightning_plugins.data.keys import KeyLoader, pins_memory, share_of_run
+from lightning_plugins.data.loaders import SplitLoaders
 from lightning_plugins.data.text_batches import TextBatches
 from lightning_plugins.data.text_pairs import KeyedPairs, KeyedText, Marks, Ragged, Texts, encode, marks_of
 from lightning_plugins.data.wordpiece import train_wordpiece
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class TextData(LightningDataModule):
+class TextData(SplitLoaders):
     """Base of the text data modules: a subclass gives ``read(split)``. Its batches: :class:`KeyedText`.
 
     Args:
@@ -234,26 +234,6 @@ class TextData(LightningDataModule):
             **share_of_run(self.trainer, split),
         )
         return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
-
-    def __str__(self) -> str:
-        """The class's name: Lightning's own text goes through all batches, and the command line asks for it."""
-        return type(self).__name__
-
-    def train_dataloader(self) -> KeyLoader:
-        """Every training pair once an epoch, shuffled."""
-        return self._loader("train")
-
-    def val_dataloader(self) -> KeyLoader:
-        """Every validation pair once, the longest first, with its texts."""
-        return self._loader("val")
-
-    def test_dataloader(self) -> KeyLoader:
-        """Every test pair once, the longest first, with its texts."""
-        return self._loader("test")
-
-    def predict_dataloader(self) -> KeyLoader:
-        """Sources in their order, with their texts."""
-        return self._loader("predict")
 
 
 def _not_empty(what: str, ids: list[int], place: str) -> None:
