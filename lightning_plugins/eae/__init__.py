@@ -4,6 +4,7 @@ from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics, latent_diagnostics
 from lightning_plugins.eae.entropy import (
     KNNEntropyLoss,
+    conditional_knn_entropy,
     count_duplicates,
     entropy_gap,
     gaussian_reference_entropy,
@@ -23,6 +24,7 @@ __all__ = [
     "LatentBatchNorm",
     "LatentDiagnostics",
     "LatentPrior",
+    "conditional_knn_entropy",
     "count_duplicates",
     "entropy_gap",
     "gaussian_reference_entropy",

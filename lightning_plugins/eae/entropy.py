@@ -70,9 +70,67 @@ def knn_entropy(
         chosen = torch.stack([neighbours[:, column - 1] for column in columns], 1)
         others = z.index_select(0, chosen.flatten()).view(num_codes, len(columns), dim)
         log_squares = (z[:, None] - others).square().sum(-1).add(eps).log().mean()
-        log_ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
-        psi = sum(_digamma(column) for column in columns) / len(columns)
-        return dim / 2 * log_squares + (_digamma(num_codes) - psi + log_ball)
+        return dim / 2 * log_squares + (_digamma(num_codes) + _constants(dim, columns))
+
+
+def conditional_knn_entropy(
+    z: Tensor,
+    labels: Tensor,
+    k: int | Sequence[int] = 1,
+    *,
+    num_classes: int | None = None,
+    eps: float = 1e-6,
+    chunk_size: int = 512,
+) -> Tensor:
+    r"""Estimate the entropy of codes whose class is known: a class's neighbours are its own codes.
+
+    .. math:: H(z \mid y) = \sum_c \frac{N_c}{N} H(z \mid y = c),
+
+    with :func:`knn_entropy` for each class. It is at most the entropy of all codes, and equal to it only if the codes
+    tell nothing of the class: among codes of mean 0 and variance 1 it is largest if every class is N(0, I). The
+    entropy of all codes does not ask for that: classes may fill regions of their own.
+
+    Args:
+        z: ``(N, d)`` codes, of all processes where there are several.
+        labels: ``(N,)`` int64, 0 to J - 1. Classes with k codes or fewer are left out.
+        k: as for :func:`knn_entropy`, as are the others.
+        num_classes: J; None: the largest label and one, for which the device is waited for.
+        eps: ``> 0``.
+        chunk_size: rows searched at once.
+
+    Returns:
+        Scalar in nats; float32, or float64 for float64 codes.
+
+    Raises:
+        ValueError: no class has more codes than k, other shapes, or an argument out of range.
+
+    Example:
+        >>> z = torch.eye(4).repeat(2, 1)
+        >>> labels = torch.arange(8) // 4
+        >>> (conditional_knn_entropy(z, labels) - knn_entropy(torch.eye(4))).abs().item() < 1e-6
+        True
+    """
+    columns = _check(z, k, eps, chunk_size)
+    if labels.shape != z.shape[:1] or labels.dtype != torch.int64:
+        raise ValueError(f"labels must be ({len(z)},) int64, got {tuple(labels.shape)} {labels.dtype}: one for a code.")
+    with torch.autocast(z.device.type, enabled=False):
+        z = _widen(z)
+        num_codes, dim = z.shape
+        classes = F.one_hot(labels, -1 if num_classes is None else num_classes).to(z)
+        counts = classes.sum(0)[labels]
+        counted = counts > max(columns)
+        if not counted.any():
+            raise ValueError(
+                f"labels: no class has more than k={max(columns)} of {num_codes} codes, so that none has neighbours: "
+                "enlarge the batch."
+            )
+        apart = 4 * (z.detach() - z.detach().mean(0)).norm(dim=1).max() + 1  # farther than any two codes of one class
+        neighbours = nearest_neighbours(torch.cat([z.detach(), apart * classes], 1), max(columns), chunk_size)
+        chosen = torch.stack([neighbours[:, column - 1] for column in columns], 1)
+        others = z.index_select(0, chosen.flatten()).view(num_codes, len(columns), dim)
+        log_squares = (z[:, None] - others).square().sum(-1).add(eps).log().mean(1)
+        entropies = dim / 2 * log_squares + torch.digamma(counts)
+        return torch.where(counted, entropies, 0.0).sum() / counted.sum() + _constants(dim, columns)
 
 
 @torch.no_grad()
@@ -268,6 +326,12 @@ def _check(z: Tensor, k: int | Sequence[int], eps: float, chunk_size: int) -> li
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 512 suits most machines.")
     return columns
+
+
+def _constants(dim: int, columns: Sequence[int]) -> float:
+    """What does not depend on the codes: minus the mean of psi(k), and the unit ball's log volume."""
+    log_ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
+    return log_ball - sum(_digamma(column) for column in columns) / len(columns)
 
 
 def _widen(z: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ class KeptCodes(FullPrecision):
     num_seen: Tensor
     dim: Tensor
 
-    def __init__(self, k: int | Sequence[int], max_codes: int, latent_dim: int = 0) -> None:
+    def __init__(self, k: int | Sequence[int] = 1, max_codes: int = 4096, latent_dim: int = 0) -> None:
         super().__init__()
         if (largest := k if isinstance(k, int) else max(k)) >= max_codes:
             raise ValueError(
@@ -68,6 +68,10 @@ class KeptCodes(FullPrecision):
     def codes_here(self) -> Tensor:
         """The kept codes ``(N, d)`` of this process; in ``compute``, of all."""
         return self._smallest()[0]
+
+    def compute(self) -> Tensor:
+        """The kept codes ``(N, d)`` of all processes."""
+        return self.codes_here()
 
     def _smallest(self) -> tuple[Tensor, Tensor]:
         numbers, kept = (

@@ -20,7 +20,8 @@ from lightning_plugins.core.optimizers import with_scheduler
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics
-from lightning_plugins.eae.entropy import gaussian_reference_entropy
+from lightning_plugins.eae.entropy import entropy_gap, gaussian_reference_entropy
+from lightning_plugins.eae.entropy_metric import KeptCodes
 from lightning_plugins.eae.networks import Network, build_decoder, build_encoder
 from lightning_plugins.eae.objectives import (
     Codes,
@@ -43,6 +44,10 @@ class EAE(LightningModule):
     N(0, I) has the largest entropy. :math:`\hat H` is the nearest-neighbour estimate in nats of the batch's codes, over
     all processes: see :func:`~lightning_plugins.eae.knn_entropy`. The weight :math:`\lambda` is per nat of an image,
     whose error is summed over pixels and channels; with a mean over P values in its place, divide it by P.
+
+    With ``conditional`` it is the entropy within the classes, :math:`\hat H(z \mid y)`
+    (:func:`~lightning_plugins.eae.conditional_knn_entropy`): each is to be N(0, I), so that every code goes with every
+    class. Batches need several images of a class, more than k; classes with fewer count for nothing in that step.
 
     Other models on the same networks, for comparison, are named by ``objective``. Batches are dicts
     ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with ``conditional``.
@@ -169,6 +174,7 @@ class EAE(LightningModule):
                         "reconstruction": FullPrecisionMean(),
                         "divergence": FullPrecisionMean(),
                         "latent": LatentDiagnostics(self.latent_dim, self.k),
+                        "labels": KeptCodes(self.k, latent_dim=1),  # draws the same numbers: keeps the same images
                     }
                 )
                 for stage in ("val", "test")
@@ -208,9 +214,15 @@ class EAE(LightningModule):
             raise ValueError(f"EAE was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}.")
         return self.encoder(image.to(self.dtype))
 
-    def codes(self, image: Tensor) -> Codes:
-        """What the decoder reads in training, and what the regulariser sees: the codes of all processes."""
+    def codes(self, image: Tensor, label: Tensor | None = None) -> Codes:
+        """What the decoder reads in training, and what the regulariser sees: the codes of all processes.
+
+        Args:
+            image: ``(B, C, H, W)``.
+            label: ``(B,)``, read only if conditional.
+        """
         h = self._encode(image)
+        labels = self._all_rows(label) if self.conditional else None
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         if self.objective.term == "divergence":
             mean, log_variance = h.chunk(2, dim=1)
@@ -218,11 +230,11 @@ class EAE(LightningModule):
             noise = torch.randn(mean.shape, **source)
             own = mean + (log_variance / 2).exp() * noise if self.training else mean
             divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
-            return Codes(own, self._all_rows(mean), divergence)
+            return Codes(own, self._all_rows(mean), divergence, labels)
         if self.batch_norm is None:
-            return Codes(h, self._all_rows(h))
+            return Codes(h, self._all_rows(h), labels=labels)
         every, own_rows = self.batch_norm.all_rows(h)
-        return Codes(every[own_rows].clone(), every)  # FSDP2 warns of views
+        return Codes(every[own_rows].clone(), every, labels=labels)  # FSDP2 warns of views
 
     def _all_rows(self, h: Tensor) -> Tensor:
         return gather_rows(h)[0] if self.training else h  # ranks may have different numbers of validation batches
@@ -342,9 +354,9 @@ class EAE(LightningModule):
 
         Args:
             batch: see the class.
-            codes: ``self.codes(batch["image"])`` where they have been computed already.
+            codes: ``self.codes(batch["image"], batch["label"])`` where they have been computed already.
         """
-        codes = self.codes(batch["image"]) if codes is None else codes
+        codes = self._codes(batch) if codes is None else codes
         error = self._errors(batch, codes.own).mean()
         weight = self.current_weight()
         if not weight:
@@ -356,6 +368,9 @@ class EAE(LightningModule):
         if not self.training or not self.weight_warmup_steps:
             return self.objective.weight
         return self.objective.weight * min(1.0, self.global_step / self.weight_warmup_steps)
+
+    def _codes(self, batch: Mapping[str, Tensor]) -> Codes:
+        return self.codes(batch["image"], batch["label"] if self.conditional else None)
 
     def _errors(self, batch: Mapping[str, Tensor], z: Tensor) -> Tensor:
         reconstruction = self.decode(z, batch["label"] if self.conditional else None)
@@ -369,7 +384,7 @@ class EAE(LightningModule):
         self._batch_idx = batch_idx
         if batch_idx == 0 and self.conditional:
             self._check_labels(batch["label"], len(batch["image"]))
-        codes = self.codes(batch["image"])
+        codes = self._codes(batch)
         terms = self.loss(batch, codes)
         loss = torch.stack([*terms.values()]).sum()
         self.prior.remember(codes.all.detach())
@@ -378,8 +393,11 @@ class EAE(LightningModule):
         named = {f"train/{name}": term for name, term in terms.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         if self.objective.term == "entropy" and "regularization" in terms:
-            reference = gaussian_reference_entropy(len(codes.all), self.latent_dim, self.k)
-            gap = -terms["regularization"].detach() / self.current_weight() - reference
+            if self.conditional:
+                gap = entropy_gap(codes.all.detach(), self.k)
+            else:
+                reference = gaussian_reference_entropy(len(codes.all), self.latent_dim, self.k)
+                gap = -terms["regularization"].detach() / self.current_weight() - reference
             self.log("train/entropy_gap", gap, prog_bar=True, batch_size=size)
         return loss
 
@@ -398,9 +416,11 @@ class EAE(LightningModule):
 
     def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
         metrics = self.metrics[f"{stage}_metrics"]
-        codes = self.codes(batch["image"])
+        codes = self._codes(batch)
         metrics["reconstruction"].update(self._errors(batch, codes.own))
         metrics["latent"].update(codes.own)
+        if codes.labels is not None:
+            metrics["labels"].update(codes.labels[:, None])
         if codes.divergence is not None:
             metrics["divergence"].update(codes.divergence)
         if batch_idx == 0:
@@ -428,13 +448,15 @@ class EAE(LightningModule):
         """
         metrics = self.metrics[f"{stage}_metrics"]
         z = metrics["latent"].codes()
+        labels = metrics["labels"].codes().long()[:, 0] if self.conditional else None
         error = metrics["reconstruction"].compute()
         terms = {"reconstruction": error}
-        if len(z) > max([self.k] if isinstance(self.k, int) else self.k):
+        most = len(z) if labels is None or not len(z) else int(labels.bincount().max())
+        if most > max([self.k] if isinstance(self.k, int) else self.k):
             terms |= {name: value.to(error) for name, value in metrics["latent"].compute().items()}
             if self.objective.weight:
                 divergence = metrics["divergence"].compute() if self.objective.term == "divergence" else None
-                codes = Codes(z, z, divergence)
+                codes = Codes(z, z, divergence, labels)
                 terms["regularization"] = self.objective.weight * self._regularization(codes)
             terms["loss"] = error + terms.get("regularization", 0)
         elif not self.trainer.sanity_checking:

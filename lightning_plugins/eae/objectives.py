@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_plugins.eae.entropy import knn_entropy
+from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
 
 ObjectiveName = Literal["eae", "ae", "ae_bn", "rae_l2", "vae", "wae", "sigreg", "mmd"]
@@ -18,14 +18,15 @@ Reconstruction = Literal["mse", "bce", "l1"]
 class Codes(NamedTuple):
     """What the encoder made of a batch.
 
-    ``own`` ``(n, d)`` is what the decoder reads, ``all`` ``(N, d)`` the codes of all processes with gradient. A VAE
-    draws ``own`` from its posterior, whose divergence from N(0, I) is ``divergence`` ``(n,)`` in nats; its ``all`` are
-    the means.
+    ``own`` ``(n, d)`` is what the decoder reads; ``all`` ``(N, d)`` are the codes of all processes with gradient, and
+    ``labels`` ``(N,)`` their classes if the model is conditional. A VAE draws ``own`` from its posterior, whose
+    divergence from N(0, I) is ``divergence`` ``(n,)`` in nats; its ``all`` are the means.
     """
 
     own: Tensor
     all: Tensor
     divergence: Tensor | None = None
+    labels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor, kind: Reconstru
 def regularization(objective: Objective, codes: Codes, k: int | Sequence[int], generator: torch.Generator) -> Tensor:
     r"""The term to be minimised beside the reconstruction error, before its weight; a scalar, per sample.
 
-    ``entropy``: :math:`-H(z)` in nats. ``divergence``: the VAE's KL divergence in nats. ``norm``:
-    :math:`\|z\|^2 / 2` (Ghosh et al. 2020, eq. 6). ``sigreg``, ``mmd``: distance of the codes from N(0, I).
+    ``entropy``: :math:`-H(z)` in nats, or :math:`-H(z \mid y)` where the classes are known. ``divergence``: the VAE's
+    KL divergence in nats. ``norm``: :math:`\|z\|^2 / 2` (Ghosh et al. 2020, eq. 6). ``sigreg``, ``mmd``: distance of
+    the codes from N(0, I), whatever their classes.
 
     Args:
         objective: which term.
@@ -103,7 +105,9 @@ def regularization(objective: Objective, codes: Codes, k: int | Sequence[int], g
         generator: of random slices and draws from N(0, I), the same on every process.
     """
     if objective.term == "entropy":
-        return -knn_entropy(codes.all, k)
+        return (
+            -knn_entropy(codes.all, k) if codes.labels is None else -conditional_knn_entropy(codes.all, codes.labels, k)
+        )
     if objective.term == "divergence":
         assert codes.divergence is not None
         return codes.divergence.mean()

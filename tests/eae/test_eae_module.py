@@ -11,7 +11,13 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from lightning_plugins import EAE
-from lightning_plugins.eae import LatentPrior, entropy_gap, latent_diagnostics
+from lightning_plugins.eae import (
+    LatentPrior,
+    conditional_knn_entropy,
+    entropy_gap,
+    knn_entropy,
+    latent_diagnostics,
+)
 
 
 def seeded(seed=0):
@@ -153,6 +159,35 @@ def test_a_conditional_model_draws_the_class_it_is_told(small, loader, trainer, 
     assert torch.equal(output["reconstruction"], model(batch["image"], batch["label"]))
     path = model.interpolate(batch["image"][:2], batch["image"][2:4], 3, labels=batch["label"][:2])
     torch.testing.assert_close(path[:, 0], model(batch["image"][:2], batch["label"][:2]).detach())
+
+
+def test_a_conditional_models_entropy_is_that_within_classes(small, loader, trainer, batch):
+    """In training and, whatever the batches, in evaluation; the gap that is logged stays that of all codes."""
+    model = small(conditional=True, weight=0.5, k=[1, 2])
+    codes = model.codes(batch["image"], batch["label"])
+    found = model.loss(batch, codes)["regularization"]
+    torch.testing.assert_close(found, -0.5 * conditional_knn_entropy(codes.all, batch["label"], [1, 2]))
+    assert (found + 0.5 * knn_entropy(codes.all, [1, 2])).abs() > 1e-3
+    run = trainer()
+    run.fit(model, loader(), loader())
+    assert run.callback_metrics["train/entropy_gap"].isfinite()
+    batches = loader(7)
+    (logged,) = run.validate(model, batches, verbose=False)
+    with torch.no_grad():
+        z = model.eval().encode(all_of(batches))
+    expected = -0.5 * conditional_knn_entropy(z, all_of(batches, "label"), [1, 2])
+    assert logged["val/regularization"] == pytest.approx(expected.item(), abs=1e-5)
+    assert logged["val/entropy_gap"] == pytest.approx(entropy_gap(z, [1, 2]).item(), abs=1e-5)
+
+
+def test_few_images_of_a_class(small, loader, trainer):
+    """No class has two images: training says so, and a short evaluation goes without the entropy."""
+    model, lonely = small(conditional=True), {"image": IMAGES, "label": torch.arange(4)}
+    with pytest.raises(ValueError, match="no class has more than k=1 of 4 codes"):
+        model.loss(lonely)
+    with pytest.warns(UserWarning, match="4 val images are too few for an entropy"):
+        (logged,) = trainer().validate(model, given(lonely), verbose=False)
+    assert "val/reconstruction" in logged and "val/loss" not in logged
 
 
 def test_samples(fitted):
