@@ -53,7 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "SIGReg 0.3": {"objective": "sigreg", "weight": 0.3},
     "MMD 30": {"objective": "mmd", "weight": 30},
     "EAE 0.3": {"objective": "eae", "weight": 0.3},
-    "conditional EAE 4": {"objective": "eae", "weight": 4, "conditional": True},
+    "conditional EAE 0.3": {"objective": "eae", "weight": 0.3, "conditional": True},
 }
 EPOCHS, BATCH, LR, NUM_SAMPLES = 300, 256, 2e-3, 5_000
 QUIET = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
@@ -119,7 +119,7 @@ def bars_of(runs: Runs) -> dict[str, tuple[float, str, float]]:
         bars["test error: EAE / AE"] = (ratio, "<=", 1.5)
     bars["entropy gap of EAE, test, absolute"] = (abs(mean(eae, "test_gap")), "<=", 1.5)
     bars["entropy gap of EAE, training, absolute"] = (abs(mean(eae, "train_gap")), "<=", 1.5)
-    if conditional := runs.get("conditional EAE 4"):
+    if conditional := runs.get("conditional EAE 0.3"):
         bars["conditional samples of the right class"] = (mean(conditional, "normal/accuracy"), ">=", 0.93)
     return bars
 

@@ -34,7 +34,7 @@ def test_the_judge_tells_good_from_bad_images_and_forgets_samples(digits):
 def test_table_and_picture(digits, tmp_path, capsys):
     picture = tmp_path / "digits.png"
     results = RECIPE["main"](["--epochs", "2", "--samples", "100", "--picture", str(picture)])
-    assert list(results) == [f"{m}, {p}" for m in ("AE + batch norm", "VAE", "EAE") for p in ("N(0, I)", "mixture")]
+    assert list(results) == [f"{m}, {p}" for m in RECIPE["MODELS"] for p in ("N(0, I)", "mixture")]
     header, _, *rows = capsys.readouterr().out.splitlines()
     assert len(rows) == len(results) and all(row.count("|") == header.count("|") for row in rows)
     for row, figures in zip(rows, results.values(), strict=True):
