@@ -1,7 +1,7 @@
 """Real digits end to end: a diffusion model of 50 steps is distilled to one step, without data.
 
     python benchmarks/sid_digits.py --folder DIR [--teacher DIR] [--seeds 0 1 2] [--updates 1500] [--set NAME=VALUE ...]
-        [--pictures DIR]
+        [--pictures DIR] [--beside DIR]
 
 The settings are those of ``configs/sid/digits``, changed by ``--set``; they were chosen by the kernel distance with
 seed 100. Without ``--teacher`` one is trained by ``configs/sid/digits_teacher`` to ``DIR/teacher``. 1,797 samples, of
@@ -217,17 +217,24 @@ def bars_of(teacher: Row, students: list[Row]) -> dict[str, tuple[float, str, fl
     return bars
 
 
-def draw(courses: dict[int, list[Row]], teacher: Row, student: Tensor, taught: Tensor, folder: Path) -> None:
+def course(courses: dict[Any, list[Row]], name: str) -> list[float]:
+    """Means over the seeds at each measurement."""
+    return [statistics.mean(row[name] for row in rows) for rows in zip(*courses.values(), strict=True)]
+
+
+def draw(
+    courses: dict[int, list[Row]], beside: Path | None, teacher: Row, student: Tensor, taught: Tensor, folder: Path
+) -> None:
     """The course, as means over the seeds, and samples of the first seed beside the teacher's."""
-    columns = [*zip(*courses.values(), strict=True)]
-    images = [rows[0]["images"] for rows in columns]
-    means = {
-        name: [statistics.mean(row[name] for row in rows) for rows in columns]
-        for name in ("raw", "clamped", "divergence")
-    }
-    figure = plot_progress(images, {"raw": means["raw"], "clamped": means["clamped"]}, {"raw": teacher["raw"]})
+    images, curves = course(courses, "images"), {"raw": course(courses, "raw")}
+    if (clamped := course(courses, "clamped")) != curves["raw"]:
+        curves["clamped"] = clamped
+    if beside:
+        others = json.loads((beside / "sid_digits.json").read_text())["courses"]
+        curves |= {f"{name}, {beside.name}": course(others, name) for name in ("raw", "clamped")}
+    figure = plot_progress(images, curves, {"raw": teacher["raw"]})
     twin = figure.axes[0].twinx()
-    twin.loglog(images, means["divergence"], "k:", label="ω|δ|²")
+    twin.loglog(images, course(courses, "divergence"), "k:", label="ω|δ|²")
     twin.set_ylabel("ω|δ|², running mean (dotted)")
     folder.mkdir(parents=True, exist_ok=True)
     figure.savefig(folder / "sid_progress.png")
@@ -245,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--updates", type=int, default=1500)
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="other arguments of SiD")
     parser.add_argument("--pictures", type=Path, help="folder to draw to")
+    parser.add_argument("--beside", type=Path, help="folder of other, finished runs whose course is drawn, too")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -266,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
     print_bars(bars_of(teacher, [courses[seed][-1] for seed in args.seeds]))
     save_runs({"settings": arguments, "courses": courses, "finals": finals}, args.folder / "sid_digits.json")
     if args.pictures:
-        draw(courses, teacher, students[args.seeds[0]], taught, args.pictures)
+        draw(courses, args.beside, teacher, students[args.seeds[0]], taught, args.pictures)
 
 
 if __name__ == "__main__":
