@@ -44,6 +44,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning_plugins import EAE, Digits, entropy_gap
 
 BETAS = (0.03, 0.06, 0.1, 0.17, 0.3)
+RIVALS: dict[str, dict[str, Any]] = {  # also with classes
+    "AE + BN": {"objective": "ae_bn"},
+    "VAE 0.1": {"objective": "vae", "weight": 0.1},
+    "MMD 30": {"objective": "mmd", "weight": 30},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "AE": {"objective": "ae"},
     "AE + BN": {"objective": "ae_bn"},
@@ -53,6 +58,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "SIGReg 0.3": {"objective": "sigreg", "weight": 0.3},
     "MMD 30": {"objective": "mmd", "weight": 30},
     "EAE 0.3": {"objective": "eae", "weight": 0.3},
+    **{f"conditional {name}": {**options, "conditional": True} for name, options in RIVALS.items()},
     "conditional EAE 0.3": {"objective": "eae", "weight": 0.3, "conditional": True},
 }
 EPOCHS, BATCH, LR, NUM_SAMPLES = 300, 256, 2e-3, 5_000

@@ -2,9 +2,9 @@
 
 Same networks, images, steps and schedule for all. Each model's 2,000 samples are compared with the 1,797 real digits:
 Fréchet distance of the package's features, and coverage. From N(0, I) the entropic autoencoder draws the best digits. A
-mixture of ten Gaussians fitted to the codes afterwards is better for every model, and best for the one without an
-entropy term: N(0, I) is for those who want normal codes and no second model to fit. Where classes are known, the
-conditional model needs none: entropy within the classes is all it takes. Writes eae_vs_vae.png.
+mixture of ten Gaussians fitted to the codes afterwards is better for every model without classes, and best for the one
+without an entropy term: N(0, I) is for those who want normal codes and no second model to fit. The conditional model,
+with the entropy within its classes, needs none. Writes eae_vs_vae.png.
 
     lightning-plugins copy eae_vs_vae . && python eae_vs_vae.py
 """

@@ -3,8 +3,8 @@
 Two files are all it takes: the teacher is a plain diffusers pipeline, and so is the student that comes out, in the
 folder sid_student: DiffusionPipeline.from_pretrained("sid_student")() draws a digit in one step, with diffusers alone.
 Both are compared with the 1,797 real digits by the Fréchet distance; sid_distill.png shows the teacher's 50 steps
-beside the student's one, from the same noise. 12 minutes on one core; 3 with --teacher-steps 1000 --updates 250, which
-shows what happens while neither is done. A teacher of your own: --teacher FOLDER, of images of 8 x 8 px.
+beside the student's one, from the same noise. Eight minutes of one core; two with --teacher-steps 1000 --updates 250,
+which shows what happens while neither is done. A teacher of your own: --teacher FOLDER, of images of 8 x 8 px.
 
     lightning-plugins copy sid_distill . && python sid_distill.py
 """

@@ -47,5 +47,6 @@ class FullPrecisionMean(FullPrecision, MeanMetric):
         """Take values, each with its weight: torchmetrics 1.9 forgets weights where it does not look for NaN."""
         value = value.to(self.mean_value)
         weight = torch.as_tensor(weight).to(self.mean_value).expand_as(value)
-        self.mean_value += (value * weight).sum()
-        self.weight += weight.sum()
+        # Not in place: a state that validate() has reset in inference mode is read by fit() outside of it.
+        self.mean_value = self.mean_value + (value * weight).sum()
+        self.weight = self.weight + weight.sum()

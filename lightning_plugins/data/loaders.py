@@ -20,17 +20,17 @@ class SplitLoaders(LightningDataModule):
         return type(self).__name__
 
     def train_dataloader(self) -> KeyLoader:
-        """Every row once an epoch, in a new order, augmented."""
+        """The training batches, in an order that is new in each epoch."""
         return self._loader("train")
 
     def val_dataloader(self) -> KeyLoader:
-        """Every validation row once, always in the same order."""
+        """The validation batches, always the same."""
         return self._loader("val")
 
     def test_dataloader(self) -> KeyLoader:
-        """Every test row once, always in the same order."""
+        """The test batches, always the same."""
         return self._loader("test")
 
     def predict_dataloader(self) -> KeyLoader:
-        """The rows to predict, in their order."""
+        """The batches to predict, in their order."""
         return self._loader(self.predict_split)

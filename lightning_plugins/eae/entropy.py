@@ -66,10 +66,7 @@ def knn_entropy(
         if group is not None:
             z, _ = gather_rows(z, group)
         num_codes, dim = z.shape
-        neighbours = nearest_neighbours(z, max(columns), chunk_size)
-        chosen = torch.stack([neighbours[:, column - 1] for column in columns], 1)
-        others = z.index_select(0, chosen.flatten()).view(num_codes, len(columns), dim)
-        log_squares = (z[:, None] - others).square().sum(-1).add(eps).log().mean()
+        log_squares = _log_squares(z, nearest_neighbours(z, max(columns), chunk_size), columns, eps).mean()
         return dim / 2 * log_squares + (_digamma(num_codes) + _constants(dim, columns))
 
 
@@ -78,31 +75,30 @@ def conditional_knn_entropy(
     labels: Tensor,
     k: int | Sequence[int] = 1,
     *,
-    num_classes: int | None = None,
     eps: float = 1e-6,
     chunk_size: int = 512,
 ) -> Tensor:
-    r"""Estimate the entropy of codes whose class is known: a class's neighbours are its own codes.
+    r"""Estimate the entropy of codes whose class is known: a code's neighbours are those of its class.
 
     .. math:: H(z \mid y) = \sum_c \frac{N_c}{N} H(z \mid y = c),
 
-    with :func:`knn_entropy` for each class. It is at most the entropy of all codes, and equal to it only if the codes
-    tell nothing of the class: among codes of mean 0 and variance 1 it is largest if every class is N(0, I). The
-    entropy of all codes does not ask for that: classes may fill regions of their own.
+    with the estimate of :func:`knn_entropy` for each class. The true H(z | y) is at most H(z), and equal to it only if
+    the codes tell nothing of the class: among codes of mean 0 and variance 1 it is largest if every class is N(0, I).
+    H(z) does not ask for that: classes may fill regions of their own. The estimates do not compare, as the bias of
+    small classes is larger than that of all codes.
 
     Args:
         z: ``(N, d)`` codes, of all processes where there are several.
-        labels: ``(N,)`` int64, 0 to J - 1. Classes with k codes or fewer are left out.
+        labels: ``(N,)`` integers. Classes with k codes or fewer are left out.
         k: as for :func:`knn_entropy`, as are the others.
-        num_classes: J; None: the largest label and one, for which the device is waited for.
         eps: ``> 0``.
         chunk_size: rows searched at once.
 
     Returns:
-        Scalar in nats; float32, or float64 for float64 codes.
+        Scalar in nats; float32, or float64 for float64 codes. 0 without gradient if all classes are left out.
 
     Raises:
-        ValueError: no class has more codes than k, other shapes, or an argument out of range.
+        ValueError: not more codes than k, other shapes, or an argument out of range.
 
     Example:
         >>> z = torch.eye(4).repeat(2, 1)
@@ -111,30 +107,26 @@ def conditional_knn_entropy(
         True
     """
     columns = _check(z, k, eps, chunk_size)
-    if labels.shape != z.shape[:1] or labels.dtype != torch.int64:
-        raise ValueError(f"labels must be ({len(z)},) int64, got {tuple(labels.shape)} {labels.dtype}: one for a code.")
+    if labels.shape != z.shape[:1] or labels.is_floating_point():
+        raise ValueError(f"labels must be ({len(z)},) integers, got {tuple(labels.shape)} {labels.dtype}.")
     with torch.autocast(z.device.type, enabled=False):
         z = _widen(z)
-        num_codes, dim = z.shape
-        classes = F.one_hot(labels, -1 if num_classes is None else num_classes).to(z)
-        counts = classes.sum(0)[labels]
+        counts = class_sizes(labels)
         counted = counts > max(columns)
-        if not counted.any():
-            raise ValueError(
-                f"labels: no class has more than k={max(columns)} of {num_codes} codes, so that none has neighbours: "
-                "enlarge the batch."
-            )
-        apart = 4 * (z.detach() - z.detach().mean(0)).norm(dim=1).max() + 1  # farther than any two codes of one class
-        neighbours = nearest_neighbours(torch.cat([z.detach(), apart * classes], 1), max(columns), chunk_size)
-        chosen = torch.stack([neighbours[:, column - 1] for column in columns], 1)
-        others = z.index_select(0, chosen.flatten()).view(num_codes, len(columns), dim)
-        log_squares = (z[:, None] - others).square().sum(-1).add(eps).log().mean(1)
-        entropies = dim / 2 * log_squares + torch.digamma(counts)
-        return torch.where(counted, entropies, 0.0).sum() / counted.sum() + _constants(dim, columns)
+        log_squares = _log_squares(z, nearest_neighbours(z, max(columns), chunk_size, labels), columns, eps).mean(1)
+        entropies = z.shape[1] / 2 * log_squares + torch.digamma(counts.to(z)) + _constants(z.shape[1], columns)
+        return torch.where(counted, entropies, 0.0).sum() / counted.sum().clamp_min(1)
 
 
 @torch.no_grad()
-def nearest_neighbours(z: Tensor, k: int = 1, chunk_size: int = 512) -> Tensor:
+def class_sizes(labels: Tensor) -> Tensor:
+    """How many of the labels ``(N,)`` are the same as each: ``(N,)``, without waiting for the device."""
+    ordered = labels.sort().values
+    return torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
+
+
+@torch.no_grad()
+def nearest_neighbours(z: Tensor, k: int = 1, chunk_size: int = 512, labels: Tensor | None = None) -> Tensor:
     r"""Find the k nearest other rows of each row, by exhaustive search over blocks.
 
     Only :math:`\tfrac12 \|z_j\|^2 - \langle z_i, z_j \rangle` is compared: the rest of the distance is the same for all
@@ -145,6 +137,7 @@ def nearest_neighbours(z: Tensor, k: int = 1, chunk_size: int = 512) -> Tensor:
         z: ``(N, d)``, float32 or float64. It is centred first, as a common offset would cost precision.
         k: how many, below N.
         chunk_size: rows searched at once.
+        labels: ``(N,)``; rows of another label are no neighbours. Where there are not k of the same, any row follows.
 
     Returns:
         ``(N, k)`` int64 indices, nearest first. Squared distances closer than some 1e-7 of the squared size of the
@@ -176,11 +169,13 @@ def nearest_neighbours(z: Tensor, k: int = 1, chunk_size: int = 512) -> Tensor:
         end = min(start + chunk_size, num_rows)
         distances = torch.mm(left[start:end], right, out=buffer[: end - start])
         distances.diagonal(start).fill_(math.inf)  # a row is not its own neighbour
+        if labels is not None:
+            distances[:, :num_rows].masked_fill_(labels[start:end, None] != labels, math.inf)
         minima = distances.view(-1, group_size, num_groups).amin(1)
         candidates = (_smallest(minima, min(k, num_groups))[..., None] + members).flatten(1)
         chosen = _smallest(distances.gather(1, candidates), k)
         nearest[start:end] = candidates.gather(1, chosen)
-    return nearest
+    return nearest if labels is None else nearest.clamp_(max=num_rows - 1)  # not a column that only fills
 
 
 def koleo_loss(z: Tensor, *, eps: float = 1e-8, group: ProcessGroup | None = None) -> Tensor:
@@ -326,6 +321,13 @@ def _check(z: Tensor, k: int | Sequence[int], eps: float, chunk_size: int) -> li
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 512 suits most machines.")
     return columns
+
+
+def _log_squares(z: Tensor, neighbours: Tensor, columns: Sequence[int], eps: float) -> Tensor:
+    """Log squared distances ``(N, K)`` to the chosen neighbours, exact and with gradient."""
+    chosen = torch.stack([neighbours[:, column - 1] for column in columns], 1)
+    others = z.index_select(0, chosen.flatten()).view(len(z), len(columns), z.shape[1])
+    return (z[:, None] - others).square().sum(-1).add(eps).log()
 
 
 def _constants(dim: int, columns: Sequence[int]) -> float:

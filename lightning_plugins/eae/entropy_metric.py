@@ -53,7 +53,7 @@ class KeptCodes(FullPrecision):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
         generator = torch.Generator().manual_seed(int(self.num_seen) * 65_537 + rank)
-        self.num_seen += len(z)
+        self.num_seen = self.num_seen + len(z)  # not in place: see FullPrecisionMean
         self.kept.append(z.detach().to(self.dtype).flatten())
         self.numbers.append(torch.rand(len(z), generator=generator, device="cpu").to(z.device, self.dtype))
         if sum(map(len, self.numbers)) > 2 * self.max_codes:

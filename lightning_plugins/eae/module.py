@@ -27,6 +27,7 @@ from lightning_plugins.eae.objectives import (
     Codes,
     ObjectiveName,
     Reconstruction,
+    check_class_sizes,
     reconstruction_error,
     regularization,
     resolve_objective,
@@ -47,7 +48,8 @@ class EAE(LightningModule):
 
     With ``conditional`` it is the entropy within the classes, :math:`\hat H(z \mid y)`
     (:func:`~lightning_plugins.eae.conditional_knn_entropy`): each is to be N(0, I), so that every code goes with every
-    class. Batches need several images of a class, more than k; classes with fewer count for nothing in that step.
+    class. Classes with k images or fewer in a batch count for nothing in that step, and a first batch of which that is
+    more than half is refused.
 
     Other models on the same networks, for comparison, are named by ``objective``. Batches are dicts
     ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with ``conditional``.
@@ -74,7 +76,8 @@ class EAE(LightningModule):
         k: nearest neighbour of the entropy's estimate, or several whose estimates are averaged; 1 as the supplement
             advises.
         weight_warmup_steps: optimiser steps in which the weight grows from 0, linearly.
-        conditional: give the class to the decoder, and choose it when sampling.
+        conditional: give the class to the decoder, and choose it when sampling. ``eae`` then regularises within the
+            classes; the terms of other objectives stay those of all codes, which may still tell the class.
         reconstruction: ``mse``, ``bce`` or ``l1``, summed over an image.
         prior: what :meth:`sample` draws codes from if nothing else is asked for: ``normal``, or ``gaussian`` or
             ``mixture`` fitted to the training codes, of which the checkpoint keeps the last 10,000.
@@ -222,7 +225,13 @@ class EAE(LightningModule):
             label: ``(B,)``, read only if conditional.
         """
         h = self._encode(image)
-        labels = self._all_rows(label) if self.conditional else None
+        labels = None
+        if self._within_classes:
+            if label is None:
+                raise ValueError(
+                    "This EAE is conditional: its entropy needs the class of each image, label=(B,) int64."
+                )
+            labels = self._all_rows(label)
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         if self.objective.term == "divergence":
             mean, log_variance = h.chunk(2, dim=1)
@@ -372,6 +381,10 @@ class EAE(LightningModule):
     def _codes(self, batch: Mapping[str, Tensor]) -> Codes:
         return self.codes(batch["image"], batch["label"] if self.conditional else None)
 
+    @property
+    def _within_classes(self) -> bool:
+        return self.conditional and self.objective.term == "entropy"
+
     def _errors(self, batch: Mapping[str, Tensor], z: Tensor) -> Tensor:
         reconstruction = self.decode(z, batch["label"] if self.conditional else None)
         return reconstruction_error(reconstruction, batch["image"], self.reconstruction)
@@ -385,6 +398,8 @@ class EAE(LightningModule):
         if batch_idx == 0 and self.conditional:
             self._check_labels(batch["label"], len(batch["image"]))
         codes = self._codes(batch)
+        if batch_idx == 0 and codes.labels is not None:
+            check_class_sizes(codes.labels, self.k)
         terms = self.loss(batch, codes)
         loss = torch.stack([*terms.values()]).sum()
         self.prior.remember(codes.all.detach())
@@ -393,7 +408,7 @@ class EAE(LightningModule):
         named = {f"train/{name}": term for name, term in terms.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         if self.objective.term == "entropy" and "regularization" in terms:
-            if self.conditional:
+            if self._within_classes:
                 gap = entropy_gap(codes.all.detach(), self.k)
             else:
                 reference = gaussian_reference_entropy(len(codes.all), self.latent_dim, self.k)
@@ -448,11 +463,10 @@ class EAE(LightningModule):
         """
         metrics = self.metrics[f"{stage}_metrics"]
         z = metrics["latent"].codes()
-        labels = metrics["labels"].codes().long()[:, 0] if self.conditional else None
+        labels = metrics["labels"].codes().long()[:, 0] if self._within_classes else None
         error = metrics["reconstruction"].compute()
         terms = {"reconstruction": error}
-        most = len(z) if labels is None or not len(z) else int(labels.bincount().max())
-        if most > max([self.k] if isinstance(self.k, int) else self.k):
+        if len(z) > max([self.k] if isinstance(self.k, int) else self.k):
             terms |= {name: value.to(error) for name, value in metrics["latent"].compute().items()}
             if self.objective.weight:
                 divergence = metrics["divergence"].compute() if self.objective.term == "divergence" else None

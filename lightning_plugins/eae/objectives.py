@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
+from lightning_plugins.eae.entropy import class_sizes, conditional_knn_entropy, knn_entropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
 
 ObjectiveName = Literal["eae", "ae", "ae_bn", "rae_l2", "vae", "wae", "sigreg", "mmd"]
@@ -89,6 +89,21 @@ def reconstruction_error(reconstruction: Tensor, images: Tensor, kind: Reconstru
             return F.binary_cross_entropy(reconstruction, images, reduction="none").flatten(1).sum(1)
     difference = reconstruction - images
     return (difference.abs() if kind == "l1" else difference.square()).flatten(1).sum(1)
+
+
+def check_class_sizes(labels: Tensor, k: int | Sequence[int]) -> None:
+    """Refuse a batch of which more than half has not k others of its class.
+
+    Raises:
+        ValueError: so.
+    """
+    largest = k if isinstance(k, int) else max(k)
+    counted = int((class_sizes(labels) > largest).sum())
+    if 2 * counted < len(labels):
+        raise ValueError(
+            f"conditional=True takes the entropy within classes, but of {len(labels)} images of a batch only {counted} "
+            f"have k={largest} others of their class: enlarge the batch."
+        )
 
 
 def regularization(objective: Objective, codes: Codes, k: int | Sequence[int], generator: torch.Generator) -> Tensor:

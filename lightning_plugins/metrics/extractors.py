@@ -106,7 +106,8 @@ class DigitsExtractor(FeatureExtractor):
     """32 features of a classifier of handwritten digits, and the digits themselves.
 
     Images of any size are brought to 8 x 8 px and grey, see :class:`DigitsClassifier`. It has learnt from sharp images
-    alone, so that it sees blur: a classifier that has seen enlarged images, too, learns to overlook it.
+    alone, so that it sees blur: a classifier that has seen enlarged images, too, learns to overlook it. Enlarged images
+    are blurred, too: compare images of one original size.
 
     Example:
         >>> DigitsExtractor().classify(torch.zeros(2, 3, 64, 64)).shape

@@ -114,8 +114,8 @@ class _Rouge(_Mean):
         if predictions:
             pairs = list(predictions), list(references)
             scores = rouge_score(*pairs, rouge_keys=self.key, normalizer=_lower_spaced, tokenizer=_WORD.findall)
-            self.total += scores[f"{self.key}_fmeasure"].to(self.device) * len(predictions)
-            self.count += len(predictions)
+            self.total = self.total + scores[f"{self.key}_fmeasure"].to(self.device) * len(predictions)
+            self.count = self.count + len(predictions)
 
 
 def _lower_spaced(text: str) -> str:
@@ -128,8 +128,10 @@ class _ExactMatch(_Mean):
         self.lowercase = lowercase
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
-        self.total += sum(self._words(p) == self._words(r) for p, r in zip(predictions, references, strict=True))
-        self.count += len(predictions)
+        self.total = self.total + sum(
+            self._words(p) == self._words(r) for p, r in zip(predictions, references, strict=True)
+        )
+        self.count = self.count + len(predictions)
 
     def _words(self, text: str) -> list[str]:
         return space_cjk(text.lower() if self.lowercase else text).split()
@@ -158,7 +160,7 @@ class _ChrF(Metric):
             for n in range(1, _CHRF_ORDER + 1):
                 predicted, wanted = self._count(prediction, n), self._count(reference, n)
                 columns.append([(predicted & wanted).total(), predicted.total(), wanted.total()])
-            self.ngrams += tensor(columns, device=self.device).T
+            self.ngrams = self.ngrams + tensor(columns, device=self.device).T
 
     def _count(self, text: str, n: int) -> Counter[str]:
         text = "".join((text.lower() if self.lowercase else text).split())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
+from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy, nearest_neighbours
 
 
 def draw(n, d, num_classes, seed=0, dtype=torch.float64):
@@ -41,7 +41,7 @@ def test_value_and_gradient_are_those_of_each_class_alone(n, d, num_classes, k):
     found = conditional_knn_entropy(z, labels, k)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(torch.autograd.grad(found, z)[0], wanted, rtol=1e-9, atol=1e-12)
-    short = conditional_knn_entropy(z.detach().float() + 100, labels, k, num_classes=num_classes + 2)
+    short = conditional_knn_entropy(z.detach().float() + 100, 1000 * labels - 7, k)
     torch.testing.assert_close(short.double(), expected.detach(), rtol=1e-4, atol=1e-4)
 
 
@@ -61,9 +61,27 @@ def test_classes_with_too_few_codes_count_for_nothing():
 
 def test_under_autocast_and_in_half_precision():
     z, labels = draw(300, 16, 5, dtype=torch.float32)
+    expected, rounded = conditional_knn_entropy(z, labels), conditional_knn_entropy(z.bfloat16().float(), labels)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(conditional_knn_entropy(z, labels), conditional_knn_entropy(z, labels))
-        assert conditional_knn_entropy(z.bfloat16(), labels).dtype == torch.float32
+        assert torch.equal(conditional_knn_entropy(z, labels), expected)
+        assert torch.equal(conditional_knn_entropy(z.bfloat16(), labels), rounded)
+
+
+def test_a_far_code_costs_the_others_nothing():
+    z, labels = draw(1024, 2, 10)
+    z[5] *= 1000
+    z.requires_grad_()
+    (wanted,) = torch.autograd.grad(conditional_knn_entropy(z, labels), z)
+    (found,) = torch.autograd.grad(conditional_knn_entropy(short := z.detach().float().requires_grad_(), labels), short)
+    wrong = (found - wanted).abs().amax(1) > 1e-3 * wanted.abs().amax()
+    assert wrong.sum() < 10  # of nearly equal distances
+
+
+def test_no_class_has_neighbours():
+    z = torch.randn(40, 3, requires_grad=True)
+    entropy = conditional_knn_entropy(z, torch.arange(40), [1, 2])
+    assert entropy == 0 and (torch.autograd.grad(entropy, z)[0] == 0).all()
+    assert nearest_neighbours(z, 3, labels=torch.arange(40)).max() < 40  # 48 columns are searched
 
 
 def class_means(objective):
@@ -89,11 +107,16 @@ def test_maximised_it_takes_the_class_out_of_the_codes_and_the_entropy_of_all_do
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        (torch.arange(4), "no class has more than k=1 of 4 codes, so that none has neighbours: enlarge the batch"),
-        (torch.zeros(3, dtype=torch.int64), r"labels must be \(4,\) int64, got \(3,\) torch.int64"),
-        (torch.zeros(4), r"labels must be \(4,\) int64, got \(4,\) torch.float32"),
+        (torch.zeros(3, dtype=torch.int64), r"labels must be \(4,\) integers, got \(3,\) torch.int64"),
+        (torch.zeros(4), r"labels must be \(4,\) integers, got \(4,\) torch.float32"),
     ],
 )
 def test_wrong_labels_are_refused(labels, words):
     with pytest.raises(ValueError, match=words):
         conditional_knn_entropy(torch.randn(4, 2), labels)
+
+
+@pytest.mark.parametrize("arguments", [{"k": 0}, {"eps": 0.0}, {"chunk_size": 0}, {"k": 4}])
+def test_arguments_out_of_range_are_refused(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        conditional_knn_entropy(torch.randn(4, 2), torch.zeros(4, dtype=torch.int64), **arguments)

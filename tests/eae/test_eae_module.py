@@ -180,14 +180,18 @@ def test_a_conditional_models_entropy_is_that_within_classes(small, loader, trai
     assert logged["val/entropy_gap"] == pytest.approx(entropy_gap(z, [1, 2]).item(), abs=1e-5)
 
 
-def test_few_images_of_a_class(small, loader, trainer):
-    """No class has two images: training says so, and a short evaluation goes without the entropy."""
-    model, lonely = small(conditional=True), {"image": IMAGES, "label": torch.arange(4)}
-    with pytest.raises(ValueError, match="no class has more than k=1 of 4 codes"):
-        model.loss(lonely)
-    with pytest.warns(UserWarning, match="4 val images are too few for an entropy"):
-        (logged,) = trainer().validate(model, given(lonely), verbose=False)
-    assert "val/reconstruction" in logged and "val/loss" not in logged
+@pytest.mark.parametrize("objective", ["eae", "vae", "ae", "mmd"])
+def test_few_images_of_a_class(small, trainer, batch, objective):
+    """No class has two images: training with the entropy says so; evaluation logs what it always does."""
+    model = small(conditional=True, num_classes=32, objective=objective)
+    lonely = {"image": batch["image"], "label": torch.arange(32)}
+    (logged,) = trainer().validate(model, given(lonely), verbose=False)
+    assert {"val/reconstruction", "val/loss", "val/entropy_gap"} <= logged.keys()
+    if objective != "eae":
+        trainer().fit(model, given(lonely), given(lonely))
+        return
+    with pytest.raises(ValueError, match="of 32 images of a batch only 0 have k=1 others of their class: enlarge"):
+        trainer().fit(model, given(lonely), given(lonely))
 
 
 def test_samples(fitted):
@@ -380,6 +384,7 @@ WRONG = {"image": torch.rand(16, 1, 8, 8), "label": torch.full((16,), 4)}
         (lambda s: s().decode(torch.zeros(2, 5)), "Codes must be (B, latent_dim=4), got (2, 5)."),
         (lambda s: s(conditional=True).decode(torch.zeros(2, 5)), "Codes must be (B, latent_dim=4), got (2, 5)."),
         (lambda s: s(conditional=True)(IMAGES), "its decoder needs a class for each code, label=(B,) int64."),
+        (lambda s: s(conditional=True).codes(IMAGES), "its entropy needs the class of each image, label=(B,) int64."),
         (lambda s: s()(IMAGES, torch.zeros(4, dtype=int)), "this EAE is not conditional: train one with conditional="),
         (lambda s: s().sample(2, labels=torch.zeros(2, dtype=int)), "labels were given, but this EAE is not"),
         (lambda s: s(conditional=True).sample(2, labels=torch.tensor([0, 4])), "run from 0 to 4; they must be 0 to 3."),

@@ -8,7 +8,7 @@ import torch
 
 from lightning_plugins.eae.diagnostics import LatentDiagnostics, latent_diagnostics
 from lightning_plugins.eae.entropy import knn_entropy
-from lightning_plugins.eae.entropy_metric import KNNEntropy
+from lightning_plugins.eae.entropy_metric import KeptCodes, KNNEntropy
 
 
 def kept(metric, index, sizes):
@@ -51,6 +51,14 @@ def test_processes_have_numbers_of_their_own(monkeypatch):
     chosen = first.codes()[:, 0]
     assert len(chosen.unique()) == 2000
     assert scipy.stats.kstest(chosen.numpy() / 10_000, "uniform").pvalue > 0.01
+
+
+def test_metrics_that_are_updated_together_keep_the_same_rows():
+    codes, labels = LatentDiagnostics(3, max_codes=1000), KeptCodes(max_codes=1000, latent_dim=1)
+    for part in torch.arange(5000).split([1700, 300, 3000]):
+        codes.update(part[:, None].expand(-1, 3).float())
+        labels.update(part[:, None])
+    assert torch.equal(codes.codes()[:, 0], labels.codes()[:, 0]) and len(labels.compute()) == 1000
 
 
 def test_no_codes():

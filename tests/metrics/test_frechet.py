@@ -14,8 +14,9 @@ from lightning_plugins.metrics import frechet as frechet_file
 
 
 def by_scipy(real, fake):
-    """The formula in double precision."""
-    real, fake = real.double().numpy(), fake.double().numpy()
+    """The formula in double precision, of the features that vary: scipy's root has no room for others."""
+    vary = (real.std(0) > 0) | (fake.std(0) > 0)
+    real, fake = real[:, vary].double().numpy(), fake[:, vary].double().numpy()
     mean = ((real.mean(0) - fake.mean(0)) ** 2).sum()
     cov_real, cov_fake = (np.atleast_2d(np.cov(x.T)) for x in (real, fake))
     root = scipy.linalg.sqrtm(cov_real @ cov_fake).real
