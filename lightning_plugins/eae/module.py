@@ -383,7 +383,7 @@ class EAE(LightningModule):
 
     @property
     def _within_classes(self) -> bool:
-        return self.conditional and self.objective.term == "entropy"
+        return self.conditional and self.objective.term == "entropy" and self.objective.weight > 0
 
     def _errors(self, batch: Mapping[str, Tensor], z: Tensor) -> Tensor:
         reconstruction = self.decode(z, batch["label"] if self.conditional else None)

@@ -92,6 +92,7 @@ def test_resumed_runs_equal_uninterrupted_ones(small, trainer, tmp_path, objecti
         ({}, {"plugins": [MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", 64.0))]}),
         ({"objective": "sigreg", "reconstruction": "l1"}, {"precision": "bf16-true"}),
         ({"conditional": True}, {"precision": "64-true"}),
+        ({"conditional": True}, {"precision": "bf16-mixed"}),
         ({"objective": "vae"}, {"precision": "64-true"}),
         ({"objective": "mmd"}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}),
         ({"objective": "rae_l2"}, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}),
