@@ -43,7 +43,7 @@ CASES = {
         64,
         "ddp",
     ),
-    "sharded": ({"optimizer": sgd, "prior": "gaussian"}, {"gradient_clip_val": 0.5}, 64, sharded),
+    "sharded": ({"optimizer": sgd, "prior": "gaussian", "conditional": True}, {"gradient_clip_val": 0.5}, 64, sharded),
 }
 
 
