@@ -25,6 +25,7 @@ def load_script(name):
 def torchrun(name, *arguments, cwd, processes=2):
     """Run a script while this process, on one thread, does what stands in the block; gives the path of its log."""
     log = cwd / f"{name}.log"
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]  # scripts import rank_script
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -32,7 +33,7 @@ def torchrun(name, *arguments, cwd, processes=2):
             cwd=cwd,
             stdout=file,
             stderr=file,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)},
         )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

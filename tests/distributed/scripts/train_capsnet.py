@@ -4,15 +4,12 @@
 processes together see the same batches, however many there are.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import Callback, seed_everything
+from rank_script import end, full, sharded, trainer_of
 
 from lightning_plugins import CapsNet, Digits, MultiMNIST, RandomState
 
@@ -23,11 +20,6 @@ SMALL = {"channels": 8, "kernel_size": 3, "num_types": 2, "decoder_hidden": (16,
 def sgd(parameters):
     """Unlike Adam it does not blow up the rounding of gradients that are nearly zero."""
     return torch.optim.SGD(parameters, lr=0.1)
-
-
-def sharded():
-    """FSDP2 over two processes."""
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
 # name: arguments of CapsNet, arguments of the Trainer, strategy for two processes
@@ -51,11 +43,6 @@ class Norms(Callback):
         self.norms.append(torch.cat(grads).norm().item())
 
 
-def full(tensor):
-    """The whole of a sharded tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def data(name, processes):
     """Digits or pairs of digits; the same global batch for any number of processes."""
     arguments = {"batch_size": GLOBAL_BATCH // processes, "seed": 3}
@@ -71,28 +58,14 @@ def run(name, folder, processes=1, ckpt_path=None):
     module = data(name, processes)
     model = CapsNet(**(SMALL | arguments), image_shape=module.image_shape)
     norms = Norms()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="auto" if processes == 1 else strategy() if callable(strategy) else strategy,
-        logger=CSVLogger(folder, name="logs"),
-        max_epochs=2,
-        limit_train_batches=6,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            norms,
-            RandomState(),
-            ModelCheckpoint(folder / "ckpt", "{step}", every_n_train_steps=4, save_top_k=-1),
-        ],
-        **options,
+    trainer = trainer_of(
+        folder, processes, strategy, norms, RandomState(), save_every=4, limit_train_batches=6, **options
     )
     trainer.fit(model, module, ckpt_path=ckpt_path)
     metrics = dict(trainer.callback_metrics)
     metrics |= trainer.test(model, module, verbose=False)[0]
     result = {
-        "weights": {key: full(value).clone() for key, value in model.named_parameters()},
+        "weights": {key: full(value) for key, value in model.named_parameters()},
         "metrics": {key: torch.as_tensor(value) for key, value in metrics.items()},
         "norms": norms.norms,
         "strategy": type(trainer.strategy).__name__,
@@ -107,5 +80,4 @@ if __name__ == "__main__":
     for case in CASES:
         run(case, root / case, processes=2)
     run("sharded", root / "resumed", processes=2, ckpt_path=root / "sharded" / "ckpt" / "step=8.ckpt")
-    torch.distributed.barrier()
-    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
+    end()

@@ -8,10 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch import Callback, seed_everything
+from rank_script import end, full, sharded, trainer_of
 
 from lightning_plugins import EAE, Digits
 from lightning_plugins.core.distributed import close_process_group_at_exit
@@ -24,11 +22,6 @@ FLOAT64 = {"precision": "64-true"}  # rounding swaps no neighbours
 def sgd(parameters):
     """Unlike Adam it does not blow up the rounding of gradients that batch norm makes zero."""
     return torch.optim.SGD(parameters, lr=0.01)
-
-
-def sharded():
-    """FSDP2 over two processes."""
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
 # name: arguments of EAE, arguments of the Trainer, images in a joined batch, strategy for two processes
@@ -56,11 +49,6 @@ class Broadcasts(Callback):
         self.names = sorted(names[id(buffer)] for buffer in sent)
 
 
-def full(tensor):
-    """The whole of a sharded tensor."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
 def run(name, folder, processes=1, ckpt_path=None):
     """Train, validate and test one case; write ``rank<r>.pt``."""
     arguments, options, batch, strategy = CASES[name]
@@ -68,18 +56,7 @@ def run(name, folder, processes=1, ckpt_path=None):
     data = Digits(image_size=8, batch_size=batch // processes, num_train=400, seed=3)
     model = EAE(**(SMALL | arguments))
     broadcasts = Broadcasts()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="auto" if processes == 1 else strategy() if callable(strategy) else strategy,
-        logger=CSVLogger(folder, name="logs"),
-        max_epochs=2,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[broadcasts, ModelCheckpoint(folder / "ckpt", "{step}", every_n_train_steps=4, save_top_k=-1)],
-        **options,
-    )
+    trainer = trainer_of(folder, processes, strategy, broadcasts, save_every=4, **options)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     metrics = dict(trainer.callback_metrics)
     metrics |= trainer.test(model, data, verbose=False)[0]
@@ -106,3 +83,4 @@ if __name__ == "__main__":
     for case in CASES:
         run(case, root / case, processes=2)
     run("sharded", root / "resumed", processes=2, ckpt_path=root / "sharded" / "ckpt" / "step=8.ckpt")
+    end()

@@ -4,13 +4,13 @@
 there are; the losses of the two ranks lie on different sides of the level.
 """
 
-import os
 import sys
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from rank_script import end, full
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
@@ -82,11 +82,6 @@ class Seen(Callback):
         self.logs.append({name: value.item() for name, value in trainer.callback_metrics.items()})
 
 
-def full(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor."""
-    return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().clone()
-
-
 def run(name: str, folder: Path) -> None:
     """Train one case on two processes; write ``rank<r>.pt``."""
     scope, strategy, options = CASES[name]
@@ -119,5 +114,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for case in CASES:
         run(case, Path(sys.argv[1]) / case)
-    torch.distributed.barrier()
-    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
+    end()

@@ -3,7 +3,6 @@
 ``torchrun --nproc_per_node 2 train_ode.py FOLDER``. All processes together see the same batches, whatever their number.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from rank_script import end, full
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, RMSprop
@@ -93,11 +93,6 @@ class Module(LightningModule):
         return DataLoader(batches, batch_size=None)
 
 
-def full(tensor):
-    """The whole of a sharded tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def strategy(case):
     if case.sharded:
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
@@ -125,7 +120,7 @@ def run(name, folder, processes=RANKS, watched=True):
     )
     model = Module(case)
     trainer.fit(model)
-    result = {"weights": [full(p).detach().clone() for p in model.parameters()], "rows": diagnostics.history}
+    result = {"weights": [full(p) for p in model.parameters()], "rows": diagnostics.history}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(result, folder / f"rank{trainer.global_rank}.pt")
 
@@ -136,5 +131,4 @@ if __name__ == "__main__":
     for case in CASES:
         run(case, root / case)
         run(case, root / f"{case}-unwatched", watched=False)
-    torch.distributed.barrier()
-    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
+    end()

@@ -4,7 +4,6 @@
 objective, in one loop that knows neither Lightning nor the callbacks.
 """
 
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from rank_script import end, full
 from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call
@@ -182,12 +182,7 @@ class Gradients(Callback):
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in pl_module.parameters()]
-        self.found.append(torch.cat([full(grad).flatten() for grad in grads]).clone())
-
-
-def full(tensor):
-    """The whole of a sharded tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        self.found.append(torch.cat([full(grad).flatten() for grad in grads]))
 
 
 def strategy(case):
@@ -222,7 +217,7 @@ def run(name, folder, processes=RANKS, penalty=None, epochs=1, ckpt_path=None):
     model = Module(case)
     trainer.fit(model, ckpt_path=ckpt_path)
     result = {
-        "weights": torch.cat([full(p).detach().flatten() for p in model.parameters()]),
+        "weights": torch.cat([full(p).flatten() for p in model.parameters()]),
         "gradients": torch.stack(gradients.found),
         "buffers": [buffer.clone() for buffer in model.buffers()],
         "largest": largest_over_ranks(10 + trainer.global_rank, torch.device("cpu")),
@@ -301,5 +296,4 @@ if __name__ == "__main__":
         run(case, root / case)
     run("flooded-exact", root / "whole", **RESUMED)
     run("flooded-exact", root / "resumed", **RESUMED, ckpt_path=root / "whole" / f"step={MICRO_BATCHES}.ckpt")
-    torch.distributed.barrier()
-    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
+    end()

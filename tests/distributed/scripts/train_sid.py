@@ -4,17 +4,14 @@
 All processes together draw the same random numbers, however many there are.
 """
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rank_script import end, full, sharded, trainer_of
 
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.sid.module import SiD
@@ -27,11 +24,6 @@ def sgd(lr, fake_lr):
     """Unlike Adam it does not blow up the rounding of gradients that are nearly zero."""
     first, second = (partial(torch.optim.SGD, lr=rate) for rate in (lr, fake_lr))
     return {"optimizer": first, "fake_optimizer": second}
-
-
-def sharded():
-    """FSDP2 over two processes."""
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
 
 
 DDP = "ddp_find_unused_parameters_true"
@@ -80,11 +72,6 @@ class Lost(Callback):
         self.counts.append(int(trainer.callback_metrics["train/nonfinite_samples"]))
 
 
-def full(tensor):
-    """The whole of a sharded tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def run(name, folder, teacher, processes=1, ckpt_path=None):
     """Train one case; write ``rank<r>.pt``."""
     arguments, strategy = CASES[name]
@@ -92,21 +79,11 @@ def run(name, folder, teacher, processes=1, ckpt_path=None):
     model = Joined(teacher=str(teacher), **(settings | arguments))
     model.spoilt = name == "spoilt"
     lost = Lost()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="auto" if processes == 1 else strategy() if callable(strategy) else strategy,
-        logger=CSVLogger(folder, name="logs"),
-        max_epochs=2,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[lost, ModelCheckpoint(folder / "ckpt", "{step}", every_n_train_steps=2, save_top_k=-1)],
-    )
+    trainer = trainer_of(folder, processes, strategy, lost, save_every=2)
     trainer.fit(model, ckpt_path=ckpt_path)
     result = {
-        "weights": {key: full(value).detach().clone() for key, value in model.named_parameters()},
-        "teacher": {key: full(value).clone() for key, value in model.teacher.network.named_parameters()},
+        "weights": {key: full(value) for key, value in model.named_parameters()},
+        "teacher": {key: full(value) for key, value in model.teacher.network.named_parameters()},
         "sharded": sorted(
             {key.split(".")[1] for key, value in model.named_parameters() if hasattr(value, "placements")}
         ),
@@ -139,5 +116,4 @@ if __name__ == "__main__":
     run("sharded-adam", root / "resumed", teacher, RANKS, root / "sharded-adam" / "ckpt" / "step=2.ckpt")
     message = refused(teacher)
     (root / f"refused{torch.distributed.get_rank()}.txt").write_text(message or "")
-    torch.distributed.barrier()
-    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
+    end()

@@ -5,15 +5,13 @@ processes together see the same batches, however many there are.
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from rank_script import end, full, trainer_of
 
 from lightning_plugins import Flooding, GradientPenalty, RandomState, Seq2SeqData, UniLMSeq2Seq
 from lightning_plugins.core.distributed import close_process_group_at_exit
@@ -85,11 +83,6 @@ class Watch(Callback):
         self.ascends += [float(value) for name, value in trainer.callback_metrics.items() if name == "flood/active"]
 
 
-def full(tensor):
-    """The whole of a sharded tensor."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 def some_pairs(count=30):
     """Words and the same backwards, 1 to 6 of them."""
     generator = torch.Generator().manual_seed(0)
@@ -120,28 +113,13 @@ def run(name, folder, processes=1, ckpt_path=None):
     )
     model = UniLMSeq2Seq(config=CONFIG, **({"generation": {"max_new_tokens": 6}} | arguments))
     watch = Watch()
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=processes,
-        strategy="auto" if processes == 1 else strategy() if callable(strategy) else strategy,
-        logger=CSVLogger(folder, name="logs"),
-        max_epochs=2,
-        log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[
-            watch,
-            RandomState(),
-            ModelCheckpoint(folder / "ckpt", "{step}", every_n_train_steps=2, save_top_k=-1),
-            *([Flooding(3.9), GradientPenalty(0.01, engine="exact")] if name == "flooded" else []),
-        ],
-        **options,
-    )
+    changed = [Flooding(3.9), GradientPenalty(0.01, engine="exact")] if name == "flooded" else []
+    trainer = trainer_of(folder, processes, strategy, watch, RandomState(), *changed, save_every=2, **options)
     trainer.fit(model, data, ckpt_path=ckpt_path)
     metrics = dict(trainer.callback_metrics)
     records = [record for batch in trainer.predict(model, data) for record in batch]
     result = {
-        "weights": {key: full(value).clone() for key, value in model.named_parameters()},
+        "weights": {key: full(value) for key, value in model.named_parameters()},
         "metrics": {key: torch.as_tensor(value) for key, value in metrics.items()},
         "norms": watch.norms,
         "tokens": watch.tokens,
@@ -172,5 +150,4 @@ if __name__ == "__main__":
         run(case, root / case, processes=2)
     for case in RESUMED:
         run(case, root / f"{case}-resumed", processes=2, ckpt_path=root / case / "ckpt" / "step=2.ckpt")
-    torch.distributed.barrier()
-    os._exit(0)  # a thread of gloo may abort the interpreter's own end, long after all is written
+    end()
