@@ -1,10 +1,12 @@
 """A user's own small project: a package with a model and data, beside which the command line is run."""
 
+import importlib
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
 from lightning_plugins.cli import main
 
@@ -118,6 +120,36 @@ def project(tmp_path, monkeypatch, write_project) -> Path:
     monkeypatch.setattr(sys, "argv", ["lightning-plugins", "words", "of", "another", "program"])
     torch.set_num_threads(1)
     return tmp_path
+
+
+@pytest.fixture
+def own_module(project):
+    """Write a module of the user's own, and import it for the length of the test."""
+    names = []
+
+    def write(name, source):
+        (project / f"{name}.py").write_text(source)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(project))
+            names.append(name)
+            return importlib.import_module(name)
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def write_checkpoint(project):
+    """Save a model as it is, as a Trainer made in Python does."""
+
+    def write(model, path):
+        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        trainer.strategy.connect(model)
+        (project / path).parent.mkdir(parents=True, exist_ok=True)
+        trainer.save_checkpoint(path)
+
+    return write
 
 
 @pytest.fixture

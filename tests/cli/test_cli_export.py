@@ -1,11 +1,8 @@
 """``lightning-plugins export``: a folder from any module that writes one, and what ``sample`` draws from it."""
 
-import sys
-
 import diffusers
 import numpy as np
 import pytest
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from lightning_plugins.cli import main
@@ -38,23 +35,10 @@ class Keeper(LightningModule):
 
 
 @pytest.fixture
-def save(project):
+def save(own_module, write_checkpoint):
     """Write a checkpoint of a Keeper."""
-    monkey = pytest.MonkeyPatch()
-    monkey.syspath_prepend(str(project))
-    (project / "keeper.py").write_text(KEEPER)
-    import keeper
-
-    monkey.undo()
-
-    def write(**arguments):
-        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-        trainer.strategy.connect(keeper.Keeper(**arguments))
-        (project / "checkpoints").mkdir(exist_ok=True)
-        trainer.save_checkpoint("checkpoints/last.ckpt")
-
-    yield write
-    sys.modules.pop("keeper", None)
+    keeper = own_module("keeper", KEEPER)
+    return lambda **arguments: write_checkpoint(keeper.Keeper(**arguments), "checkpoints/last.ckpt")
 
 
 def export(*words):

@@ -166,18 +166,10 @@ def test_beams_of_the_models_own_are_printed_whole(saved, capsys):
         sys.modules["writer"].EVENTS.clear()
 
 
-def test_a_checkpoint_made_in_python_needs_its_class(writer, project, mistake, capsys):
-    monkey = pytest.MonkeyPatch()
-    monkey.syspath_prepend(str(project))
-    from lightning.pytorch import Trainer
-    from writer import Writer
-
-    monkey.undo()
-    model = Writer()
+def test_a_checkpoint_made_in_python_needs_its_class(own_module, write_checkpoint, mistake, capsys):
+    model = own_module("writer", WRITER).Writer()
     model.learnt.fill_(3)
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    trainer.strategy.connect(model)
-    trainer.save_checkpoint("python.ckpt")
+    write_checkpoint(model, "python.ckpt")
     words = ["generate", "--ckpt_path=python.ckpt", "--text=x"]
     main([*words, "--model=writer.Writer"])
     assert capsys.readouterr().out == "X 3 \n"

@@ -5,7 +5,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from PIL import Image
 
 from lightning_plugins.cli import main
@@ -51,26 +50,16 @@ class Chooser(Painter):
 
 
 @pytest.fixture
-def save(project):
+def save(own_module, write_checkpoint):
     """Write a checkpoint made by the class with these arguments, trained enough."""
-    monkey = pytest.MonkeyPatch()
-    monkey.syspath_prepend(str(project))
-    (project / "painter.py").write_text(PAINTER)
-    import painter
-
-    monkey.undo()
+    painter = own_module("painter", PAINTER)
 
     def write(path="runs/version_0/checkpoints/last.ckpt", cls="Painter", **arguments):
         painter.ASKED.clear()
-        model = getattr(painter, cls)(**arguments)
-        trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-        trainer.strategy.connect(model)
-        (project / path).parent.mkdir(parents=True, exist_ok=True)
-        trainer.save_checkpoint(path)
+        write_checkpoint(getattr(painter, cls)(**arguments), path)
         return painter.ASKED
 
-    yield write
-    sys.modules.pop("painter", None)
+    return write
 
 
 def sample(*words, model="painter.Painter"):
