@@ -14,8 +14,8 @@ from lightning_plugins.eae.entropy import (
     gaussian_reference_entropy,
     knn_entropy,
     koleo_loss,
-    nearest_neighbours,
 )
+from lightning_plugins.eae.nearest import nearest_neighbours
 
 
 def draw(n, d, seed=0, dtype=torch.float32):

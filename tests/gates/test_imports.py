@@ -35,6 +35,7 @@ FILE_ORDER = {
         "__init__",
     ],
     "eae": [
+        "nearest",
         "entropy",
         "entropy_metric",
         "gaussianity",
