@@ -104,13 +104,35 @@ def test_displaced_parameters_are_seen_under_autocast():
         assert layer(torch.ones(1)).item() == 1.0
 
 
-def test_long_vectors_are_summed_exactly():
-    """Plain fp32 sums err by 3e-4 (norm) and 2e-5 (dot) here."""
-    x = torch.randn(9_000_000, generator=torch.Generator().manual_seed(0)) * 0.01
-    y = x * 1.0001
-    exact = x.double()
-    assert norm([x]).item() == pytest.approx(exact.norm().item(), rel=1e-7)
-    assert dot([x], [y]).item() == pytest.approx((exact @ y.double()).item(), rel=1e-6)
+@pytest.mark.parametrize("threads", [1, 2, 4])
+@pytest.mark.parametrize("starts", [(0, 0), (1, 1), (3, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [1, 1000, 8192, 300_001])
+def test_sums_of_any_length_address_and_threads_are_exact(count, dtype, starts, threads):
+    """Steady numbers are the hardest: roundings of one kind add up."""
+    torch.set_num_threads(threads)
+    steady = torch.full((count + 3,), 0.1, dtype=dtype)
+    x, y = (buffer[start:][:count] for buffer, start in zip((steady, steady * 1.01), starts, strict=True))
+    products = (x.double() * y.double()).tolist()
+    assert dot([x], [y]).item() == pytest.approx(math.fsum(products), rel=1e-12)
+    length = math.sqrt(math.fsum(x.double().square().tolist()))
+    assert norm([x]).item() == pytest.approx(length, rel=1e-12 if dtype is torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("starts", [(0, 0), (1, 3)], ids=str)
+def test_long_vectors_are_summed_exactly(starts, threads):
+    """Plain fp32 sums err by 3e-4 (norm) and, whose addresses differ, by 7e-4 (dot) on some processors."""
+    torch.set_num_threads(threads)
+    buffer = torch.randn(3_000_003, generator=torch.Generator().manual_seed(0)) * 0.01
+    x, y = (part[start:][:3_000_000] for part, start in zip((buffer, buffer * 1.0001), starts, strict=True))
+    product = x.double().mul_(y).sum().item()
+    assert abs(dot([x], [y]).item() - product) <= 1e-12 * norm([x]).item() * norm([y]).item()
+    assert norm([x]).item() == pytest.approx(x.double().norm().item(), rel=1e-7)
+
+
+def test_squares_beyond_half_precision():
     big = torch.full((1_000_000,), 300.0, dtype=torch.float16)  # whose square overflows
     assert norm([big]).item() == pytest.approx(3e5, rel=1e-7)
     assert dot([big], [big]).item() == pytest.approx(9e10, rel=1e-7)
+    assert norm([big[:1000]]).item() == pytest.approx(300 * math.sqrt(1000), rel=1e-12)
