@@ -1,4 +1,7 @@
-"""What every test starts from: two threads over all workers, no network, a folder of its own, nothing left behind."""
+"""What every test starts from: a folder of its own, no network, nothing left behind; two threads over all workers.
+
+``OMP_NUM_THREADS`` asks for another number of threads.
+"""
 
 import os
 import signal
@@ -10,10 +13,10 @@ import torch
 
 _CACHE = tempfile.TemporaryDirectory(prefix="lightning_plugins_tests_")  # not the user's own
 os.environ.update(HF_HOME=_CACHE.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read at import, later
-_THREADS = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ.setdefault("OMP_NUM_THREADS", str(_THREADS))  # also for the processes that tests start
+_FEW = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+os.environ.setdefault("OMP_NUM_THREADS", str(_FEW))  # also for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
-torch.set_num_threads(_THREADS)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 

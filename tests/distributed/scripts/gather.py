@@ -112,12 +112,13 @@ def results(world, rank):
         "batch norm": batch_norm_state(x64),
     }
     for name, (outputs, loss) in losses(rank).items():
-        net = encoder(outputs, torch.float32)
-        value = loss(net, x32)
+        net = encoder(outputs, torch.float64)
+        value = loss(net, x64)
         found[name] = [value.detach(), *gradients(value, net)]
-    net = encoder(4, torch.float32)
+    net = encoder(4, torch.float64)
     if world == 2:
-        found["wrong order"] = gradients(gathered_entropy(net, x32, normalised_before=True), net)
+        found["wrong order"] = gradients(gathered_entropy(net, x64, normalised_before=True), net)
+    net = encoder(4, torch.float32)
     group = dist.group.WORLD if dist.is_initialized() else None
     value = mmd(net(x32), generator=torch.Generator().manual_seed(rank), group=group)
     found["mmd"] = [value.detach(), *gradients(value, net)]
