@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test clean
+.PHONY: help demo test test-settings clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), train a capsule network on handwritten digits, print accuracy and pictures"
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
+	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make clean   remove $(VENV) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
@@ -17,6 +18,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+test-settings: $(VENV)/installed-test
+	$(VENV)/bin/python tests/settings.py $(SETTINGS_ARGS)
 
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
