@@ -46,19 +46,25 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     Sums of the BLAS in fp32 err by up to 7e-4, depending on the processor, the threads and the operands' addresses;
     they take as long.
     """
-    blocks = zip(*(z.detach().flatten().split(_BLOCK) for z in (x, y)), strict=True)
+    blocks = zip(*(_flat(z).split(_BLOCK) for z in (x, y)), strict=True)
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in blocks]).sum()
 
 
 def _length(x: Tensor) -> Tensor:
     """Short ones in float64; longer ones by rows, within 1e-6 for fp32, whose lengths are joined in float64."""
-    flat = x.detach().flatten()
+    flat = _flat(x)
     if flat.numel() <= 8 * _ROW:
         return torch.linalg.vector_norm(flat, dtype=torch.float64)
     even = flat.numel() - flat.numel() % _ROW
     rows = torch.linalg.vector_norm(_widened(flat[:even].view(-1, _ROW)), dim=1)
     rest = torch.linalg.vector_norm(_widened(flat[even:]))
     return torch.linalg.vector_norm(torch.cat([rows, rest[None]]).double())
+
+
+def _flat(x: Tensor) -> Tensor:
+    """In one dimension, complex numbers as pairs of real ones."""
+    x = x.detach()
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).flatten()
 
 
 def _widened(x: Tensor) -> Tensor:

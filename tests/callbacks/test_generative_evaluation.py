@@ -296,7 +296,7 @@ def test_two_processes_have_the_figures_of_all_their_images(tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(
-        [*launch, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
+        [*launch, tmp_path], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert answer.returncode == 0, answer.stderr[-5000:]
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

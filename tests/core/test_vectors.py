@@ -131,6 +131,15 @@ def test_long_vectors_are_summed_exactly(starts, threads):
     assert norm([x]).item() == pytest.approx(x.double().norm().item(), rel=1e-7)
 
 
+@pytest.mark.parametrize("count", [4, 20_000])
+def test_complex_numbers_are_pairs_of_real_ones(count):
+    x, y = torch.randn(2, count, 2, dtype=torch.float64)
+    z, w = torch.view_as_complex(x), torch.view_as_complex(y)
+    for one, other in ((z, w), (z.conj(), w.conj())):
+        assert dot([one], [other]).item() == pytest.approx((x * y).sum().item(), rel=1e-10)
+        assert norm([one]).item() == pytest.approx(x.norm().item(), rel=1e-12)
+
+
 def test_squares_beyond_half_precision():
     big = torch.full((1_000_000,), 300.0, dtype=torch.float16)  # whose square overflows
     assert norm([big]).item() == pytest.approx(3e5, rel=1e-7)

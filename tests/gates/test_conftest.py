@@ -68,5 +68,5 @@ def test_an_example_before_the_tests_makes_no_second_class(tmp_path):
         "lightning_plugins/part/thing.py",
         "test_thing.py",
     ]
-    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert "2 passed" in answer.stdout, answer.stdout

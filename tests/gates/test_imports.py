@@ -240,7 +240,7 @@ def test_right_arrows_pass():
 def loaded_by(code):
     """Names in ``sys.modules`` of a fresh interpreter after ``code``."""
     script = f"import sys\n{code}\nprint(*sys.modules)"
-    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=120)
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=600)
     return set(answer.stdout.split())
 
 

@@ -59,7 +59,7 @@ def wheel(tmp_path_factory):
     skip = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "tests", "lightning_logs")
     shutil.copytree(ROOT, folder / "tree", ignore=skip)
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    subprocess.run(command, cwd=folder / "tree", check=True, timeout=120)
+    subprocess.run(command, cwd=folder / "tree", check=True, timeout=600)
     (path,) = folder.glob("*.whl")
     return zipfile.ZipFile(path)
 

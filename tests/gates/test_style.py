@@ -18,7 +18,7 @@ def test_ruff(command):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
     )
     assert answer.returncode == 0, answer.stdout
 

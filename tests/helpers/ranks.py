@@ -39,7 +39,7 @@ def torchrun(name, *arguments, cwd, processes=2):
     torch.set_num_threads(1)
     try:
         yield log
-        assert process.wait(timeout=400) == 0, log.read_text()[-5000:]
+        assert process.wait(timeout=900) == 0, log.read_text()[-5000:]
     finally:
         process.terminate()
         torch.set_num_threads(threads)

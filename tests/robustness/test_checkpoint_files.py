@@ -102,7 +102,7 @@ def test_what_is_no_checkpoint_is_told_and_left(project, tmp_path):
         for words, _ in mistakes
     ]
     for process, (_, told) in zip(processes, mistakes, strict=True):
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=600)
         assert process.returncode == 2, err
         assert "Traceback" not in err
         lines = err[err.index("error:") :].splitlines()

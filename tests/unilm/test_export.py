@@ -164,7 +164,7 @@ def root(tmp_path_factory, build):
         assert folder == root / name
     command = [sys.executable, "-W", "error", "-c", PLAIN, str(root), ",".join(CASES), json.dumps(WRONG)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    answer = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert answer.returncode == -signal.SIGKILL, answer.stderr[-3000:]
     return root
 
