@@ -7,9 +7,11 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from numerics import compares_numbers
 
 _CACHE = tempfile.TemporaryDirectory(prefix="lightning_plugins_tests_")  # not the user's own
 os.environ.update(HF_HOME=_CACHE.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read at import, later
@@ -19,6 +21,18 @@ os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+
+_APART = {"cli", "distributed", "gates", "recipes", "robustness"}  # processes and whole runs, which hold few numbers
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m numerics` chooses
+def pytest_collection_modifyitems(items):
+    """Mark as ``numerics`` what compares floating-point results in the folders of the parts; others may say so."""
+    for item in items:
+        inside = Path(__file__).parent in item.path.parents and item.path.parent.name not in _APART
+        apart = any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
+        if inside and not apart and compares_numbers(item.function):
+            item.add_marker("numerics")
 
 
 @pytest.fixture(autouse=True)

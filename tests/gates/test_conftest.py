@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from numerics import compares_numbers
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,6 +36,22 @@ def test_each_test_starts_from_the_same_numbers(time, seen, request):
 
 def test_shared_fixtures_draw_other_numbers_than_tests(shared):
     assert not set(shared) & set(draws())
+
+
+def helper():
+    return draws() == pytest.approx(draws())
+
+
+@given(st.integers())
+def with_examples(number):
+    helper()
+
+
+def test_comparisons_of_numbers_are_seen():
+    assert compares_numbers(helper)
+    assert compares_numbers(with_examples)
+    assert compares_numbers(lambda: [helper() for _ in range(2)])
+    assert not compares_numbers(draws)
 
 
 TOY = {
