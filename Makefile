@@ -20,7 +20,7 @@ test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-settings: $(VENV)/installed-test
-	$(VENV)/bin/python tests/settings.py $(SETTINGS_ARGS)
+	$(VENV)/bin/python tests/helpers/machine_settings.py $(SETTINGS_ARGS)
 
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python

@@ -22,14 +22,16 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
-_APART = {"cli", "distributed", "gates", "recipes", "robustness"}  # processes and whole runs, which hold few numbers
+# Folders and files of processes and whole runs, which take long and hold few numbers.
+_APART = {"cli", "distributed", "faults", "gates", "recipes", "robustness"}
+_APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_export.py"}
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m numerics` chooses
 def pytest_collection_modifyitems(items):
     """Mark as ``numerics`` what compares floating-point results in the folders of the parts; others may say so."""
     for item in items:
-        inside = Path(__file__).parent in item.path.parents and item.path.parent.name not in _APART
+        inside = Path(__file__).parent in item.path.parents and _APART.isdisjoint(item.path.parts[-2:])
         apart = any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
         if inside and not apart and compares_numbers(item.function):
             item.add_marker("numerics")

@@ -1,26 +1,14 @@
 """The table of ``make test-settings``, without running a suite for each row."""
 
-import importlib.util
-from pathlib import Path
-
+import machine_settings as script
 import pytest
-
-SCRIPT = Path(__file__).parents[1] / "settings.py"
-
-
-@pytest.fixture
-def script():
-    spec = importlib.util.spec_from_file_location("settings_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def answers(passed, failed, *names):
     return lambda environment, arguments: (passed, failed, 12.3, list(names))
 
 
-def test_settings_are_those_of_other_machines(script, monkeypatch):
+def test_settings_are_those_of_other_machines(monkeypatch):
     monkeypatch.setattr(script.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     names = [name for name, _, _ in script.settings()]
     assert len(names) == len(set(names)) == 17
@@ -36,13 +24,13 @@ def test_settings_are_those_of_other_machines(script, monkeypatch):
         (answers(0, 0), 1, "| OMP_NUM_THREADS=4 | 0 | 0 | 12 |"),
     ],
 )
-def test_a_row_tells_what_failed(script, monkeypatch, capsys, answer, status, row):
+def test_a_row_tells_what_failed(monkeypatch, capsys, answer, status, row):
     monkeypatch.setattr(script, "run", answer)
     assert script.main(["--only", "THREADS=4", "-m", "numerics"]) == status
     assert row in capsys.readouterr().out.splitlines()
 
 
-def test_a_setting_reaches_the_tests(script, tmp_path, monkeypatch):
+def test_a_setting_reaches_the_tests(tmp_path, monkeypatch):
     """One small run of pytest, with a failure and a broken fixture."""
     (tmp_path / "test_it.py").write_text(
         "import os\nimport pytest\n\n"
@@ -58,7 +46,7 @@ def test_a_setting_reaches_the_tests(script, tmp_path, monkeypatch):
     assert names == ["test_it::test_bad", "test_it::test_error"]
 
 
-def test_jobs_on_the_cores_end(script, monkeypatch):
+def test_jobs_on_the_cores_end(monkeypatch):
     started, popen = [], script.subprocess.Popen
     monkeypatch.setattr(script.subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1])
     with script.busy(1):

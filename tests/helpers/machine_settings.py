@@ -1,8 +1,8 @@
 """Run the suite as other machines would: older instructions, more threads, other orders, other numbers, busy cores.
 
-``python tests/settings.py [--only WORDS] [pytest's arguments]`` prints setting, passed, failed and seconds, then the
-tests that failed. ``--only thread`` runs the settings whose name holds the word; ``-m numerics`` runs only the tests
-that compare floating-point results. It ends with status 1 unless tests ran under each setting and passed.
+``python tests/helpers/machine_settings.py [--only WORDS] [ARGUMENTS of pytest]`` prints setting, passed, failed and
+seconds, then the tests that failed. ``--only THREADS`` runs the settings whose name holds it, ``-m numerics`` only the
+tests that compare floating-point results. It ends with status 1 unless tests ran under each setting and passed.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CAPABILITIES = ["default", "avx2", "avx512"]
 BUSY = "a job on each core"
 ONE_OLD = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "OMP_NUM_THREADS": "1"}  # as in .ci/run
