@@ -27,13 +27,17 @@ _APART = {"cli", "distributed", "faults", "gates", "recipes", "robustness"}
 _APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_export.py"}
 
 
+def _is_apart(item):
+    """Outside of the parts, or one of the dear ones; compilers are, too."""
+    inside = Path(__file__).parent in item.path.parents and _APART.isdisjoint(item.path.parts[-2:])
+    return not inside or "compile" in item.name or any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m numerics` chooses
 def pytest_collection_modifyitems(items):
     """Mark as ``numerics`` what compares floating-point results in the folders of the parts; others may say so."""
     for item in items:
-        inside = Path(__file__).parent in item.path.parents and _APART.isdisjoint(item.path.parts[-2:])
-        apart = any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
-        if inside and not apart and compares_numbers(item.function):
+        if isinstance(item, pytest.Function) and not _is_apart(item) and compares_numbers(item.function):
             item.add_marker("numerics")
 
 
