@@ -28,9 +28,10 @@ _APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_e
 
 
 def _is_apart(item):
-    """Outside of the parts, or one of the dear ones; compilers are, too."""
+    """Outside of the parts, or one of those that take long, as drawing and compiling do."""
     inside = Path(__file__).parent in item.path.parents and _APART.isdisjoint(item.path.parts[-2:])
-    return not inside or "compile" in item.name or any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
+    other = "plots" in item.path.name or "compile" in item.name
+    return not inside or other or any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m numerics` chooses
