@@ -25,6 +25,7 @@ from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.messages import UsageError, raised_here
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
+from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
 from lightning_plugins.data import ImageData, TextData
@@ -190,6 +191,12 @@ class PluginsCLI(LightningCLI):
             if isinstance(error, (ValueError, OSError, MisconfigurationException)):
                 raise UsageError(*_sentence(error)) from error
             raise error from error.__cause__  # without the parser's wrapping
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer; its checkpoints survive unless the user named how they are written."""
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_checkpoints_whole(trainer)
+        return trainer
 
     # Running
 
