@@ -24,7 +24,7 @@ def checkpoint_folders(root: Path) -> list[Path]:
 def find_last(root: Path, folders: Iterable[Path]) -> Path:
     """The newest readable checkpoint of the newest run with a ``last.ckpt``; else that of the run before it.
 
-    Which one is taken, and which newer ones are passed over and why, is told on stderr.
+    If newer ones are passed over, they, the reasons, and which one is taken are told on stderr.
 
     Args:
         root: the run folder, for the sentences.
@@ -42,8 +42,8 @@ def find_last(root: Path, folders: Iterable[Path]) -> Path:
     skipped = []
     for path in paths:
         if (what := _why_unreadable(path)) is None:
-            _tell([f"--ckpt_path last: passed over: {line}" for line in skipped])
-            _tell([f"--ckpt_path last: {str(path)!r} is taken."])
+            if skipped:
+                _tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
             return path
         skipped.append(what)
     raise UsageError(f"--ckpt_path last: none of {len(paths)} checkpoint(s) can be read.", *skipped)

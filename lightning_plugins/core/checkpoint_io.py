@@ -1,4 +1,4 @@
-"""How checkpoints are written: beside their place, flushed to the disk, put there in one step; and read: whole or not."""
+"""Checkpoints are written beside their place, flushed, and put there in one step; they are read whole or not at all."""
 
 import os
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""A file or folder written beside its place and put there in one step, so that a reader finds the old or the new one."""
+"""A file or folder is written beside its place and put there in one step: a reader finds the old or the new one."""
 
 import ctypes
 import errno
