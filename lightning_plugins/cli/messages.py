@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -47,13 +48,15 @@ def raised_here(error: Exception) -> bool:
 
 
 def outside_cause(error: BaseException) -> str:
-    """One sentence for a disk that takes no more, or a loader's process that was killed; empty for any other error.
+    """One sentence for a disk that takes no more or a process of the run that was killed; empty for any other error.
 
     >>> outside_cause(OSError(errno.ENOSPC, "No space left on device", "metrics.csv"))
     "'metrics.csv' cannot be written: No space left on device."
     """
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return f"a worker process of the data loader is gone: {str(error).splitlines()[0].strip().rstrip('.')}."
+    if isinstance(error, RuntimeError) and (words := re.search(r"Connection (closed|reset) by peer", str(error))):
+        return f"another process of the run is gone: {words[0]}."
     for cause in (error, error.__cause__):
         if isinstance(cause, OSError) and cause.errno in _FULL:
             if cause is not error and isinstance(error, OSError):
