@@ -52,7 +52,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with replacing(target) as partial:
-                _save(checkpoint, partial)
+                write_torch_file(checkpoint, partial)
         except OSError as error:
             raise _explained(error, path) from error
 
@@ -72,12 +72,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise OSError(f"checkpoint {str(path)!r} is damaged. Use an earlier one.") from error
 
 
-def _save(checkpoint: dict[str, Any], path: Path) -> None:
+def write_torch_file(content: Any, path: Path) -> None:
+    """``torch.save`` to a new file, with its checksums.
+
+    Raises:
+        OSError: the file cannot be written; torch alone tells only that its own writer has failed.
+    """
     keeps = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(True)
     try:
         with path.open("xb") as file:
-            torch.save(checkpoint, file)
+            torch.save(content, file)
     except RuntimeError as error:  # of torch's writer, when the file could not be written
         if isinstance(error.__context__, OSError):
             raise error.__context__ from None
