@@ -1,17 +1,17 @@
 """Checkpoints are written beside their place, flushed, and put there in one step; they are read whole or not at all."""
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
-from lightning_plugins.core.replacing import replacing
+from lightning_plugins.core.checkpoint_folders import replace_folders
+from lightning_plugins.core.replacing import is_address, replacing, write_error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -46,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             OSError: the file cannot be written; what had its name is as it was.
             TypeError: storage options were given.
         """
-        if storage_options is not None or _is_address(path):
+        if storage_options is not None or is_address(path):
             return super().save_checkpoint(checkpoint, path, storage_options)
         target = Path(os.path.abspath(path))
         try:
@@ -54,7 +54,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with replacing(target) as partial:
                 write_torch_file(checkpoint, partial)
         except OSError as error:
-            raise _explained(error, path) from error
+            raise write_error(error, path) from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Read a checkpoint, after its checksums have been compared.
@@ -91,22 +91,11 @@ def write_torch_file(content: Any, path: Path) -> None:
         torch.serialization.set_crc32_options(keeps)
 
 
-def _explained(error: BaseException, path: Any) -> OSError:
-    for failure, _ in getattr(error, "failures", {}).values():  # of some processes, told to all
-        error = failure
-    error = error.__cause__ if isinstance(error.__cause__, OSError) else error
-    reason = getattr(error, "strerror", None) or str(error)
-    return OSError(f"checkpoint {str(path)!r} cannot be written: {reason}. What had its name before is as it was.")
-
-
-def _is_address(path: Any) -> bool:
-    return "://" in str(path)
-
-
 def keep_checkpoints_whole(trainer: Trainer) -> None:
     """Let a trainer write its checkpoints by :class:`AtomicCheckpointIO`, and folders of sharded ones as safely.
 
     A ``CheckpointIO`` that the trainer was given stays; one that writes in the background gets this one to write with.
+    Folders get a file of checksums, ``checksums.json``, which is compared when they are read.
 
     Args:
         trainer: before it is run.
@@ -118,28 +107,4 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
     elif given is None and type(strategy.checkpoint_io) is TorchCheckpointIO:  # a TPU's strategy has its own
         strategy.checkpoint_io = AtomicCheckpointIO()
     if isinstance(strategy, (ModelParallelStrategy, FSDPStrategy)):
-        _replace_folders(strategy)
-
-
-def _replace_folders(strategy: Strategy) -> None:
-    """Let a strategy write folders beside their place; all processes write, rank zero puts the whole there."""
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    save = strategy.save_checkpoint
-
-    def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        if _is_address(filepath):
-            return save(checkpoint, filepath, storage_options)
-        target = Path(os.path.abspath(strategy.broadcast(filepath)))
-        try:
-            with ExitStack() as stack:
-                partial = None
-                if strategy.is_global_zero:
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    partial = stack.enter_context(replacing(target))
-                save(checkpoint, strategy.broadcast(partial), storage_options)
-                strategy.barrier()
-        except (OSError, CheckpointException) as error:
-            raise _explained(error, filepath) from error
-
-    strategy.save_checkpoint = save_checkpoint
+        replace_folders(strategy)

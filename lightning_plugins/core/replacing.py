@@ -57,6 +57,20 @@ def remove_leftovers(folder: Path) -> None:
             _remove(path)
 
 
+def write_error(error: BaseException, path: object) -> OSError:
+    """One sentence for a checkpoint that could not be written."""
+    for failure, _ in getattr(error, "failures", {}).values():  # of some processes, gathered by torch
+        error = failure
+    error = error.__cause__ if isinstance(error.__cause__, OSError) else error
+    reason = getattr(error, "strerror", None) or str(error)
+    return OSError(f"checkpoint {str(path)!r} cannot be written: {reason}. What had its name before is as it was.")
+
+
+def is_address(path: object) -> bool:
+    """Whether a path leads to another machine, as ``s3://bucket/file`` does."""
+    return "://" in str(path)
+
+
 def _is_leftover(path: Path, host: str, pid: int) -> bool:
     if host == _HOST and pid == os.getpid():
         return path.name not in _writing  # of a process that had the same number

@@ -67,7 +67,8 @@ def main(folder):
     trainer.save_checkpoint(target)
     trainer.strategy.barrier()
     assert names(folder) == ["last.ckpt"]
-    assert names(target) == [".metadata", "__0_0.distcp", "__1_0.distcp", "meta.pt"], names(target)
+    files = [".metadata", "__0_0.distcp", "__1_0.distcp", "checksums.json", "meta.pt"]
+    assert names(target) == files, names(target)
 
     trainer.strategy.barrier()
     kept, write = weights(trainer), torch.save
@@ -84,9 +85,26 @@ def main(folder):
     failed.strategy.barrier()
     assert names(folder) == ["last.ckpt"]
     assert torch.equal(weights(fit(folder, 3, target)), kept)
+    refuse_flipped_bits(failed, folder, target)
     if failed.global_rank == 0:
         (folder / "done").touch()
     end()
+
+
+def refuse_flipped_bits(trainer, folder, target):
+    """In a file that the other process reads, too, all refuse."""
+    if trainer.global_rank == 0:
+        data = bytearray((target / "__1_0.distcp").read_bytes())
+        data[len(data) // 2] ^= 1
+        (target / "__1_0.distcp").write_bytes(data)
+    trainer.strategy.barrier()
+    try:
+        fit(folder, 5, target)
+    except OSError as error:
+        assert str(error).endswith("is damaged (the checksum of '__1_0.distcp' is wrong). Use an earlier one."), error
+    else:
+        raise AssertionError("the flipped bit was not seen")
+    trainer.strategy.barrier()
 
 
 def full_disk(*arguments, **options):
