@@ -1,7 +1,6 @@
 """A checkpoint is written whole or not at all, whatever happens in between; and read whole or not at all."""
 
 import os
-import resource
 import signal
 import stat
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from disks import little_room
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
@@ -43,17 +43,6 @@ def saved(tmp_path):
     return path
 
 
-@pytest.fixture
-def little_room():
-    """No file may grow beyond 64 KiB, which is how a full disk or a quota looks to a program."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
 class Tiny(LightningModule):
     def __init__(self):
         super().__init__()
@@ -81,8 +70,8 @@ def test_a_checkpoint_is_replaced_and_nothing_else_is_left(saved):
     assert names(saved.parent) == []
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(saved, little_room):
-    with pytest.raises(OSError) as error:
+def test_a_full_disk_leaves_the_checkpoint_before(saved):
+    with little_room(), pytest.raises(OSError) as error:
         AtomicCheckpointIO().save_checkpoint(content(2), saved)
     assert str(error.value) == (
         f"checkpoint {str(saved)!r} cannot be written: File too large. What had its name before is as it was."
@@ -204,12 +193,12 @@ def test_in_a_run(tmp_path, save_last, plugin):
     assert trainer.global_step == 6
 
 
-def test_an_error_in_the_background_is_not_lost(tmp_path, little_room):
+def test_an_error_in_the_background_is_not_lost(tmp_path):
     model = Tiny()
     model.large = torch.nn.Parameter(torch.zeros(50_000))
     saving = ModelCheckpoint(tmp_path / "sub", every_n_train_steps=4)
     trainer = trainer_of(tmp_path, saving, plugins=[AsyncCheckpointIO(AtomicCheckpointIO())])
-    with pytest.raises(OSError, match="cannot be written: File too large"):
+    with little_room(), pytest.raises(OSError, match="cannot be written: File too large"):
         trainer.fit(model, Digits(image_size=8))
     assert names(tmp_path / "sub") == []
 

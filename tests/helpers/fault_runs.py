@@ -22,7 +22,10 @@ from typing import NoReturn
 import torch
 from lightning.pytorch import Callback
 
-from lightning_plugins.cli import main
+from lightning_plugins.cli import (
+    app,  # noqa: F401 (main imports it when it is wanted: here once for all children)
+    main,
+)
 from lightning_plugins.core import checkpoint_io, replacing
 
 BATCHES = 12  # three epochs of four

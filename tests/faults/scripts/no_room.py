@@ -53,9 +53,7 @@ def main(folder: str) -> None:
     for module, root in (("CapsNet", "whole"), ("DiffusionTeacher", "made")):
         status, said = fault_runs.forked(fault_runs.fit(module, root))
         assert status == 0, said
-    predict = ["predict", "--ckpt_path=whole/lightning_logs/version_0/checkpoints/last.ckpt", *fault_runs.DIGITS]
     found = {
-        "predict": full(*predict, "--trainer.logger=false", "--trainer.enable_progress_bar=false"),
         "export": full("export", LAST, "--output=exported"),
         "sample": full("sample", LAST, "--output=samples.png", "--num_samples=2"),
         "small disk": small_disk(),
