@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-settings clean
+.PHONY: help demo test test-settings test-faults clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), train a capsule network on handwritten digits, print accuracy and pictures"
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
+	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: half an hour"
 	@echo "make clean   remove $(VENV) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
@@ -21,6 +22,9 @@ test: $(VENV)/installed-test
 
 test-settings: $(VENV)/installed-test
 	$(VENV)/bin/python tests/helpers/machine_settings.py $(SETTINGS_ARGS)
+
+test-faults: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow" tests/faults $(PYTEST_ARGS)
 
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         plot_ode_diagnostics,
     )
     from lightning_plugins.capsnet import CapsNet
+    from lightning_plugins.core.checkpoint_io import AtomicCheckpointIO, keep_checkpoints_whole
     from lightning_plugins.core.replay import is_replaying
     from lightning_plugins.data import (
         Digits,
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "EAE": "lightning_plugins.eae",
+    "AtomicCheckpointIO": "lightning_plugins.core.checkpoint_io",
     "BirthdayParadox": "lightning_plugins.metrics",
     "CapsNet": "lightning_plugins.capsnet",
     "DiffusionTeacher": "lightning_plugins.sid",
@@ -73,6 +75,7 @@ _PUBLIC = {
     "flood": "lightning_plugins.callbacks",
     "gradient_penalty_backward": "lightning_plugins.callbacks",
     "is_replaying": "lightning_plugins.core.replay",
+    "keep_checkpoints_whole": "lightning_plugins.core.checkpoint_io",
     "knn_entropy": "lightning_plugins.eae",
     "plot_masks": "lightning_plugins.unilm",
     "plot_ode_diagnostics": "lightning_plugins.callbacks",
@@ -80,6 +83,7 @@ _PUBLIC = {
 
 __all__ = [
     "EAE",
+    "AtomicCheckpointIO",
     "BirthdayParadox",
     "CapsNet",
     "DiffusionTeacher",
@@ -107,6 +111,7 @@ __all__ = [
     "flood",
     "gradient_penalty_backward",
     "is_replaying",
+    "keep_checkpoints_whole",
     "knn_entropy",
     "plot_masks",
     "plot_ode_diagnostics",

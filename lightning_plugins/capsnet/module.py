@@ -32,6 +32,7 @@ from lightning_plugins.capsnet.networks import (
     resolve_preset,
 )
 from lightning_plugins.capsnet.routing import RoutingKind, RoutingTrace
+from lightning_plugins.core.checkpoint_damage import CheckedLoading
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
@@ -98,6 +99,8 @@ class CapsNet(LightningModule):
 
     Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
     """
+
+    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,

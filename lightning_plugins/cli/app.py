@@ -22,9 +22,10 @@ from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
-from lightning_plugins.cli.messages import UsageError, raised_here
+from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
+from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
 from lightning_plugins.data import ImageData, TextData
@@ -191,6 +192,12 @@ class PluginsCLI(LightningCLI):
                 raise UsageError(*_sentence(error)) from error
             raise error from error.__cause__  # without the parser's wrapping
 
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer; its checkpoints survive unless the user named how they are written."""
+        trainer = super().instantiate_trainer(**kwargs)
+        keep_checkpoints_whole(trainer)
+        return trainer
+
     # Running
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -202,10 +209,12 @@ class PluginsCLI(LightningCLI):
                     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
                 super()._run_subcommand(subcommand)
         except (ValueError, OSError, MisconfigurationException) as error:
+            self._explain_stop(error)
             if not (raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
             raise UsageError(str(error)) from error
         except RuntimeError as error:
+            self._explain_stop(error)
             if "in loading state_dict" not in str(error):
                 raise
             path = self.config[subcommand].ckpt_path
@@ -221,10 +230,18 @@ class PluginsCLI(LightningCLI):
 
     def _stop(self, status: int) -> None:
         """Leave an interrupted run, with the checkpoint to go on from."""
-        found = [c.last_model_path or c.best_model_path for c in _model_checkpoints(self.trainer)]
-        hint = f"Go on with the same command and --ckpt_path {shorten(found[0])}" if any(found) else ""
-        sys.stderr.write(f"\nInterrupted. {hint}".rstrip() + "\n")
+        sys.stderr.write(f"\nInterrupted. {self._how_to_go_on()}".rstrip() + "\n")
         sys.exit(status)
+
+    def _explain_stop(self, error: Exception) -> None:
+        """One sentence for what stopped the run from outside; other errors are left to the caller."""
+        if sentence := outside_cause(error):
+            raise RunStoppedError(sentence, self._how_to_go_on()) from error
+
+    def _how_to_go_on(self) -> str:
+        written = [c.last_model_path or c.best_model_path for c in _model_checkpoints(self.trainer)]
+        found = [path for path in written if path and os.path.exists(path)]
+        return f"Go on with the same command and --ckpt_path {shorten(found[0])}" if found else ""
 
     def before_fit(self) -> None:
         """Look for the test data before hours of training, if they are wanted after it."""

@@ -2,16 +2,18 @@
 
 import inspect
 import re
-import zipfile
+import sys
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
+from lightning_plugins.core.checkpoint_damage import damage
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -20,31 +22,78 @@ def checkpoint_folders(root: Path) -> list[Path]:
 
 
 def find_last(root: Path, folders: Iterable[Path]) -> Path:
-    """The newest ``last.ckpt`` in the folders (every run has its own) below the run folder ``root``.
+    """The newest readable checkpoint of the newest run with a ``last.ckpt``; else that of the run before it.
+
+    If newer ones are passed over, they, the reasons, and which one is taken are told on stderr.
+
+    Args:
+        root: the run folder, for the sentences.
+        folders: where runs below it keep their checkpoints, each its own.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is none, or none that can be read.
     """
-    found = [path for folder in folders for path in folder.glob("last*.ckpt")]
-    if not found:
+    paths = [path for folder in _newest_first(folders) for path in _by_age(folder.glob("*.ckpt"))]
+    if not paths:
         raise UsageError(
             f"--ckpt_path last: no run in {str(root.absolute())!r} has a last.ckpt.",
             "A run writes one with --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true",
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    skipped = []
+    for path in paths:
+        if (what := _why_unreadable(path)) is None:
+            if skipped:
+                _tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
+            return path
+        skipped.append(what)
+    raise UsageError(f"--ckpt_path last: none of {len(paths)} checkpoint(s) can be read.", *skipped)
+
+
+def _newest_first(folders: Iterable[Path]) -> list[Path]:
+    """The folders with a ``last*.ckpt``, that with the newest one first."""
+    newest = {folder: max(map(_age, folder.glob("last*.ckpt")), default=None) for folder in dict.fromkeys(folders)}
+    return sorted((folder for folder, age in newest.items() if age), key=newest.get, reverse=True)
+
+
+def _by_age(paths: Iterable[Path]) -> list[Path]:
+    """What is called ``last`` before all others, the newest first."""
+    return sorted(paths, key=lambda path: (path.name.startswith("last"), _age(path)), reverse=True)
+
+
+def _age(path: Path) -> float:
+    return path.lstat().st_mtime  # a link may lead nowhere
+
+
+def _why_unreadable(path: Path) -> str | None:
+    if path.is_dir():  # sharded: what it describes is written last
+        return None if (path / "meta.pt").is_file() else f"checkpoint {str(path)!r} is a folder without its meta.pt."
+    try:
+        read_hyperparameters(path)
+    except UsageError as error:
+        return str(error)
+    return None
+
+
+@rank_zero_only
+def _tell(lines: Iterable[str]) -> None:
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
 def read_hyperparameters(path: Path) -> dict[str, Any]:
     """The constructor's arguments in a checkpoint; empty if it was saved without.
 
     Raises:
-        UsageError: the file is missing, empty, truncated, or not a Lightning checkpoint.
+        UsageError: the file is missing, empty, truncated, damaged, or not a Lightning checkpoint.
     """
     if not path.exists():
         near = [str(other) for other in path.parent.glob("*.ckpt")]
         raise UsageError(f"checkpoint {str(path)!r} does not exist.", did_you_mean(str(path), near))
-    if path.stat().st_size == 0:
-        raise UsageError(f"checkpoint {str(path)!r} is empty: the run that wrote it was cut off. Use an earlier one.")
+    try:
+        what = damage(path)
+    except OSError as error:
+        raise UsageError(f"checkpoint {str(path)!r} cannot be read: {error.strerror}.") from error
+    if what:
+        raise UsageError(f"checkpoint {str(path)!r} {what}. Use an earlier one.")
     try:
         # mapped, so that only the description is read, not the weights
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -59,8 +108,6 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
 def _unreadable(path: Path, error: Exception) -> list[str]:
     with path.open("rb") as file:
         zipped = file.read(2) == b"PK"
-    if zipped and not zipfile.is_zipfile(path):
-        return [f"checkpoint {str(path)!r} is truncated: the run that wrote it was cut off. Use an earlier one."]
     if zipped and (match := re.search(r"GLOBAL (\S+)", str(error))):
         return [f"checkpoint {str(path)!r} holds an object of {match[1]}; only plain values can be loaded safely."]
     return [f"{str(path)!r} is not a Lightning checkpoint, or is damaged."]

@@ -1,6 +1,8 @@
 """Mistakes told in at most five lines, with the closest valid names. Imports nothing heavy."""
 
 import difflib
+import errno
+import re
 import sys
 import traceback
 from collections.abc import Iterable
@@ -10,6 +12,7 @@ from typing import NoReturn
 import lightning_plugins
 
 MAX_LINES = 5
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class UsageError(Exception):
@@ -20,20 +23,47 @@ class UsageError(Exception):
         hints: further lines; empty ones are dropped.
     """
 
+    status = 2
+
     def __init__(self, sentence: str, *hints: str) -> None:
         super().__init__(sentence)
         self.lines = [line for line in (*sentence.splitlines(), *hints) if line.strip()]
 
     def exit(self) -> NoReturn:
-        """Leave with status 2 after printing at most five lines to stderr."""
+        """Leave with the status after printing at most five lines to stderr."""
         sys.stderr.write("error: " + "\n".join(self.lines[:MAX_LINES]) + "\n")
-        sys.exit(2)
+        sys.exit(self.status)
+
+
+class RunStoppedError(UsageError):
+    """What stopped a run from outside: a full disk, a loader's process that was killed."""
+
+    status = 1
 
 
 def raised_here(error: Exception) -> bool:
     """Whether the error was raised by this package's own code."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
+
+
+def outside_cause(error: BaseException) -> str:
+    """One sentence for a disk that takes no more or a process of the run that was killed; empty for any other error.
+
+    >>> outside_cause(OSError(errno.ENOSPC, "No space left on device", "metrics.csv"))
+    "'metrics.csv' cannot be written: No space left on device."
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return f"a worker process of the data loader is gone: {str(error).splitlines()[0].strip().rstrip('.')}."
+    if isinstance(error, RuntimeError) and (words := re.search(r"Connection (closed|reset) by peer", str(error))):
+        return f"another process of the run is gone: {words[0]}."
+    for cause in (error, error.__cause__):
+        if isinstance(cause, OSError) and cause.errno in _FULL:
+            if cause is not error and isinstance(error, OSError):
+                return str(error)  # it tells the file
+            name = repr(cause.filename) if cause.filename else "a file of the run"
+            return f"{name} cannot be written: {cause.strerror}."
+    return ""
 
 
 def closest(word: str, names: Iterable[str]) -> list[str]:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from lightning_plugins.core.checkpoint_io import write_torch_file
 from lightning_plugins.core.logging import log_dir
+from lightning_plugins.core.replacing import replacing
 
 MAX_PICTURES = 11
 
@@ -47,11 +49,13 @@ def save_predictions(trainer: Trainer, predictions: Sequence[Any]) -> Path:
     loaders = predictions if several else [predictions]
     if all(_is_records(batch) for batches in loaders for batch in batches):
         path = folder / f"predictions{rank}.jsonl"
-        _write_lines(path, ({**r, "dataloader": i} if several else r for i, r in _records(loaders)))
+        with replacing(path) as partial:
+            _write_lines(partial, ({**r, "dataloader": i} if several else r for i, r in _records(loaders)))
     else:
         path = folder / f"predictions{rank}.pt"
         joined = [join_batches(batches) for batches in loaders]
-        torch.save(joined if several else joined[0], path)
+        with replacing(path) as partial:
+            write_torch_file(joined if several else joined[0], partial)
     return path
 
 

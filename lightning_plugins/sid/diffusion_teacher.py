@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_plugins.core.checkpoint_damage import CheckedLoading
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
@@ -78,6 +79,8 @@ class DiffusionTeacher(LightningModule):
 
     Source: Ho, Jain, Abbeel 2020 (arXiv 2006.11239), eq. 14; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
+
+    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from lightning_plugins.core.checkpoint_damage import CheckedLoading
 from lightning_plugins.core.curvature import loss_scale
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
@@ -110,6 +111,8 @@ class SiD(LightningModule):
 
     Source: Zhou et al. 2024, arXiv 2404.04057 and its code; SiD-LSG, arXiv 2406.01561; Su, kexue.fm/archives/10085.
     """
+
+    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,

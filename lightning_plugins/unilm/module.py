@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from lightning_plugins.core.checkpoint_damage import CheckedLoading, refuse_damage
 from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -115,6 +116,8 @@ class UniLMSeq2Seq(LightningModule):
     Source: Dong et al. 2019, arXiv 1905.03197; Bao et al. 2020, arXiv 2002.12804; Bao et al. 2021 (s2s-ft),
     arXiv 2110.13640; Su, kexue.fm/archives/6933.
     """
+
+    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,
@@ -294,6 +297,7 @@ class UniLMSeq2Seq(LightningModule):
         if given is None:
             return None
         path = Path(given) / "meta.pt" if Path(given).is_dir() else Path(given)  # sharded checkpoints are folders
+        refuse_damage(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt").get(_RECORD)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -129,3 +129,34 @@ def test_data_that_contradicts_the_checkpoint(trained, mistake):
 def test_a_bug_keeps_its_traceback(cli):
     with pytest.raises(KeyError, match="not an argument error"):
         cli("fit", *TOY, "--model.lr=666")
+
+
+OWN_IO = """
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+class Own(TorchCheckpointIO):
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        print("own", flush=True)
+        super().save_checkpoint(checkpoint, path, storage_options)
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "own", "ours"),
+    [
+        ([], 0, 2),
+        (["--trainer.plugins+=AtomicCheckpointIO"], 0, 2),
+        (["--trainer.plugins+=lightning.pytorch.plugins.io.AsyncCheckpointIO"], 0, 2),
+        (["--trainer.plugins+=lightning.pytorch.plugins.precision.DoublePrecision"], 0, 2),
+        (["--trainer.plugins+=own_io.Own"], 2, 0),
+    ],
+    ids=["default", "named", "in the background", "another plugin", "own"],
+)
+def test_how_checkpoints_are_written(cli, own_module, monkeypatch, capsys, words, own, ours):
+    """By AtomicCheckpointIO, unless the user names a way of his own."""
+    own_module("own_io", OWN_IO)
+    written, replace = [], os.replace
+    monkeypatch.setattr(os, "replace", lambda source, target: (written.append(str(target)), replace(source, target)))
+    cli("fit", *TOY, *words, "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true")
+    assert capsys.readouterr().out.count("own\n") == own
+    assert len([path for path in written if path.endswith(".ckpt")]) == ours

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from disks import little_room
 from torch.utils.data import DataLoader
 
 from lightning_plugins.cli.outputs import join_batches, picture_lines, save_predictions
@@ -69,6 +70,20 @@ def test_anything_else_is_kept_as_it_is(trainer, predictions):
     assert path.name == "predictions.pt"
     found, expected = torch.load(path, weights_only=True), join_batches(predictions)
     assert str(found) == str(expected)
+
+
+@pytest.mark.parametrize("kind", ["records", "tensors"])
+def test_a_full_disk_leaves_the_predictions_before(trainer, kind):
+    """A file that has half of the new ones would look like all of them."""
+    one, many = ([[{"source": "a"}]], [[{"source": "a" * 100}] * 1000])
+    if kind == "tensors":
+        one, many = ([torch.ones(2)], [torch.ones(50_000)])
+    path = save_predictions(trainer, one)
+    before = path.read_bytes()
+    with little_room(), pytest.raises(OSError, match="File too large"):
+        save_predictions(trainer, many)
+    assert path.read_bytes() == before
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_pictures_one_line_each_kind_newest_first_seen_only(tmp_path, monkeypatch):

@@ -283,7 +283,7 @@ def test_a_public_name_is_what_configs_record(name):
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(AttributeError, match="no attribute 'CapNet'; its names are EAE, BirthdayParadox"):
+    with pytest.raises(AttributeError, match="no attribute 'CapNet'; its names are EAE, AtomicCheckpointIO"):
         lightning_plugins.CapNet  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'CapNet'"):
         from lightning_plugins import CapNet  # noqa: F401

@@ -1,0 +1,89 @@
+"""Folders that several processes write as one checkpoint: replaced as a whole, read whole or not at all."""
+
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+from lightning.pytorch.strategies import Strategy
+
+from lightning_plugins.core.checkpoint_damage import refuse_damage
+from lightning_plugins.core.replacing import is_address, replacing, write_error
+
+_CHECKSUMS = "checksums.json"  # of all other files in the folder, CRC-32
+
+
+def replace_folders(strategy: Strategy) -> None:
+    """Let a strategy write folders beside their place, with checksums, and compare these when it reads one.
+
+    All processes write, rank zero puts the whole there. A file (of a checkpoint that is not sharded) fares as well.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    save, load = strategy.save_checkpoint, strategy.load_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        if is_address(filepath):
+            return save(checkpoint, filepath, storage_options)
+        target = Path(os.path.abspath(strategy.broadcast(filepath)))
+        try:
+            with ExitStack() as stack:
+                partial = None
+                if strategy.is_global_zero:
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    partial = stack.enter_context(replacing(target))
+                partial = strategy.broadcast(partial)
+                save(checkpoint, partial, storage_options)
+                strategy.barrier()
+                _add_checksums(strategy, partial)
+        except (OSError, CheckpointException) as error:
+            raise write_error(error, filepath) from error
+
+    def load_checkpoint(checkpoint_path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
+        refuse_damage(checkpoint_path)
+        _compare_checksums(strategy, Path(strategy.broadcast(checkpoint_path)))
+        return load(checkpoint_path, *arguments, **options)
+
+    strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _add_checksums(strategy: Strategy, folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*")) if strategy.is_global_zero else None
+    sums = _checksums(strategy, folder, strategy.broadcast(names))
+    if strategy.is_global_zero and folder.is_dir():
+        (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+
+
+def _compare_checksums(strategy: Strategy, folder: Path) -> None:
+    path = folder / _CHECKSUMS
+    if not strategy.broadcast(path.is_file()):  # a file, an address, or written by Lightning alone
+        return
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    found = _checksums(strategy, folder, sorted(kept))
+    if wrong := [name for name in sorted(kept) if kept[name] != found[name]]:
+        raise OSError(
+            f"checkpoint {str(folder)!r} is damaged (the checksum of {wrong[0]!r} is wrong). Use an earlier one."
+        )
+
+
+def _checksums(strategy: Strategy, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
+    """Of all files by name; each process reads its share of them."""
+    mine = {name: _checksum(folder / name) for name in names[strategy.global_rank :: strategy.world_size]}
+    shares = [mine] * strategy.world_size
+    if strategy.world_size > 1:
+        torch.distributed.all_gather_object(shares, mine)
+    return {name: value for share in shares for name, value in share.items()}
+
+
+def _checksum(path: Path) -> int | None:
+    if not path.is_file():
+        return None
+    value = 0
+    with path.open("rb") as file:
+        while data := file.read(2**20):
+            value = zlib.crc32(data, value)
+    return value
