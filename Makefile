@@ -1,9 +1,10 @@
 # Two commands on a fresh machine: `make demo` and `make test`. They need make, git and Python 3.10 or newer.
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-settings test-faults clean
+.PHONY: help demo test test-settings test-faults test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -11,7 +12,9 @@ help:
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: half an hour"
-	@echo "make clean   remove $(VENV) and caches; runs under lightning_logs stay"
+	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
+	@echo "                   that are slow or start several processes"
+	@echo "make clean   remove $(VENV), $(OLDEST) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
 demo: $(VENV)/installed
@@ -26,6 +29,9 @@ test-settings: $(VENV)/installed-test
 test-faults: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow" tests/faults $(PYTEST_ARGS)
 
+test-oldest: $(OLDEST)/installed-test
+	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not ddp" $(PYTEST_ARGS)
+
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .
@@ -35,16 +41,27 @@ $(VENV)/installed-test: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
 	@touch $@
 
-$(VENV)/python:
+$(OLDEST)/installed-test: setup.cfg pyproject.toml constraints-oldest.txt | $(OLDEST)/python
+	$(OLDEST)/bin/python -m pip install --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
+	@touch $@
+
+SUITABLE = sys.version_info >= (3, 10)
+WANTED = Python 3.10 or newer
+# Later ones have no wheels of the oldest versions.
+$(OLDEST)/python: PYTHON = python3.11
+$(OLDEST)/python: SUITABLE = sys.version_info[:2] == (3, 11)
+$(OLDEST)/python: WANTED = Python 3.11
+
+$(VENV)/python $(OLDEST)/python:
 	@command -v $(PYTHON) >/dev/null || \
-		{ echo "make: $(PYTHON) not found: install Python 3.10 or newer, or name one: make PYTHON=python3.12"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "make: $(PYTHON) is older than 3.10: install a newer Python and name it: make PYTHON=python3.12"; exit 1; }
+		{ echo "make: $(PYTHON) not found: install $(WANTED), or name one: make ... PYTHON=/its/path"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not ($(SUITABLE)))' || \
+		{ echo "make: $(PYTHON) is not $(WANTED): install one and name it: make ... PYTHON=/its/path"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
 		{ echo "make: $(PYTHON) has no venv: on Debian or Ubuntu run  sudo apt install python3-venv"; exit 1; }
-	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(@D)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(@D)
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -24,7 +24,7 @@ def make(folder, *arguments):
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with the Makefile and what it depends on, and no environment yet."""
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
+    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
@@ -38,15 +38,15 @@ def script(path, *lines):
 
 @pytest.fixture
 def fake_python(checkout):
-    """An interpreter that notes how it is called; its ``venv`` makes a ``.venv`` holding another of its kind."""
+    """An interpreter that notes how it is called; its ``venv`` makes an environment holding another of its kind."""
     log = checkout / "calls"
     note = [f'echo "$@" >> {log}', f'[ -e {checkout}/break ] && [ "$3" = install ] && exit 1']
     inner = script(checkout / "inner", *note, "exit 0")
     outer = script(
         checkout / "python",
         *note,
-        f'[ "$2" = venv ] && mkdir -p .venv/bin && cp {inner} .venv/bin/python',
-        f'[ "$2" = venv ] && cp {inner} .venv/bin/lightning-plugins',
+        f'[ "$2" = venv ] && mkdir -p "$3/bin" && cp {inner} "$3/bin/python"',
+        f'[ "$2" = venv ] && cp {inner} "$3/bin/lightning-plugins"',
         "exit 0",
     )
     return f"PYTHON={outer}", log
@@ -93,26 +93,40 @@ def test_an_interrupted_installation_is_taken_up_again(checkout, fake_python):
     ]
 
 
-@pytest.mark.parametrize(
-    ("body", "words"),
-    [
-        (None, "not found: install Python 3.10 or newer"),
-        ('case "$2" in *version_info*) exit 1;; esac', "is older than 3.10"),
-        ('case "$2" in *ensurepip*) exit 1;; esac', "sudo apt install python3-venv"),
-    ],
-    ids=["missing", "old", "without venv"],
-)
-def test_an_unfit_python_is_named_in_one_line(checkout, body, words):
-    python = checkout / "nowhere" if body is None else script(checkout / "python", body, "exit 0")
-    answer = make(checkout, "demo", f"PYTHON={python}")
-    assert answer.returncode != 0
-    (line,) = answer.stdout.splitlines()
-    assert words in line
+def test_the_oldest_versions_have_an_environment_of_their_own(checkout, fake_python):
+    python, log = fake_python
+    install = "-m pip install --disable-pip-version-check -c constraints-oldest.txt -e .[test]"
+    (checkout / "break").touch()
+    assert make(checkout, "test-oldest", python).returncode != 0
+    calls = log.read_text().splitlines()
+    assert "-m venv .venv-oldest" in calls and calls[-1] == install
+    (checkout / "break").unlink()
+    assert make(checkout, "test-oldest", python).returncode == 0
+    assert log.read_text().splitlines()[-2:] == [install, "-m pytest -n 2 --dist loadfile -m not slow and not ddp"]
     assert not (checkout / ".venv").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "body", "words"),
+    [
+        ("demo", None, "not found: install Python 3.10 or newer"),
+        ("demo", 'case "$2" in *version_info*) exit 1;; esac', "is not Python 3.10 or newer: install one"),
+        ("demo", 'case "$2" in *ensurepip*) exit 1;; esac', "sudo apt install python3-venv"),
+        ("test-oldest", 'case "$2" in *"== (3, 11)"*) exit 1;; esac', "is not Python 3.11: install one"),
+    ],
+    ids=["missing", "old", "without venv", "not 3.11"],
+)
+def test_an_unfit_python_is_named_in_one_line(checkout, target, body, words):
+    python = checkout / "nowhere" if body is None else script(checkout / "python", body, "exit 0")
+    answer = make(checkout, target, f"PYTHON={python}")
+    assert answer.returncode != 0
+    (line,) = answer.stdout.splitlines()
+    assert words in line
+    assert not list(checkout.glob(".venv*"))
+
+
 def test_clean_keeps_runs(checkout):
-    for name in (".venv", "build", "lightning_logs"):
+    for name in (".venv", ".venv-oldest", "build", "lightning_logs"):
         (checkout / name / "x").mkdir(parents=True)
     assert make(checkout, "clean").returncode == 0
     assert sorted(path.name for path in checkout.iterdir() if path.is_dir()) == ["lightning_logs"]
