@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows, shard_parts
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -36,6 +37,7 @@ from lightning_plugins.eae.paths import PathMode, interpolate_codes
 from lightning_plugins.eae.priors import LatentPrior, PriorKind
 
 
+@read_as_data
 class EAE(LightningModule):
     r"""Entropic autoencoder: batch-normalised codes of maximal entropy are Gaussian, so N(0, I) generates images.
 

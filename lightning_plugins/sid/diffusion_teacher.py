@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
@@ -31,6 +32,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 
 
+@read_as_data
 class DiffusionTeacher(LightningModule):
     r"""Train a diffusers ``UNet2DModel`` on images, and write it as a pipeline that :class:`SiD` takes as its teacher.
 

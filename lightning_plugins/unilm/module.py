@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 _RECORD = "unilm"  # the checkpoint's own description of network and tokenizer
 
 
+@read_as_data
 class UniLMSeq2Seq(LightningModule):
     r"""A masked BERT as a sequence-to-sequence model: nothing is changed but who may attend to whom.
 
@@ -294,7 +296,8 @@ class UniLMSeq2Seq(LightningModule):
         if given is None:
             return None
         path = Path(given) / "meta.pt" if Path(given).is_dir() else Path(given)  # sharded checkpoints are folders
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt").get(_RECORD)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt")
+        return _checked(content) if _RECORD in content else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network's configuration and the tokenizer's files, so that the checkpoint needs nothing else."""
@@ -308,14 +311,10 @@ class UniLMSeq2Seq(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint describes, unless there is one."""
-        if _RECORD not in checkpoint:
-            raise ValueError(
-                "The checkpoint describes no network of UniLMSeq2Seq: it is another module's, or on_save_checkpoint "
-                "did not call super()."
-            )
+        record = _checked(checkpoint)
         if self.net is None:
-            self._build(checkpoint[_RECORD])
-        self._results = checkpoint[_RECORD]["results"]
+            self._build(record)
+        self._results = record["results"]
 
     # What the network computes.
 
@@ -592,3 +591,19 @@ class UniLMSeq2Seq(LightningModule):
         if self._trainer is not None:
             self.trainer.strategy.barrier("export")
         return Path(folder)
+
+
+def _checked(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The checkpoint's record; the tokenizer's files are looked at where they are unpacked."""
+    record = checkpoint.get(_RECORD)
+    if not isinstance(record, Mapping) or not {"config", "tokenizer", "results"} <= record.keys():
+        raise ValueError(
+            "The checkpoint describes no network of UniLMSeq2Seq: it is another module's, or on_save_checkpoint "
+            "did not call super()."
+        )
+    config, results = record["config"], record["results"]
+    if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"The checkpoint describes no network of UniLMSeq2Seq: its config is {repr(config)[:60]}.")
+    if not isinstance(results, Mapping) or not all(isinstance(value, int | float) for value in results.values()):
+        raise ValueError(f"The checkpoint's results are no numbers by name, but {repr(results)[:60]}.")
+    return record
