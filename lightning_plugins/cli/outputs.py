@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_plugins.core.logging import log_dir
+from lightning_plugins.core.new_file import new_file
 
 MAX_PICTURES = 11
 
@@ -51,7 +52,8 @@ def save_predictions(trainer: Trainer, predictions: Sequence[Any]) -> Path:
     else:
         path = folder / f"predictions{rank}.pt"
         joined = [join_batches(batches) for batches in loaders]
-        torch.save(joined if several else joined[0], path)
+        with new_file(path) as file:
+            torch.save(joined if several else joined[0], file)
     return path
 
 
@@ -63,8 +65,8 @@ def _records(loaders: Sequence[Sequence[Any]]) -> Iterator[tuple[int, dict[str, 
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with new_file(path) as file:
+        file.writelines((json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records)
 
 
 def _is_records(batch: Any) -> bool:
