@@ -3,8 +3,8 @@
 import os
 import pickle
 import re
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -54,10 +54,24 @@ def arguments_of(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{told} its state_dict holds no weights by name.")
     if not isinstance(version, str) or not re.match(r"\d+\.\d+", version):
         raise UsageError(f"{told} it was written by Lightning {version!r}, which is no version.")
+    for text in _texts(content.get("callbacks")):
+        if ".." in PurePath(text).parts or text.startswith(("file:", "local:")):  # Lightning deletes old checkpoints
+            raise UsageError(f"{str(path)!r}: its callbacks name {text!r}, which may lie outside of the run.")
     try:
         return arguments_in(content)
     except ValueError as error:
         raise UsageError(f"{told} {error}.") from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in nested values, keys included."""
+    if isinstance(value, Mapping):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+    elif isinstance(value, str):
+        yield value
 
 
 def class_of(path: Path, class_path: Any) -> type[LightningModule]:

@@ -243,7 +243,11 @@ ARGUMENTS = {
 }
 every("arguments", ARGUMENTS, lambda place, more: ["sample", save(eae(more)), "--output=out.png"])
 every("arguments in a test", ARGUMENTS, lambda place, more: ["test", save(eae(more)), *DIGITS, *CPU])
-every("arguments in training", ARGUMENTS, lambda place, more: ["fit", save(eae(more)), *DIGITS, *CPU])
+every(
+    "arguments in training",
+    {name: ARGUMENTS[name] for name in ("an optimizer beside", "an optimizer that runs", "an instantiator")},
+    lambda place, more: ["fit", save(eae(more)), *DIGITS, *CPU],
+)
 every(
     "arguments under an old name",
     {"hparams": "hparams", "module_arguments": "module_arguments"},
@@ -312,6 +316,14 @@ every(
         "of a version that is a number": {"pytorch-lightning_version": 7},
     },
     lambda place, changes: ["sample", save(eae(**changes)), "--output=out.png"],
+)
+every(
+    "a checkpoint whose callbacks",
+    {
+        "delete what climbs": {"best_k_models": {"/runs/checkpoints/../../home/.bashrc": torch.tensor(0.0)}},
+        "delete by another protocol": {"kth_best_model_path": "local:///home/.bashrc"},
+    },
+    lambda place, state: ["fit", save(eae(callbacks={"ModelCheckpoint{}": state})), *DIGITS, *CPU],
 )
 every(
     "a checkpoint in a test",
@@ -453,7 +465,8 @@ every(
     PIPELINES,
     lambda place, it: [pipeline(*it), "sample", "--ckpt_path=folder", "--num_samples=1", "--output=out.png"][1:],
 )
-every("a teacher", PIPELINES, lambda place, it: [pipeline(*it), *teach(place)][1:])
+TEACHERS = ("with a module in it", "with a class of its own", "with pickled weights", "that is a list")
+every("a teacher", {name: PIPELINES[name] for name in TEACHERS}, lambda place, it: [pipeline(*it), *teach(place)][1:])
 every(
     "a teacher's part",
     {"of a pipeline": "DiffusionPipeline", "of a function": "logging.get_logger", "of no name": 7},
