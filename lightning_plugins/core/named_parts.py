@@ -138,7 +138,7 @@ def _takes_objects(hint: Any) -> bool:
         return True
     if origin is not None:
         return any(map(_takes_objects, typing.get_args(hint)))
-    return isinstance(hint, type) and hint is not object and not issubclass(hint, _PLAIN)
+    return isinstance(hint, type) and hint not in (object, Any) and not issubclass(hint, _PLAIN)
 
 
 def _takes_text(hint: Any) -> bool:
