@@ -212,7 +212,8 @@ class PluginsCLI(LightningCLI):
             hint = "A sharded checkpoint is read by the strategy that wrote it, such as --trainer.strategy fsdp"
             raise UsageError(f"--ckpt_path {error.filename!r} is a folder; give a checkpoint file.", hint) from error
         except (ValueError, OSError, MisconfigurationException) as error:
-            if not (raised_here(error) or isinstance(error, MisconfigurationException)):
+            missing = str(error).startswith("Checkpoint file not found")  # Lightning's, of an address
+            if not (missing or raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
             raise UsageError(str(error)) from error
         except RuntimeError as error:

@@ -14,6 +14,7 @@ import yaml
 from hostile import CPU, DIGITS, EAE_ARGUMENTS, HOSTILE, MODULE, eae, save
 
 from lightning_plugins.cli import main
+from lightning_plugins.cli.checkpoint_rules import check_sharded
 
 
 class Unread(io.StringIO):
@@ -170,3 +171,15 @@ def test_predictions_go_through_no_link(sandbox):
     main(["predict", save(eae()), *DIGITS, *CPU, "--trainer.limit_predict_batches=1"])
     assert target.read_text() == "mine"
     assert torch.load(sandbox / "work" / "out" / "predictions.pt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_index_of_a_sharded_checkpoint_is_read(sandbox):
+    """Torch's own passes, so that what refuses a hostile one is not that nothing passes."""
+    from torch.distributed import checkpoint as sharded
+
+    state = {
+        f"weight {dtype}": torch.zeros(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int64)
+    }
+    sharded.save({**state, "more": {"epoch": 1, "name": "x"}}, checkpoint_id="shards")
+    check_sharded(sandbox / "work" / "shards")

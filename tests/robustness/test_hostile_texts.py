@@ -1,5 +1,6 @@
 """Texts that a stranger chose: they show as they are, make no path, and do nothing to the terminal or the page."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -66,15 +67,16 @@ def test_generated_lines_steer_nothing(capsys):
     assert capsys.readouterr().out == "one\ttwo three  ]0;evil vier 猫\n"
 
 
-def test_an_address_is_read_without_pickles(monkeypatch, capsys):
+@pytest.mark.parametrize("given", [[], ["--weights_only=false"]])
+def test_an_address_is_read_without_pickles_unless_the_user_says_so(monkeypatch, given):
     """Lightning's default for ``http`` is to read anything."""
     asked = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **options: asked.append(options) or {})
-    with pytest.raises(Exception):  # noqa: B017 (what Lightning makes of nothing)
-        main(
-            [
-                *("test", "--ckpt_path=https://example.org/x.ckpt", "--model=CapsNet", "--data=Digits"),
-                *("--trainer.accelerator=cpu", "--trainer.logger=false", "--model.channels=4"),
-            ]
-        )
-    assert [options["weights_only"] for options in asked] == [True]
+
+    @functools.wraps(Trainer.test)
+    def test(self, *args, **options):
+        asked.append(options["weights_only"])
+
+    monkeypatch.setattr(Trainer, "test", test)
+    words = ["--ckpt_path=https://example.org/x.ckpt", "--model=CapsNet", "--model.channels=4", "--data=Digits"]
+    main(["test", *words, "--trainer.accelerator=cpu", "--trainer.logger=false", *given])
+    assert asked == [not given]
