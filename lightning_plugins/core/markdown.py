@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 _CONTROL = r"[\x00-\x1f\x7f-\x9f]"
+_MARKS = r"([\\`*|\[\]]|(?<![^\W_])_|_(?![^\W_]))"  # an underscore within a word, as in num_classes, marks nothing
 
 
 def markdown_text(value: Any) -> str:
@@ -14,7 +15,7 @@ def markdown_text(value: Any) -> str:
     a\|b &lt;script> \*x\*
     """
     text = str(value).replace("&", "&amp;").replace("<", "&lt;")
-    return "<br>".join(re.sub(r"([\\`*_|\[\]])", r"\\\1", re.sub(_CONTROL, " ", line)) for line in text.splitlines())
+    return "<br>".join(re.sub(_MARKS, r"\\\1", re.sub(_CONTROL, " ", line)) for line in text.splitlines())
 
 
 def markdown_table(columns: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
