@@ -1,6 +1,7 @@
 """Folders of diffusers pipelines, which may be anyone's: of parts of diffusers and transformers, or refused."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -68,7 +69,7 @@ def check_parts(folder: Path) -> None:
     if (folder / "None.py").exists():  # some versions take it for the code of a pipeline without any
         raise ValueError("it has a file None.py, which is code.")
     for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list | tuple) or list(value) == [None, None]:
+        if part.startswith("_") or not isinstance(value, list) or not any(isinstance(name, str) for name in value):
             continue  # a plain setting, or a part that is left out
         if not part.isidentifier() or len(value) != 2 or not _is_known(*value):
             raise ValueError(f"its part {part!r} is of {value!r}, which is no part of diffusers or transformers.")
@@ -85,9 +86,17 @@ def check_files(folder: Path, part: str, library: str = "diffusers") -> None:
         if (folder / part / file).exists():
             raise ValueError(f"its part {part!r} has a file {file}: {what}.")
     config = read_config(folder / part / "config.json")
-    kernel = next((v for k, v in config.items() if k.endswith("attn_implementation") and "/" in str(v)), None)
+    kernel = next((v for k, v in _settings(config) if k.endswith("attn_implementation") and "/" in str(v)), None)
     if kernel is not None:
         raise ValueError(f"its part {part!r} names the kernel {kernel!r}, which is code of the Hub.")
+
+
+def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A configuration's settings, those of configurations within it included."""
+    for key, value in config.items():
+        yield key, value
+        if isinstance(value, dict):
+            yield from _settings(value)
 
 
 def read_config(path: Path) -> dict[str, Any]:
