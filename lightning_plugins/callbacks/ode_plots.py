@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lightning_plugins.core.new_file import new_file
 from lightning_plugins.core.pictures import new_figure
 
 if TYPE_CHECKING:
@@ -92,9 +93,8 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, opti
         figure = ode_figure(columns)
     except ValueError as error:
         raise ValueError(f"{log}: {error}") from error
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters as letters: publishers refuse type 3
-        figure.savefig(target)
+    with matplotlib.rc_context({"pdf.fonttype": 42}), new_file(target) as file:  # letters: publishers refuse type 3
+        figure.savefig(file, format=target.suffix[1:])
     return target
 
 

@@ -32,13 +32,14 @@ from lightning_plugins.capsnet.networks import (
     resolve_preset,
 )
 from lightning_plugins.capsnet.routing import RoutingKind, RoutingTrace
-from lightning_plugins.core.checkpoint_damage import CheckedLoading
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.core.optimizers import exponential_decay, with_scheduler
 
 
+@read_as_data
 class CapsNet(LightningModule):
     r"""Capsule network: convolution, primary capsules, routed class capsules, reconstruction by a decoder.
 
@@ -99,8 +100,6 @@ class CapsNet(LightningModule):
 
     Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
     """
-
-    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,

@@ -1,6 +1,5 @@
 """LightningCLI in subclass mode, with links from data to model, checkpoints that describe themselves, and outputs."""
 
-import os
 import sys
 import time
 import traceback
@@ -19,6 +18,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 import lightning_plugins
 from lightning_plugins.callbacks import SaveOnSigterm
 from lightning_plugins.cli import checkpoint
+from lightning_plugins.cli.checkpoint_rules import check_sharded
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
@@ -28,6 +28,7 @@ from lightning_plugins.cli.parser import ConfigFile, Parser, reading
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
+from lightning_plugins.core.named_parts import nothing_imported_for
 from lightning_plugins.data import ImageData, TextData
 
 LINKS = ("image_shape", "num_classes", "num_labels")
@@ -141,10 +142,16 @@ class PluginsCLI(LightningCLI):
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or ".")
             config.ckpt_path = str(checkpoint.find_last(root, _checkpoint_folders(root, config.trainer)))
+        if config.ckpt_path == "":
+            raise UsageError("--ckpt_path is empty: give a checkpoint file, or `last` for the newest run's.")
+        if config.weights_only is None:  # of an address Lightning would read anything
+            config.weights_only = True
         ckpt = str(config.ckpt_path or "")
-        if ckpt in ("", "best", "hpc") or ckpt.startswith("registry") or "://" in ckpt or os.path.isdir(ckpt):
+        if ckpt in ("", "best", "hpc") or ckpt.startswith("registry") or "://" in ckpt:
             return
         path = Path(ckpt)
+        if path.is_dir():
+            return check_sharded(path)
         hparams = checkpoint.read_hyperparameters(path)
         given = config.get("model")
         if not hparams and given is None:
@@ -152,7 +159,7 @@ class PluginsCLI(LightningCLI):
         if not hparams:
             return
         model = checkpoint.model_config(path, hparams, given, LINKS)
-        with reading(ckpt):
+        with reading(ckpt), nothing_imported_for(hparams):
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
         checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)
         self.checkpoint_arguments = hparams
@@ -208,9 +215,13 @@ class PluginsCLI(LightningCLI):
                     warnings.filterwarnings("ignore", "The dirpath has changed")
                     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
                 super()._run_subcommand(subcommand)
+        except IsADirectoryError as error:
+            hint = "A sharded checkpoint is read by the strategy that wrote it, such as --trainer.strategy fsdp"
+            raise UsageError(f"--ckpt_path {error.filename!r} is a folder; give a checkpoint file.", hint) from error
         except (ValueError, OSError, MisconfigurationException) as error:
             self._explain_stop(error)
-            if not (raised_here(error) or isinstance(error, MisconfigurationException)):
+            missing = str(error).startswith("Checkpoint file not found")  # Lightning's, of an address
+            if not (missing or raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
             raise UsageError(str(error)) from error
         except RuntimeError as error:
@@ -240,7 +251,7 @@ class PluginsCLI(LightningCLI):
 
     def _how_to_go_on(self) -> str:
         written = [c.last_model_path or c.best_model_path for c in _model_checkpoints(self.trainer)]
-        found = [path for path in written if path and os.path.exists(path)]
+        found = [path for path in written if path and Path(path).exists()]
         return f"Go on with the same command and --ckpt_path {shorten(found[0])}" if found else ""
 
     def before_fit(self) -> None:
@@ -253,7 +264,8 @@ class PluginsCLI(LightningCLI):
         if not self.config.fit.test_after_fit:
             return
         best = [c.best_model_path for c in _model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
-        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=best[0] if best else None)
+        path = best[0] if best else None  # after a resume it may be a checkpoint's word
+        self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
     def predict(self, **kwargs: Any) -> None:
         """Run ``Trainer.predict`` and write what it returns into the run's folder."""

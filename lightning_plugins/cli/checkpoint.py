@@ -11,6 +11,7 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_plugins.cli.checkpoint_rules import arguments_of, class_of, refuse_no_file, refuse_other_names
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.core.checkpoint_damage import damage
@@ -83,11 +84,12 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     """The constructor's arguments in a checkpoint; empty if it was saved without.
 
     Raises:
-        UsageError: the file is missing, empty, truncated, damaged, or not a Lightning checkpoint.
+        UsageError: the file is missing, empty, truncated, damaged, or not a whole Lightning checkpoint.
     """
     if not path.exists():
         near = [str(other) for other in path.parent.glob("*.ckpt")]
         raise UsageError(f"checkpoint {str(path)!r} does not exist.", did_you_mean(str(path), near))
+    refuse_no_file(path)
     try:
         what = damage(path)
     except OSError as error:
@@ -102,7 +104,7 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
         keys = f" (it holds {', '.join(map(str, list(content)[:5]))})" if isinstance(content, dict) and content else ""
         raise UsageError(f"{str(path)!r} is not a Lightning checkpoint{keys}.")
-    return dict(content.get("hyper_parameters") or {})
+    return arguments_of(path, content)
 
 
 def _unreadable(path: Path, error: Exception) -> list[str]:
@@ -126,22 +128,21 @@ def model_config(
             left out for a class that does not take them.
 
     Raises:
-        UsageError: the class is unknown, contradicts the given one, or no longer takes one of the arguments.
+        UsageError: the class is not imported, contradicts the given one, or no longer takes one of the arguments; or an
+            argument names what is not imported, or is no part of a model.
     """
-    hparams = {key: value for key, value in hparams.items() if key != "_instantiator"}
     asked = given.class_path if given is not None else None
-    class_path = hparams.pop("_class_path", asked)
+    class_path = hparams.get("_class_path", asked)
     if class_path is None:
         raise UsageError(
             f"{str(path)!r} does not say which class it holds (it was made in Python): add --model and the class."
         )
-    try:
-        cls = import_object(class_path)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"{str(path)!r} holds a {class_path}, which cannot be imported: {error}.") from error
+    cls = class_of(path, class_path)
     if asked is not None and import_object(asked) is not cls:
         raise UsageError(f"--model {_short(asked)} was given, but {str(path)!r} holds a {_short(class_path)}.")
+    refuse_other_names(path, hparams, cls)
     names = argument_names(class_path)
+    hparams = {key: value for key, value in hparams.items() if key not in ("_instantiator", "_class_path")}
     hparams = {key: value for key, value in hparams.items() if key in names or key not in linked}
     unknown = [key for key in hparams if key not in names]
     if unknown and not _takes_anything(cls):

@@ -1,7 +1,6 @@
 """Commands without a Trainer: ``generate``, ``sample``, ``export``, ``list``, ``copy`` and ``plot``."""
 
 import ast
-import shutil
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -145,7 +144,11 @@ def copy(name: str, dest: str) -> None:
     if target.exists():
         raise UsageError(f"{str(target)!r} exists and is not overwritten; choose another name.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, target)
+    try:
+        with target.open("xb") as file:  # not through a link that points nowhere yet
+            file.write(source.read_bytes())
+    except FileExistsError as error:
+        raise UsageError(f"{str(target)!r} is a link, and is not followed; choose another name.") from error
     run = f"lightning-plugins fit --config {target}" if source.suffix == ".yaml" else f"python {target}"
     print(f"Copied to {target}. Run it: {run}")
 

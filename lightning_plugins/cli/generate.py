@@ -1,6 +1,7 @@
 """``generate``: texts from a trained model, as they are decoded. Imports nothing heavy before the model is wanted."""
 
 import os
+import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
@@ -94,10 +95,15 @@ def _complete(model: WritesText, batch: list[str], generation: dict[str, Any]) -
 def _print_line(pieces: Iterable[str]) -> None:
     try:
         for piece in pieces:
-            print(piece.replace("\n", " "), end="", flush=True)
+            print(_in_one_line(piece), end="", flush=True)
         print(flush=True)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         _leave_quietly()
+
+
+def _in_one_line(text: str) -> str:
+    """Without what would break the line or steer the terminal: a tokenizer may be anyone's."""
+    return re.sub(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]", " ", text)
 
 
 def _leave_quietly() -> NoReturn:

@@ -1,11 +1,12 @@
 """The model of a checkpoint, for commands without a Trainer. Imports nothing heavy before it is wanted."""
 
 import os
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 import lightning_plugins
 from lightning_plugins.cli.messages import UsageError, did_you_mean
@@ -22,10 +23,12 @@ def checkpoint_file(ckpt_path: str, hint: str = "") -> Path:
         hint: what to do with a folder.
 
     Raises:
-        UsageError: it is a folder, or ``last`` and there is none.
+        UsageError: it is empty or a folder, or ``last`` and there is none.
     """
     from lightning_plugins.cli import checkpoint
 
+    if not ckpt_path:
+        raise UsageError("--ckpt_path is empty: give a checkpoint file, or `last` for the newest run's.")
     if os.path.isdir(ckpt_path):
         raise UsageError(f"--ckpt_path {ckpt_path!r} is a folder; give a checkpoint file.", hint)
     if ckpt_path == "last":
@@ -46,23 +49,48 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
         UsageError: the file cannot be read, its class lacks a method, or its weights do not fit.
     """
     import torch
+    from lightning.pytorch import LightningModule
 
     from lightning_plugins.cli import checkpoint
     from lightning_plugins.cli.app import LINKS
-    from lightning_plugins.cli.explain import import_object
+    from lightning_plugins.cli.explain import explain, import_object
 
     hparams = checkpoint.read_hyperparameters(path)
     given = None if class_path is None else Namespace(class_path=_full_path(class_path))
+    if given is not None:  # the user's word imports, not the file's
+        try:
+            named = import_object(given.class_path)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise UsageError(f"--model {class_path!r} cannot be imported: {error}.") from error
+        if not (isinstance(named, type) and issubclass(named, LightningModule)):
+            raise UsageError(f"--model {class_path!r} is no LightningModule.")
     cls = import_object(checkpoint.model_config(path, hparams, given, LINKS)["class_path"])
     _refuse_other_classes(cls, path, methods, otherwise)
     try:
         model = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except RuntimeError as error:
+        if "allocate memory" in str(error):
+            raise UsageError(
+                f"{str(path)!r} asks for more memory than there is: {str(error).splitlines()[0]}"
+            ) from error
         if "in loading state_dict" not in str(error):
             raise
         raise checkpoint.explain_mismatch(error, path, cls.__name__) from error
+    except ArgumentError as error:  # the parser, asked by Lightning, calls the model a module
+        raise explain(error.message.replace('"module.', '"model.', 1), ArgumentParser()) from error
     except (ValueError, OSError, ModuleNotFoundError) as error:  # the last: an extra, such as lora, is missing
         raise UsageError(str(error)) from error
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        OverflowError,
+    ) as error:  # what it holds is of another form
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        hint = f"Raised in {last.filename}, line {last.lineno}"
+        raise UsageError(f"{str(path)!r} cannot be loaded as a {cls.__name__} ({reason}).", hint) from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 

@@ -31,7 +31,7 @@ class UsageError(Exception):
 
     def exit(self) -> NoReturn:
         """Leave with the status after printing at most five lines to stderr."""
-        sys.stderr.write("error: " + "\n".join(self.lines[:MAX_LINES]) + "\n")
+        sys.stderr.write("error: " + "\n".join(map(harmless, self.lines[:MAX_LINES])) + "\n")
         sys.exit(self.status)
 
 
@@ -39,6 +39,15 @@ class RunStoppedError(UsageError):
     """What stopped a run from outside: a full disk, a loader's process that was killed."""
 
     status = 1
+
+
+def harmless(text: str) -> str:
+    r"""A line in which nothing steers the terminal: what is not printable stands there as Python writes it.
+
+    >>> harmless("\x1b[31mred")
+    '\\x1b[31mred'
+    """
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in text)
 
 
 def raised_here(error: Exception) -> bool:

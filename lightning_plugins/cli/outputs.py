@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 
 from lightning_plugins.core.checkpoint_io import write_torch_file
 from lightning_plugins.core.logging import log_dir
+from lightning_plugins.core.new_file import new_file
 from lightning_plugins.core.replacing import replacing
 
 MAX_PICTURES = 11
@@ -49,8 +50,7 @@ def save_predictions(trainer: Trainer, predictions: Sequence[Any]) -> Path:
     loaders = predictions if several else [predictions]
     if all(_is_records(batch) for batches in loaders for batch in batches):
         path = folder / f"predictions{rank}.jsonl"
-        with replacing(path) as partial:
-            _write_lines(partial, ({**r, "dataloader": i} if several else r for i, r in _records(loaders)))
+        _write_lines(path, ({**r, "dataloader": i} if several else r for i, r in _records(loaders)))
     else:
         path = folder / f"predictions{rank}.pt"
         joined = [join_batches(batches) for batches in loaders]
@@ -67,8 +67,8 @@ def _records(loaders: Sequence[Sequence[Any]]) -> Iterator[tuple[int, dict[str, 
 
 
 def _write_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    with new_file(path) as file:
+        file.writelines((json.dumps(record, ensure_ascii=False) + "\n").encode() for record in records)
 
 
 def _is_records(batch: Any) -> bool:

@@ -1,7 +1,6 @@
 """Folders of diffusers pipelines as models that draw samples. Imports nothing heavy before one is wanted."""
 
 import inspect
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,17 +33,17 @@ class Pipeline:
 
     def __init__(self, folder: Path) -> None:
         import torch
-        from diffusers import DiffusionPipeline
         from diffusers.utils import logging
 
         from lightning_plugins.sid.export import ONE_STEP
+        from lightning_plugins.sid.pipeline_folder import load_pipeline, read_index
 
         logging.disable_progress_bar()
         try:
-            index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-            self._pipeline: Any = DiffusionPipeline.from_pretrained(folder)
-        except (OSError, ValueError, AttributeError, KeyError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            index = read_index(folder)
+            self._pipeline: Any = load_pipeline(str(folder))
+        except (OSError, ValueError) as error:
+            reason = str(error).rstrip(".")
             raise UsageError(f"{str(folder)!r} cannot be loaded as a diffusers pipeline: {reason}.") from error
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._pipeline.to(self.device).set_progress_bar_config(disable=True)

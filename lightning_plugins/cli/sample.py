@@ -194,18 +194,14 @@ def _write_page(path: Path, images: list["torch.Tensor"], turn: int) -> None:
     """All images in one picture, about square; each column holds one of the ``turn`` classes or texts."""
     import torch
 
+    from lightning_plugins.core.new_file import new_file
     from lightning_plugins.core.pictures import image_grid
 
     columns = turn * max(1, round(math.sqrt(len(images)) / turn))
     zoom = max(1, _VISIBLE // max(images[0].shape[1:]))
     content = _png(image_grid(torch.stack(images), columns, zoom=zoom))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with new_file(path) as file:
+        file.write(content)
 
 
 def _write_folder(folder: Path, images: Iterable["torch.Tensor"]) -> None:

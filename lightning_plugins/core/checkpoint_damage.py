@@ -1,13 +1,9 @@
 """Whether a checkpoint file is what was written: ``torch.save`` keeps checksums, and ``torch.load`` ignores them."""
 
-import functools
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from lightning.pytorch import LightningModule
 
 _FOLDER = 0x10  # a bit of an entry's attributes by which torch would read nothing
 
@@ -49,18 +45,3 @@ def refuse_damage(path: Any) -> None:
     """
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and (what := damage(Path(path))):
         raise OSError(f"checkpoint {os.fspath(path)!r} {what}. Use an earlier one.")
-
-
-class CheckedLoading:
-    """``load_from_checkpoint`` of a module's class that refuses a damaged file; otherwise Lightning's own."""
-
-    def __get__(self, instance: Any, owner: type[LightningModule]) -> Callable[..., Any]:
-        """Lightning's, bound to the class."""
-        load = LightningModule.__dict__["load_from_checkpoint"].__get__(instance, owner)
-
-        @functools.wraps(load)
-        def load_from_checkpoint(checkpoint_path: Any, *arguments: Any, **options: Any) -> Any:
-            refuse_damage(checkpoint_path)
-            return load(checkpoint_path, *arguments, **options)
-
-        return load_from_checkpoint

@@ -8,16 +8,19 @@ rank zero and never wait for another.
 """
 
 import csv
-import re
+import io
 from collections.abc import Sequence
 from functools import singledispatch
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
+
+from lightning_plugins.core.markdown import markdown_table
+from lightning_plugins.core.new_file import new_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,7 +58,8 @@ def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
     path = _file(trainer, "images", tag, step, "png")
     from PIL import Image
 
-    Image.fromarray(pixels.squeeze(-1).numpy()).save(path)
+    with new_file(path) as file:
+        Image.fromarray(pixels.squeeze(-1).numpy()).save(file, format="PNG")
     for logger in trainer.loggers:
         send_image(logger, tag, path, step)
 
@@ -83,8 +87,8 @@ def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence
     if trainer.fast_dev_run:
         return
     path = _file(trainer, "tables", tag, step, "csv")
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+    with new_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+        csv.writer(text).writerows([columns, *rows])
     for logger in trainer.loggers:
         send_table(logger, tag, columns, rows, path, step)
 
@@ -108,7 +112,8 @@ def log_text_table(
     """
     log_table(trainer, tag, columns, rows, step)
     if trainer.is_global_zero and not trainer.fast_dev_run:
-        _file(trainer, "tables", tag, step, "md").write_text(_markdown(columns, rows) + "\n", encoding="utf-8")
+        with new_file(_file(trainer, "tables", tag, step, "md")) as file:
+            file.write((markdown_table(columns, rows) + "\n").encode())
 
 
 @singledispatch
@@ -151,7 +156,7 @@ def send_table(
 def _(
     logger: TensorBoardLogger, tag: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], path: Path, step: int
 ) -> None:
-    logger.experiment.add_text(tag, _markdown(columns, rows), step)  # TensorBoard renders Markdown
+    logger.experiment.add_text(tag, markdown_table(columns, rows), step)  # TensorBoard renders Markdown
 
 
 @send_table.register
@@ -198,20 +203,9 @@ def _to_uint8(tag: str, image: Tensor) -> Tensor:
     return (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
-def _markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [[_cell(cell) for cell in line] for line in (columns, *rows)]
-    lines.insert(1, ["---"] * len(columns))
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(value: Any) -> str:
-    text = str(value).replace("&", "&amp;").replace("<", "&lt;")
-    return "<br>".join(re.sub(r"([\\`*_|\[\]])", r"\\\1", text).splitlines())
-
-
 def _file(trainer: Trainer, kind: str, tag: str, step: int, suffix: str) -> Path:
-    parts = PurePosixPath(tag).parts
-    if not parts or ".." in parts or tag.startswith("/"):
+    place = PureWindowsPath(tag)  # splits at slashes of both kinds, and knows drives
+    if not place.parts or ".." in place.parts or place.anchor or not tag.isprintable():
         raise ValueError(f"A tag is a name such as 'val/samples', got {tag!r}.")
     path = log_dir(trainer) / kind / tag / f"{step:06d}.{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)

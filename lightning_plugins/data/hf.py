@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.pretrained import reason_of
 from lightning_plugins.data.images import ImageData, LabelledImages, Pixels, at_least
 from lightning_plugins.data.keys import random_split
 
@@ -42,10 +43,9 @@ def load_splits(owner: str, path: str, name: str | None, train_split: str, folde
         if place.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files={train_split: place})
         return datasets.load_dataset(place, name)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         raise FileNotFoundError(
-            f"{owner} cannot read path={path!r}: {reason}. Give a dataset id of the Hub (its first use "
+            f"{owner} cannot read path={path!r}: {reason_of(error)}. Give a dataset id of the Hub (its first use "
             f"needs the network), {folder}, or a parquet file."
         ) from error
 

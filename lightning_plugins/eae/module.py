@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
-from lightning_plugins.core.checkpoint_damage import CheckedLoading
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows, shard_parts
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -37,6 +37,7 @@ from lightning_plugins.eae.paths import PathMode, interpolate_codes
 from lightning_plugins.eae.priors import LatentPrior, PriorKind
 
 
+@read_as_data
 class EAE(LightningModule):
     r"""Entropic autoencoder: batch-normalised codes of maximal entropy are Gaussian, so N(0, I) generates images.
 
@@ -104,8 +105,6 @@ class EAE(LightningModule):
     Source: Ghose, Rashwan, Poupart, UAI 2020, arXiv 2002.10631; also kexue.fm/archives/7343. Another method of 2026,
     arXiv 2605.16164, bears the same name.
     """
-
-    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,

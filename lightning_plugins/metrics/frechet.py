@@ -1,6 +1,5 @@
 """Fréchet distance of the features of real and generated images: FID with any extractor, its reference in a file."""
 
-import os
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from lightning_plugins.core.new_file import new_file
 from lightning_plugins.metrics.extractors import feature_extractor
 from lightning_plugins.metrics.features import FeatureMetric
 
@@ -162,10 +162,5 @@ def _words(fingerprint: dict[str, str | int]) -> str:
 
 def _write(content: dict[str, Any], path: Path) -> None:
     """Write beside the file and rename: a reader sees the whole of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sibling = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(content, sibling)
-        os.replace(sibling, path)
-    finally:
-        sibling.unlink(missing_ok=True)
+    with new_file(path) as file:
+        torch.save(content, file)

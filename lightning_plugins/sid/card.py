@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_plugins.core.markdown import markdown_table, markdown_text
+
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
@@ -56,15 +58,16 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
     parts = [
         _front_matter(name, teacher if hub_id else None),
         "# A one-step generator (SiD)",
-        f"Made from the diffusion model {teacher} by score identity distillation without data (Zhou et al. 2024,\n"
-        "arXiv 2404.04057): one call of the network turns noise into an image.",
+        f"Made from the diffusion model {markdown_text(teacher)} by score identity distillation without data\n"
+        "(Zhou et al. 2024, arXiv 2404.04057): one call of the network turns noise into an image.",
         f"## Use\n\n```python\n{_SNIPPET.format(call=_call(pipeline))}```\n\ndiffusers is all it needs.\n\n"
         f"- {_DEFAULTS[name]}\n- Keep the scheduler: its one step starts at the noise level that the generator was "
         "trained at.",
-        "## Training\n\n" + _table("setting", settings),
+        "## Training\n\n" + markdown_table(("setting", "value"), [*settings.items()]),
     ]
     if card["metrics"]:
-        parts.append("## Results\n\n" + _table("metric", {k: f"{v:.4g}" for k, v in card["metrics"].items()}))
+        results = [(name, f"{value:.4g}") for name, value in card["metrics"].items()]
+        parts.append("## Results\n\n" + markdown_table(("metric", "value"), results))
     return "\n\n".join(parts) + "\n"
 
 
@@ -84,8 +87,3 @@ def _front_matter(name: str, base_model: str | None) -> str:
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model)}")
     return "\n".join(["---", *lines, "tags:", "- score-identity-distillation", "- one-step", "---"])
-
-
-def _table(head: str, rows: Mapping[str, Any]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
-    return "\n".join([f"| {head} | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells)])

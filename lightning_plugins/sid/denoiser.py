@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.sid.pipeline_folder import is_scheduler
+
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
@@ -180,9 +182,9 @@ def _fresh(scheduler: "SchedulerMixin | Mapping[str, Any]") -> "SchedulerMixin":
     import diffusers
 
     if isinstance(scheduler, Mapping) and "_class_name" in scheduler:
-        cls, config = getattr(diffusers, scheduler["_class_name"], None), scheduler
-        if not hasattr(cls, "from_config"):
+        if not is_scheduler(scheduler["_class_name"]):
             raise ValueError(f"scheduler: diffusers has no class {scheduler['_class_name']!r}. {_KNOWN}")
+        cls, config = getattr(diffusers, scheduler["_class_name"]), scheduler
     elif isinstance(scheduler, diffusers.SchedulerMixin):
         cls, config = type(scheduler), scheduler.config
     else:

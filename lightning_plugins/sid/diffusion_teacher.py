@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_plugins.core.checkpoint_damage import CheckedLoading
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
@@ -32,6 +32,7 @@ Prediction = Literal["epsilon", "v_prediction"]
 BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 
 
+@read_as_data
 class DiffusionTeacher(LightningModule):
     r"""Train a diffusers ``UNet2DModel`` on images, and write it as a pipeline that :class:`SiD` takes as its teacher.
 
@@ -79,8 +80,6 @@ class DiffusionTeacher(LightningModule):
 
     Source: Ho, Jain, Abbeel 2020 (arXiv 2006.11239), eq. 14; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
-
-    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,

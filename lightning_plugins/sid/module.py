@@ -15,7 +15,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from lightning_plugins.core.checkpoint_damage import CheckedLoading
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.curvature import loss_scale
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
@@ -24,6 +24,7 @@ from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.averaging import half_life_decay, update_average
 from lightning_plugins.sid.batches import EqualBatches, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.description import check_progress
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
@@ -44,6 +45,7 @@ from lightning_plugins.sid.teacher import Teacher
 from lightning_plugins.sid.updates import count_no_step, finite_gradients_, gradient_sync, refuse_setup, shard_networks
 
 
+@read_as_data
 class SiD(LightningModule):
     r"""Score identity distillation: a pretrained diffusion model becomes a one-step generator, without data.
 
@@ -111,8 +113,6 @@ class SiD(LightningModule):
 
     Source: Zhou et al. 2024, arXiv 2404.04057 and its code; SiD-LSG, arXiv 2406.01561; Su, kexue.fm/archives/10085.
     """
-
-    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,
@@ -236,9 +236,11 @@ class SiD(LightningModule):
         Raises:
             ValueError: the teacher has changed, adapters are missing, or the checkpoint is another module's.
         """
-        record = dict(checkpoint.get(_RECORD) or {})
-        if not record:
+        record = checkpoint.get(_RECORD)
+        if not record or not isinstance(record, Mapping):
             raise ValueError("The checkpoint describes no networks of SiD: it is another module's.")
+        record = dict(record)
+        check_progress(record)
         self.images, self._updates = record.pop("images"), record.pop("updates")
         self._results, level = record.pop("results"), record.pop("start_level")
         adapters = self.lora_rank is not None

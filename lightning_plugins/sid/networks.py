@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.description import check_description
 from lightning_plugins.sid.sampling import clip, clips
 from lightning_plugins.sid.teacher import Teacher, load_teacher
 
@@ -112,8 +113,9 @@ class StudentNetworks(nn.Module):
             needs_teacher: load the teacher now.
 
         Raises:
-            ValueError: the teacher is not the one trained with.
+            ValueError: it is none, or the teacher is not the one trained with.
         """
+        check_description(description)
         if self._teacher is not None or needs_teacher:
             self._refuse_another(self.teacher, description)
         self._description = dict(description)

@@ -6,13 +6,15 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_plugins.core.pretrained import pretrained_folder
+from lightning_plugins.core.pretrained import pretrained_folder, reason_of
 from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.pipeline_folder import check_files, is_scheduler, load_pipeline, read_config
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin
@@ -184,8 +186,6 @@ def _as_list(value: Any) -> Any:
 
 def _load(source: str) -> dict[str, Any]:
     """The components by name."""
-    from diffusers import DiffusionPipeline
-
     name = pretrained_folder(source)
     folder = Path(name)
     pipeline = (folder / "model_index.json").is_file()
@@ -197,19 +197,22 @@ def _load(source: str) -> dict[str, Any]:
         raise FileNotFoundError(f"teacher={source!r}: there is no such folder, and no such id of the Hub. {_HINT}")
     try:
         if pipeline or not folder.exists():
-            return DiffusionPipeline.from_pretrained(name).components
+            return load_pipeline(name).components
         return {part: _load_part(folder, part) for part in [*inner, "scheduler"]}
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise FileNotFoundError(f"teacher={source!r} cannot be loaded: {reason}. {_HINT}") from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
+        raise FileNotFoundError(f"teacher={source!r} cannot be loaded: {reason_of(error)}. {_HINT}") from error
 
 
 def _load_part(folder: Path, part: str) -> Any:
     import diffusers
 
-    config = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    cls = json.loads(config.read_text(encoding="utf-8")).get("_class_name", "of no name")
-    return getattr(diffusers, cls).from_pretrained(str(folder), subfolder=part)
+    scheduler = part == "scheduler"
+    check_files(folder, part)
+    name = read_config(folder / part / ("scheduler_config.json" if scheduler else "config.json")).get("_class_name")
+    if not (is_scheduler(name) if scheduler else name in NETWORKS):
+        known = "" if scheduler else f"; known are {', '.join(NETWORKS)}"
+        raise ValueError(f"its {part} is of the class {name!r}, which is not known{known}.")
+    return getattr(diffusers, name).from_pretrained(str(folder), subfolder=part, local_files_only=True)
 
 
 def _network(parts: dict[str, Any], name: str) -> nn.Module:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.markdown import markdown_table, markdown_text
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.unilm.backbones import position_offset
 
@@ -230,14 +231,14 @@ def _card(
         "# A sequence-to-sequence model by its attention mask (UniLM)",
         f"A `{model.backbone.model_type}` encoder of {millions:.1f} million parameters that writes text: it reads the "
         "source in both\ndirections and the target from left to right, in one network (Dong et al. 2019, "
-        f"arXiv 1905.03197).\nThe training started from {Path(name).name if local else name}.",
+        f"arXiv 1905.03197).\nThe training started from {markdown_text(Path(name).name if local else name)}.",
         _usage(model, max_new_tokens),
     ]
     if metrics:
-        rows = {key: f"{value:.4g}" for key, value in metrics.items()}
-        parts.append("## Results\n\n" + _table("metric", rows))
+        rows = [(key, f"{value:.4g}") for key, value in metrics.items()]
+        parts.append("## Results\n\n" + markdown_table(("metric", "value"), rows))
     if training:
-        parts.append("## Training\n\n" + _table("setting", training))
+        parts.append("## Training\n\n" + markdown_table(("setting", "value"), [*training.items()]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -271,8 +272,3 @@ def _usage(model: "PreTrainedModel", max_new_tokens: int) -> str:
         f"## Use\n\nGeneration needs the package `lightning_plugins`: {why}.\n`AutoModelForMaskedLM` loads the weights."
         f"\n\n```python\n{snippet}```"
     )
-
-
-def _table(head: str, rows: Mapping[str, Any]) -> str:
-    cells = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows.items()]
-    return "\n".join([f"| {head} | value |", "| --- | --- |", *(f"| {key} | {value} |" for key, value in cells)])

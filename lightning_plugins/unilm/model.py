@@ -1,11 +1,12 @@
 """A pretrained encoder, or one from a configuration, as a sequence-to-sequence model."""
 
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_plugins.core.pretrained import pretrained_folder
+from lightning_plugins.core.pretrained import pretrained_folder, reason_of
 from lightning_plugins.unilm.backbones import (
     Backbone,
     check_family,
@@ -22,6 +23,7 @@ from lightning_plugins.unilm.token_types import NUM_V1_TYPES, Segment, fitting_s
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_PLACES = "Give an id of the Hub (its first use needs the network), a folder with a model, or package:NAME/FOLDER."
 __all__ = ["Decoding", "Segment", "Settings", "UniLMMixin", "load_unilm"]
 
 
@@ -93,13 +95,9 @@ def _read_config(
 
     if config is None:
         try:
-            return AutoConfig.from_pretrained(pretrained_folder(name))
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-            raise FileNotFoundError(
-                f"No model called {name!r}: {reason}. Give an id of the Hub (its first use needs the network), a "
-                "folder with a model, or package:NAME/FOLDER."
-            ) from error
+            return AutoConfig.from_pretrained(pretrained_folder(name), trust_remote_code=False)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FileNotFoundError(f"No model called {name!r}: {reason_of(error)}. {_PLACES}") from error
     if "model_type" not in config:
         raise ValueError("config has no model_type, the family's name such as 'bert'.")
     check_family(config["model_type"])
@@ -141,12 +139,17 @@ def _build(name: str | None, config: "PreTrainedConfig", backbone: Backbone, imp
 
 def _pretrained(made: type, folder: str, config: "PreTrainedConfig", **options: Any) -> "PreTrainedModel":
     """Load, and tell in one line what transformers tells in twenty: which weights start at random."""
-    from transformers.utils import logging
+    from transformers.utils import find_adapter_config_file, logging
 
+    if find_adapter_config_file(folder) is not None:  # whose own base model and modules peft would load
+        raise ValueError(f"{folder!r} holds adapters beside a model: merge them (peft's merge_and_unload) and save it.")
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report, which calls an encoder without a head "corrupted"
+    options |= {"trust_remote_code": False, "weights_only": True, "output_loading_info": True}
     try:
-        model, report = made.from_pretrained(folder, config=config, output_loading_info=True, **options)
+        model, report = made.from_pretrained(folder, config=config, **options)
+    except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
+        raise FileNotFoundError(f"The model {folder!r} cannot be loaded: {reason_of(error)}. {_PLACES}") from error
     finally:
         logging.set_verbosity(verbosity)
     if missing := sorted(report["missing_keys"]):

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
-from lightning_plugins.core.checkpoint_damage import CheckedLoading, refuse_damage
+from lightning_plugins.core.checkpoint_damage import refuse_damage
+from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 _RECORD = "unilm"  # the checkpoint's own description of network and tokenizer
 
 
+@read_as_data
 class UniLMSeq2Seq(LightningModule):
     r"""A masked BERT as a sequence-to-sequence model: nothing is changed but who may attend to whom.
 
@@ -116,8 +118,6 @@ class UniLMSeq2Seq(LightningModule):
     Source: Dong et al. 2019, arXiv 1905.03197; Bao et al. 2020, arXiv 2002.12804; Bao et al. 2021 (s2s-ft),
     arXiv 2110.13640; Su, kexue.fm/archives/6933.
     """
-
-    load_from_checkpoint = CheckedLoading()
 
     def __init__(
         self,
@@ -298,7 +298,8 @@ class UniLMSeq2Seq(LightningModule):
             return None
         path = Path(given) / "meta.pt" if Path(given).is_dir() else Path(given)  # sharded checkpoints are folders
         refuse_damage(path)
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt").get(_RECORD)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt")
+        return _checked(content) if _RECORD in content else None
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network's configuration and the tokenizer's files, so that the checkpoint needs nothing else."""
@@ -312,14 +313,10 @@ class UniLMSeq2Seq(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the network that the checkpoint describes, unless there is one."""
-        if _RECORD not in checkpoint:
-            raise ValueError(
-                "The checkpoint describes no network of UniLMSeq2Seq: it is another module's, or on_save_checkpoint "
-                "did not call super()."
-            )
+        record = _checked(checkpoint)
         if self.net is None:
-            self._build(checkpoint[_RECORD])
-        self._results = checkpoint[_RECORD]["results"]
+            self._build(record)
+        self._results = record["results"]
 
     # What the network computes.
 
@@ -596,3 +593,19 @@ class UniLMSeq2Seq(LightningModule):
         if self._trainer is not None:
             self.trainer.strategy.barrier("export")
         return Path(folder)
+
+
+def _checked(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The checkpoint's record; the tokenizer's files are looked at where they are unpacked."""
+    record = checkpoint.get(_RECORD)
+    if not isinstance(record, Mapping) or not {"config", "tokenizer", "results"} <= record.keys():
+        raise ValueError(
+            "The checkpoint describes no network of UniLMSeq2Seq: it is another module's, or on_save_checkpoint "
+            "did not call super()."
+        )
+    config, results = record["config"], record["results"]
+    if not isinstance(config, Mapping) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f"The checkpoint describes no network of UniLMSeq2Seq: its config is {repr(config)[:60]}.")
+    if not isinstance(results, Mapping) or not all(isinstance(value, int | float) for value in results.values()):
+        raise ValueError(f"The checkpoint's results are no numbers by name, but {repr(results)[:60]}.")
+    return record

@@ -56,7 +56,8 @@ def test_another_class(trained, mistake):
 def test_a_class_that_is_gone(changed, mistake):
     changed(lambda content: content["hyper_parameters"].update(_class_path="gone.Net"))
     assert mistake("test", DATA, "--ckpt_path=changed.ckpt") == (
-        "error: 'changed.ckpt' holds a gone.Net, which cannot be imported: No module named 'gone'.\n"
+        "error: 'changed.ckpt' is of the class 'gone.Net', which is not imported, and a checkpoint imports nothing.\n"
+        "If you trust it, import it yourself: --model and the class by its path, or a --config that names it.\n"
     )
 
 

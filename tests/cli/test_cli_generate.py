@@ -177,7 +177,7 @@ def test_a_checkpoint_made_in_python_needs_its_class(own_module, write_checkpoin
         None: "'python.ckpt' does not say which class it holds (it was made in Python): add --model and the class.",
         "Writer": "--model: no class is called 'Writer'; give the path of your own, such as my.Net.",
         "CapsNets": "Did you mean CapsNet?",
-        "writer.Other": "'python.ckpt' holds a writer.Other, which cannot be imported",
+        "writer.Other": "--model 'writer.Other' cannot be imported: module 'writer' has no attribute 'Other'.",
     }.items():
         with pytest.raises(SystemExit) as stop:
             main([*words, *([f"--model={model}"] if model else [])])

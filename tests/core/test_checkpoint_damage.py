@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_plugins import AtomicCheckpointIO
-from lightning_plugins.core.checkpoint_damage import CheckedLoading, damage
+from lightning_plugins.core.checkpoint_damage import damage
+from lightning_plugins.core.checkpoint_data import read_as_data
 
 
+@read_as_data
 class Net(LightningModule):
-    load_from_checkpoint = CheckedLoading()
-
     def __init__(self, width=40):
         super().__init__()
         self.save_hyperparameters()

@@ -130,7 +130,7 @@ def test_a_broken_write_leaves_the_old_reference(tmp_path, monkeypatch):
     before = path.read_bytes()
 
     def full_disk(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(frechet_file.torch, "save", full_disk)

@@ -1,0 +1,76 @@
+"""``load_from_checkpoint`` for files from elsewhere: Lightning 2.6 guards the class that a file names, not the rest."""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.fabric.utilities.cloud_io import _load
+from lightning.pytorch import LightningModule
+
+from lightning_plugins.core.checkpoint_damage import refuse_damage
+from lightning_plugins.core.named_parts import check_named_parts, nothing_imported_for
+
+Module = TypeVar("Module", bound=type[LightningModule])
+_OLD_KEYS = ("hparams", "module_arguments")  # Lightning still reads them
+_ClassMethod: Any = type(vars(LightningModule)["load_from_checkpoint"])  # which refuses to be called on an object
+
+
+def arguments_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in a checkpoint's content, as Lightning gathers them.
+
+    Raises:
+        ValueError: what stands there are no arguments.
+    """
+    arguments: dict[str, Any] = {}
+    for key in (*_OLD_KEYS, "hyper_parameters"):
+        found = checkpoint.get(key) or {}
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise ValueError(f"its {key} are no arguments by name")
+        arguments.update(found)
+    return arguments
+
+
+def read_as_data(cls: Module) -> Module:
+    """Class decorator: ``load_from_checkpoint`` refuses a damaged file, and imports nothing because a file says so.
+
+    Without it Lightning would import a module of the current folder that a file of the command line names as the
+    optimizer. ``weights_only`` is True by default for every address, where Lightning's is False for ``http``.
+    """
+
+    def load_from_checkpoint(
+        cls: Any, checkpoint_path: Any, *args: Any, weights_only: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As Lightning's, for files from elsewhere: nothing that they name is imported.
+
+        Raises:
+            OSError: the file is empty, truncated or damaged.
+            ValueError: an argument in the file names what is not imported, or is no part of a model.
+        """
+        refuse_damage(checkpoint_path)
+        weights_only = True if weights_only is None else weights_only
+        arguments = _read(checkpoint_path, weights_only) | kwargs
+        if "_instantiator" in arguments:  # only then are names looked up
+            try:
+                check_named_parts({key: value for key, value in arguments.items() if key not in kwargs}, cls)
+            except ValueError as error:
+                raise ValueError(f"{str(checkpoint_path)!r}: {error}. If you trust it, import it before.") from None
+        with nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
+            return super(made, cls).load_from_checkpoint(checkpoint_path, *args, weights_only=weights_only, **kwargs)
+
+    made: Any = cls
+    made.load_from_checkpoint = _ClassMethod(load_from_checkpoint)
+    return cls
+
+
+def _read(source: Any, weights_only: bool) -> dict[str, Any]:
+    """The arguments in a file, an address or an open file, which is left where it was."""
+    if isinstance(source, str | Path) and zipfile.is_zipfile(source):
+        content = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=True)
+    else:
+        start = source.tell() if hasattr(source, "tell") else None
+        content = _load(source, map_location="cpu", weights_only=weights_only)
+        if start is not None:
+            source.seek(start)
+    return arguments_in(content)
