@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     judge = RawJudge("digits", real_digits())
     courses = {seed: distil(seed, args.updates, arguments, args.folder, judge) for seed in args.seeds}
 
-    students = {seed: torch.load(args.folder / f"seed_{seed}.pt") for seed in args.seeds}
+    students = {seed: torch.load(args.folder / f"seed_{seed}.pt", weights_only=True) for seed in args.seeds}
     taught = teacher_images(arguments["teacher"])
     teacher = {**distances(taught, judge), **clamping(taught, judge)}
     finals = {f"teacher, {TEACHER_STEPS} steps": teacher}

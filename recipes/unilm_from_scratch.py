@@ -86,8 +86,8 @@ def run_in_plain_transformers(folder: Path, sources: list[str]) -> list[str]:
     """What a colleague without this package does with the exported folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False).eval()
     rows = tokenizer(sources, padding=True, return_tensors="pt")
     tokens = model.generate(**rows)[:, rows["input_ids"].shape[1] :]
     return tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -79,7 +79,7 @@ PIPELINES = {
     ),
     "with a kernel of the Hub": (
         {"unet": ["diffusers", "UNet2DModel"]},
-        {"folder/unet/config.json": {**SMALL_UNET, "attn_implementation": "evil/kernel"}},
+        {"folder/unet/config.json": {**SMALL_UNET, "inner": {"attn_implementation": "evil/kernel"}}},
     ),
     "that is a list": ("[1]", {}),
     "that is no JSON": ("evil", {}),
