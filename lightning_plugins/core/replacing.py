@@ -97,16 +97,18 @@ def _is_folder(path: Path) -> bool:
 
 
 def _replace_folder(source: Path, target: Path) -> None:
-    """No system replaces a folder that is not empty, but Linux exchanges two names in one step."""
-    if not os.path.lexists(target):
-        source.rename(target)
-    elif _exchange(source, target):
-        _remove(source)
-    else:
-        old = source.with_name(f".saving-{_HOST}-{os.getpid()}-{token_hex(4)}")
-        target.rename(old)
-        source.rename(target)
+    """No system replaces a folder that is not empty, but Linux exchanges two names in one step on local disks.
+
+    Elsewhere the old one is called ``<name>.old`` for a moment: killed then, a process leaves it whole, to be found.
+    """
+    old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(target):
+        if _exchange(source, target):
+            return _remove(source)
         _remove(old)
+        target.rename(old)
+    source.rename(target)
+    _remove(old)
 
 
 def _exchange(source: Path, target: Path) -> bool:

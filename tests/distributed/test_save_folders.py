@@ -54,3 +54,16 @@ def test_a_process_killed_before_the_old_folder_is_removed(folders, monkeypatch)
     assert (left / "x").read_text() == "old"
     replacing.remove_leftovers(target.parent)
     assert [path.name for path in target.parent.iterdir()] == ["old"]
+
+
+def test_a_process_killed_between_two_names(folders, monkeypatch):
+    """On a disk that exchanges none: the old folder stays whole until the next one has its place."""
+    monkeypatch.setattr(replacing, "_exchange", lambda *paths: False)
+    source, target = folders
+    old = target.with_name("old.old")
+    target.rename(old)  # here it ended
+    replacing.remove_leftovers(target.parent)
+    assert (old / "x").read_text() == "old"
+    replacing.put(source, target)
+    assert (target / "x").read_text() == "new"
+    assert not old.exists()
