@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_plugins
-from lightning_plugins.callbacks import SaveOnSigterm
+from lightning_plugins.callbacks import NonFiniteGuard, SaveOnSigterm
 from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
@@ -191,6 +191,14 @@ class PluginsCLI(LightningCLI):
                 raise UsageError(*_sentence(error)) from error
             raise error from error.__cause__  # without the parser's wrapping
 
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, with a NonFiniteGuard unless the config has one."""
+        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if not any(isinstance(callback, NonFiniteGuard) for callback in given):
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [NonFiniteGuard(), SaveOnSigterm()]}
+        return super().instantiate_trainer(**kwargs)
+
     # Running
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -205,6 +213,11 @@ class PluginsCLI(LightningCLI):
             if not (raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
             raise UsageError(str(error)) from error
+        except FloatingPointError as error:
+            if not raised_here(error):
+                raise
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(1)  # no mistake of the command
         except RuntimeError as error:
             if "in loading state_dict" not in str(error):
                 raise
