@@ -5,7 +5,6 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -74,7 +73,7 @@ class NonFiniteGuard(Callback):
 
     Raises:
         ValueError: an argument out of range.
-        MisconfigurationException: before training, for two guards, or for an optimizer whose step cannot be left out.
+        MisconfigurationException: before training, for an optimizer whose step cannot be left out.
         FloatingPointError: in training, as above.
 
     Source:
@@ -115,9 +114,7 @@ class NonFiniteGuard(Callback):
             put_in_order(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuse two guards, and steps that cannot be left out."""
-        if sum(isinstance(callback, NonFiniteGuard) for callback in trainer.callbacks) > 1:
-            raise MisconfigurationException("Only one NonFiniteGuard in a trainer: remove one.")
+        """Refuse steps that cannot be left out."""
         if self.policy != "raise":
             require_plain_optimizers(f"NonFiniteGuard(policy={self.policy!r})", trainer)
         self._late = self.policy == "raise" and trainer.strategy.root_device.type == "cuda"
@@ -249,8 +246,8 @@ class NonFiniteGuard(Callback):
         self._settle(trainer, pl_module)
         if trainer.state.fn == TrainerFn.FITTING and (name := spoilt(trainer, pl_module, self._nan_at_start)):
             raise FloatingPointError(
-                f"NonFiniteGuard: {name} is NaN or infinite, so that this checkpoint is not written: go on from the last "
-                "one."
+                f"NonFiniteGuard: {name} is NaN or infinite, so that this checkpoint is not written: go on from the "
+                "last one."
             )
 
     def state_dict(self) -> dict[str, int]:

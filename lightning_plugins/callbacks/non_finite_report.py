@@ -16,8 +16,8 @@ _SHOWN = 3  # names or rows of a kind; a sentence is to be read
 class Step(NamedTuple):
     """What is remembered of an optimizer step.
 
-    ``batch_idx`` and ``batch`` are those of the micro-batch whose loss is not finite, or of the last; ``params`` those that
-    have a gradient on this process, and ``norms`` the gradients'.
+    ``batch_idx`` and ``batch`` are those of the micro-batch whose loss is not finite, or of the last; ``params`` those
+    that have a gradient on this process, and ``norms`` the gradients'.
     """
 
     number: int
@@ -75,7 +75,10 @@ def _losses(step: Step) -> str:
     values = [f"{float(loss.float().mean()):.4g}" for loss in step.losses]
     logged = [f"{name} {float(value.float().mean() / divisor):.4g}" for name, value, divisor in step.logged]
     logged.sort(key=lambda text: text.endswith(("nan", "inf")), reverse=True)
-    return f"Loss before the backward pass: {_some(values) or 'none'}." + f" Logged: {_some(logged)}." * bool(logged)
+    return (
+        f"Loss before the backward pass: {_some(values) or 'none'}."
+        + f" Logged: {_some(logged, 2 * _SHOWN)}." * bool(logged)
+    )
 
 
 def _gradients(module: LightningModule, step: Step) -> str:
@@ -137,6 +140,6 @@ def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from _tensors(value, f"{name or 'batch'}[{index}]")
 
 
-def _some(things: list[Any]) -> str:
-    more = f" and {len(things) - _SHOWN} more" if len(things) > _SHOWN else ""
-    return ", ".join(map(str, things[:_SHOWN])) + more
+def _some(things: list[Any], shown: int = _SHOWN) -> str:
+    more = f" and {len(things) - shown} more" if len(things) > shown else ""
+    return ", ".join(map(str, things[:shown])) + more
