@@ -198,7 +198,7 @@ class NonFiniteGuard(Callback):
             return False
         if self._row.length > self.patience and (self.policy != "raise" or verdict.own or self._scaler is not None):
             cure = f"It is step {self._row.length} in a row to be left out, more than patience={self.patience}: "
-            raise FloatingPointError(report(trainer, pl_module, verdict.step, cure + _LOST))
+            raise FloatingPointError(report(trainer, pl_module, verdict.step, cure + _LOST, verdict.own))
         if verdict.own or (self._scaler is not None and not loss_is_bad):
             return False  # the module's or the scaler's matter
         if self.policy == "raise":

@@ -47,10 +47,20 @@ def logged_losses(trainer: Trainer) -> list[tuple[str, Tensor, Tensor | int]]:
     ]
 
 
-def report(trainer: Trainer, module: LightningModule, step: Step, end: str) -> str:
-    """At most five lines, of the first process that saw the fault itself; every process must ask for it."""
+def report(trainer: Trainer, module: LightningModule, step: Step, end: str, own: bool = False) -> str:
+    """At most five lines, of the first process that saw the fault itself; every process must ask for it.
+
+    Args:
+        trainer: the running trainer.
+        module: the one that is trained.
+        step: the one that is not finite.
+        end: the last line.
+        own: whether the module itself has left every sample out.
+    """
     rows = list(_bad_rows(step.batch))
     fault = "the loss is not finite" if step.bad_losses else "the loss is finite, but gradients are not"
+    if own:
+        fault = f"every sample was left out by {type(module).__name__}, as none was finite"
     where = f"step {step.number} (epoch {step.epoch}, batch {step.batch_idx}, rank {step.rank})"
     lines = [
         f"NonFiniteGuard: in {where} {fault}.",
@@ -58,8 +68,8 @@ def report(trainer: Trainer, module: LightningModule, step: Step, end: str) -> s
         _gradients(module, step) + _weights(module),
         _batch(trainer, step, rows),
     ]
-    own = "\n".join(line for line in lines if line)
-    return f"{_of_the_culprit(trainer, bool(rows or step.bad_losses), own)}\n{end}"
+    text = "\n".join(line for line in lines if line)
+    return f"{_of_the_culprit(trainer, bool(rows or step.bad_losses), text)}\n{end}"
 
 
 def _of_the_culprit(trainer: Trainer, at_fault: bool, own: str) -> str:

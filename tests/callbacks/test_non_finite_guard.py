@@ -22,6 +22,11 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread(clean_process):
+    torch.set_num_threads(1)  # small tensors
+
+
 def said():
     return pytest.warns(UserWarning, match="NonFiniteGuard: in step")
 
