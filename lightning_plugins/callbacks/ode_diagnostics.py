@@ -154,7 +154,7 @@ class ODEDiagnostics(Callback):
         >>> trainer = Trainer(callbacks=[ODEDiagnostics(every_n_steps=50)], logger=False, accelerator="cpu")
     """
 
-    gradient_order = 2
+    gradient_order = 3
 
     def __init__(
         self,

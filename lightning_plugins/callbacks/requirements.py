@@ -51,7 +51,7 @@ def require_plain_optimizers(name: str, trainer: Trainer) -> None:
 
 
 def put_in_order(trainer: Trainer) -> None:
-    """Let Flooding, GradientPenalty and ODEDiagnostics run in this order, whatever order the user gave.
+    """Let Flooding, GradientPenalty, NonFiniteGuard and ODEDiagnostics run in this order, whatever order the user gave.
 
     Other callbacks keep their places. A class says its place by ``gradient_order``, an integer.
     """

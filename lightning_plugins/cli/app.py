@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_plugins
-from lightning_plugins.callbacks import SaveOnSigterm
+from lightning_plugins.callbacks import NonFiniteGuard, SaveOnSigterm
 from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.checkpoint_rules import check_sharded
 from lightning_plugins.cli.commands import command_parsers
@@ -199,10 +199,15 @@ class PluginsCLI(LightningCLI):
                 raise UsageError(*_sentence(error)) from error
             raise error from error.__cause__  # without the parser's wrapping
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """Build the trainer; its checkpoints survive unless the user named how they are written."""
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer: with a NonFiniteGuard unless the config has one, and with checkpoints that survive."""
+        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        if not any(isinstance(callback, NonFiniteGuard) for callback in given):
+            callbacks = [NonFiniteGuard(), *self.trainer_defaults["callbacks"]]
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
-        keep_checkpoints_whole(trainer)
+        keep_checkpoints_whole(trainer)  # unless the user named how they are written
         return trainer
 
     # Running
@@ -224,6 +229,11 @@ class PluginsCLI(LightningCLI):
             if not (missing or raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
             raise UsageError(str(error)) from error
+        except FloatingPointError as error:
+            if not raised_here(error):
+                raise
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(1)  # no mistake of the command
         except RuntimeError as error:
             self._explain_stop(error)
             if "in loading state_dict" not in str(error):

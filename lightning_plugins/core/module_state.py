@@ -23,18 +23,23 @@ class ModuleState:
     Of attributes that are lists, dicts, sets or deques the entries are saved, not what is within these; of others the
     reference. torchmetrics are left alone: their states may be shared. Frozen parameters count as state, such as a
     teacher's that follows by running means, unless they are many: then nothing may write to them.
+
+    Args:
+        module: with its parts.
+        frozen: whether to keep frozen parameters.
+        attributes: whether to keep attributes.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, frozen: bool = True, attributes: bool = True) -> None:
         parts = list(module.modules())
-        plain = [part for part in parts if not isinstance(part, Metric)]
+        plain = [part for part in parts if attributes and not isinstance(part, Metric)]
         self._buffers = [(part._buffers, dict(part._buffers)) for part in parts]
         self._attributes = [(part.__dict__, _state(part)) for part in plain]
         held = [value for _, named in self._attributes for value in named.values()]
         tensors = [b for _, named in self._buffers for b in named.values() if b is not None]
-        frozen = [param for param in module.parameters() if not param.requires_grad]
-        self._many = frozen if sum(p.numel() for p in frozen) > _MOST_FROZEN else []
-        tensors += [] if self._many else frozen
+        fixed = [param for param in module.parameters() if frozen and not param.requires_grad]
+        self._many = fixed if sum(p.numel() for p in fixed) > _MOST_FROZEN else []
+        tensors += [] if self._many else fixed
         tensors += [value for value in held if type(value) is Tensor and value.numel() <= _LARGEST]
         self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors if _can_be_written(tensor)]
         self._entries = [(value, value.copy()) for value in held if type(value) in _CONTAINERS]

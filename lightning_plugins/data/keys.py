@@ -6,6 +6,7 @@ batches, nor on the number of processes, nor on torch's global random state; and
 resumes at the next one by naming an epoch and a batch.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -229,6 +230,12 @@ class KeyLoader:
                     f"Set it back, or resume from a checkpoint written at the end of an epoch."
                 )
         return self._resume["batches"]
+
+    def keys_of(self, batch_idx: int) -> list:
+        """The keys in a batch of the epoch under way."""
+        batches = copy.copy(self.batch_sampler)
+        batches.start = batch_idx
+        return next(iter(batches), [])
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches handed out, and what must be equal for them to mean the same."""

@@ -170,6 +170,7 @@ class SiD(LightningModule):
         self._optimizer, self._fake_optimizer = optimizer, fake_optimizer
         self.networks = StudentNetworks(teacher, sigma_init, clip_output)
         self.images, self._updates = 0, 0
+        self.left_out_all = torch.zeros((), dtype=torch.bool)  # of the last update's samples; NonFiniteGuard asks
         self._shown_teacher: Tensor | None = None
         self._results: dict[str, float] = {}
         self._marks: list[tuple[float, int]] = []
@@ -464,6 +465,7 @@ class SiD(LightningModule):
         self._marks = [*self._marks[-20:], (now, self.images)]
         (before, images), bar = self._marks[0], {"prog_bar": True, "batch_size": n}
         lost = n * logs.pop("nonfinite")
+        self.left_out_all = lost.round() >= n
         self.log("train/nonfinite_samples", lost, batch_size=n, reduce_fx="sum", sync_dist=True)  # of all processes
         for name, value in logs.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=n)

@@ -60,12 +60,14 @@ class TokenWeights:
 def refuse_blind_callbacks(trainer: Trainer) -> None:
     """Refuse Flooding, GradientPenalty and ODEDiagnostics under accumulation.
 
-    They see the losses and gradients of a window before it is known how many tokens it has.
+    They see the losses and gradients of a window before it is known how many tokens it has. A callback to which their
+    size does not matter says so by ``any_scale``.
 
     Raises:
         MisconfigurationException: one of them is among the callbacks, and batches are accumulated.
     """
-    names = [type(callback).__name__ for callback in trainer.callbacks if hasattr(callback, "gradient_order")]
+    readers = [c for c in trainer.callbacks if hasattr(c, "gradient_order") and not getattr(c, "any_scale", False)]
+    names = [type(callback).__name__ for callback in readers]
     if names and trainer.accumulate_grad_batches > 1:
         raise MisconfigurationException(
             f"{' and '.join(names)} cannot see how UniLMSeq2Seq weighs accumulated batches by their tokens: set "
