@@ -1,4 +1,4 @@
-"""What an argument must be: rules, all of which refuse in one form of sentence, ``argument=value must ...: cure.``
+"""What an argument must be: rules that refuse in one form of sentence, with the argument, its value and the cure.
 
     from lightning_plugins.core import arguments as must
 
@@ -47,8 +47,9 @@ class Rule:
             ValueError: the value breaks the rule; the sentence names the argument, the value and what it must be.
         """
         if not self.holds(value):
-            must = self.short if self.right_type(value) else f"be {self.noun}"
-            raise ValueError(f"{name}={told(value)} must {must}{self.why and ': ' + self.why}.")
+            must = f"must {self.short}" if self.right_type(value) else f"must be {self.noun}"
+            said = f"{name} {must}, got {told(value)}" if isinstance(value, Tensor) else f"{name}={told(value)} {must}"
+            raise ValueError(f"{said}{self.why and ': ' + self.why}.")
 
 
 def check(arguments: Mapping[str, Any], /, **rules: Rule) -> None:
@@ -72,7 +73,7 @@ def told(value: Any) -> str:
     'a whole number of 16610 bits'
     """
     if isinstance(value, Tensor):
-        return f"a tensor {tuple(value.shape)} {value.dtype}"
+        return f"{tuple(value.shape)} {value.dtype}"
     if isinstance(value, nn.Module) or callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
     if isinstance(value, int) and value.bit_length() > 1000:  # Python writes no more than 4,300 digits
@@ -195,12 +196,18 @@ def optional(rule: Rule) -> Rule:
     return replace(rule, holds=lambda value: value is None or rule.holds(value))
 
 
-def either(*rules: Rule, why: str = "") -> Rule:
-    """What one of the rules asks; a value of the first one's type is told what that asks."""
-    first, *others = rules
-    noun = " or ".join(rule.noun for rule in rules)
-    short = f"{first.short}, or {' or '.join(rule.noun for rule in others)}" if first.short else ""
-    return Rule(lambda value: any(rule.holds(value) for rule in rules), noun, short, first.right_type, why)
+def several(rule: Rule, *, why: str = "") -> Rule:
+    """One value that keeps the rule, or a list of such.
+
+    >>> several(count)("k", 0)
+    Traceback (most recent call last):
+    ValueError: k=0 must be 1 or more, or several such numbers.
+    """
+    many, more = each(rule), ", or several such numbers"
+    return replace(
+        rule, holds=lambda value: rule.holds(value) or many.holds(value), noun=rule.noun + more,
+        short=rule.short + more, why=why,
+    )  # fmt: skip
 
 
 def each(rule: Rule, length: int | None = None, *, of: str = "a list", empty: bool = False, why: str = "") -> Rule:
@@ -226,12 +233,13 @@ image_shape = each(count, 3, of="(C, H, W)")
 # Tensors.
 
 
-def tensor(shape: str | None = None, *, dtype: str = "floating", why: str = "") -> Rule:
+def tensor(shape: str | None = None, *, dtype: str = "floating", noun: str = "", why: str = "") -> Rule:
     """A tensor with as many dimensions as the shape has letters (``"(B, ..., D)"``: or more), of a kind of numbers.
 
     Args:
         shape: such as ``"(N, d)"``; None for any.
         dtype: ``floating``, ``integer`` (or bool) or ``any``.
+        noun: what it holds; "a tensor" by default.
         why: see :class:`Rule`.
     """
     kinds: dict[str, Callable[[Tensor], bool]] = {
@@ -248,8 +256,11 @@ def tensor(shape: str | None = None, *, dtype: str = "floating", why: str = "") 
             return False
         return shape is None or value.ndim == dims or (open_end and value.ndim > dims)
 
-    kind = "" if dtype == "any" else f" of {dtype} type"
-    return Rule(holds, f"a tensor{'' if shape is None else f' {shape}'}{kind}", why=why)
+    kind = {"floating": "a floating-point tensor", "integer": "an integer tensor", "any": "a tensor"}[dtype]
+    return Rule(holds, f"{noun or kind}{'' if shape is None else f' {shape}'}", why=why)
+
+
+codes = tensor("(N, d)", noun="floating-point codes", why="flatten and widen")
 
 
 def class_labels(labels: Tensor, number: int, num_classes: int) -> None:

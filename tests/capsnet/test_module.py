@@ -391,7 +391,10 @@ def test_validation_by_itself_draws(tmp_path):
     ("make", "message"),
     [
         (lambda: small(pictures_every_n_epochs=-1), "pictures_every_n_epochs=-1 must be 0 or more: 0 is for none."),
-        (lambda: small(image_shape=(14, 14)), "image_shape=(14, 14) must be (C, H, W), each a whole number of 1 or more."),
+        (
+            lambda: small(image_shape=(14, 14)),
+            "image_shape=(14, 14) must be (C, H, W), each a whole number of 1 or more.",
+        ),
         (lambda: small().training_step(WRONG_LABEL, 0), "num_classes=4 but a batch has labels from 0 to 12"),
         (lambda: small(num_labels=4), "num_labels=4 must lie in [1, 3]: at most num_classes - 1 = 3"),
         (lambda: small(features=torch.nn.Flatten()), "features must give capsules of shape (B, N, D), got (1, 196)"),
