@@ -1,7 +1,7 @@
 """Flooding: training keeps the loss around a level instead of driving it to zero, for any module."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from lightning_plugins.callbacks.requirements import (
     require_strategy,
     skips_backward,
 )
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.schedules import Points, check_points, value_at
 from lightning_plugins.core.vectors import local, mean_over_ranks_
@@ -97,8 +98,7 @@ class Flooding(Callback):
             raise ValueError(f"Give either level or level_schedule, got {level!r} and {level_schedule!r}.")
         if level is not None:
             check_level("level", level)
-        if scope not in get_args(Scope):
-            raise ValueError(f"scope must be 'step' or 'microbatch', got {scope!r}.")
+        must.one_of(Scope)("scope", scope)
         check_points("level_schedule", level_schedule)
         if level_schedule is not None and not all(math.isfinite(value) for _, value in level_schedule):
             raise ValueError(

@@ -12,7 +12,6 @@ from lightning_plugins.callbacks.penalty_check import check_repeatable
 from lightning_plugins.callbacks.penalty_rules import (
     check_choices,
     check_relative_step,
-    check_strength,
     explain,
     require_full_precision,
     require_plain_gradients,
@@ -20,6 +19,7 @@ from lightning_plugins.callbacks.penalty_rules import (
 )
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
 from lightning_plugins.callbacks.requirements import require_strategy
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.curvature import Difference, WindowLoss, loss_scale, second_derivative
 from lightning_plugins.core.curvature import relative_step as best_step
 from lightning_plugins.core.graph import half_precision
@@ -79,7 +79,13 @@ def gradient_penalty_backward(
             optimizer.step()
     """
     check_choices(norm=norm, engine=engine, difference=difference)
-    check_strength("coefficient", coefficient)
+    must.check(
+        locals(),
+        module=must.instance(LightningModule, "a LightningModule"),
+        loss_fn=must.function,
+        coefficient=must.non_negative,
+        params=must.optional(must.instance(Iterable, "an iterable of parameters")),
+    )
     check_relative_step(relative_step)
     if module.automatic_optimization:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pictures import new_figure
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, opti
     import matplotlib
     from matplotlib.backend_bases import FigureCanvasBase
 
+    must.check(locals(), run=must.path, output=must.optional(must.path), optimizer_index=must.whole(0))
     log = _find_log(Path(run))
     target = Path(output) if output is not None else (log if log.is_dir() else log.parent) / NAME
     if target.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():

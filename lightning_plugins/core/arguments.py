@@ -173,9 +173,11 @@ text = Rule(lambda value: isinstance(value, str), "a text")
 word = Rule(lambda value: isinstance(value, str) and bool(value.strip()), "a text that is not empty")
 path = Rule(lambda value: isinstance(value, str | os.PathLike) and bool(os.fspath(value)), "a path that is not empty")
 function = Rule(callable, "a function or a class")
-module = Rule(lambda value: isinstance(value, nn.Module), "a torch module")
-mapping = Rule(lambda value: isinstance(value, Mapping), "a dict")
-generator = Rule(lambda value: isinstance(value, torch.Generator), "a torch.Generator")
+
+
+def instance(kind: type, noun: str) -> Rule:
+    """An object of a class."""
+    return Rule(lambda value: isinstance(value, kind), noun)
 
 
 def one_of(choices: Any, *, why: str = "") -> Rule:
@@ -227,6 +229,9 @@ def each(rule: Rule, length: int | None = None, *, of: str = "a list", empty: bo
     return Rule(holds, f"{of}, each {rule.noun}", why=why)
 
 
+module = instance(nn.Module, "a torch module")
+mapping = instance(Mapping, "a dict")
+generator = instance(torch.Generator, "a torch.Generator")
 image_shape = each(count, 3, of="(C, H, W)")
 
 
@@ -269,8 +274,8 @@ def class_labels(labels: Tensor, number: int, num_classes: int) -> None:
     Raises:
         ValueError: another shape or dtype, or a class that there is not; reading it waits for the device.
     """
-    if not isinstance(labels, Tensor) or labels.shape != (number,) or labels.dtype != torch.int64:
-        found = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else told(labels)
-        raise ValueError(f"labels must be ({number},) int64, a class for each image, got {found}.")
+    whole_numbers = isinstance(labels, Tensor) and not labels.is_floating_point() and labels.dtype != torch.bool
+    if not whole_numbers or labels.shape != (number,):
+        raise ValueError(f"labels must be ({number},) int64, a class for each image, got {told(labels)}.")
     if number and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < num_classes:
-        raise ValueError(f"labels run from {low} to {high}; they must be 0 to {num_classes - 1}.")
+        raise ValueError(f"labels run from {low} to {high}: they must be 0 to {num_classes - 1}.")

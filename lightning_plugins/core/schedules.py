@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from lightning_plugins.core import arguments as must
+
 Points = Sequence[Sequence[float]]
 
 
@@ -27,7 +29,8 @@ def _is_point(point: Any) -> bool:
     return (
         isinstance(point, Sequence)
         and len(point) == 2
-        and all(isinstance(number, int | float) and not math.isnan(number) for number in point)
+        and must.is_number(point[0])
+        and (must.is_number(point[1]) or point[1] in (math.inf, -math.inf))
     )
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_plugins.data.images import ImageData, LabelledImages, Pixels, at_least
-from lightning_plugins.data.keys import random_split
+from lightning_plugins.core import arguments as must
+from lightning_plugins.data.images import ImageData, LabelledImages, Pixels
+from lightning_plugins.data.keys import VAL_SIZE, random_split
 
 if TYPE_CHECKING:
     import datasets
@@ -112,11 +113,18 @@ class HFImages(ImageData):
         crop: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift, flip)
-        for argument, pixels in {"image_size": image_size, "crop": crop}.items():
-            if pixels is not None:
-                at_least(argument, pixels, 1)
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels={channels} must be 1 (grey) or 3 (colour), or left out.")
+        words = dict.fromkeys(("name", "image_column", "label_column", "val_split"), must.optional(must.word))
+        must.check(
+            locals(),
+            path=must.path,
+            **words,
+            train_split=must.word,
+            test_split=must.word,
+            val_size=VAL_SIZE,
+            image_size=must.optional(must.count),
+            crop=must.optional(must.count),
+            channels=must.optional(must.one_of([1, 3], why="1 is grey, 3 colour")),
+        )
         self.path, self.name, self.val_size = path, name, val_size
         self.image_column, self.label_column = image_column, label_column
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}

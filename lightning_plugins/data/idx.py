@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.data.images import ImageData, LabelledImages
-from lightning_plugins.data.keys import random_split
+from lightning_plugins.data.keys import VAL_SIZE, random_split
 
 _PREFIX = {"train": "train", "val": "train", "test": "t10k"}
 
@@ -45,6 +46,7 @@ class IdxImages(ImageData):
         shift: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift)
+        must.check(locals(), folder=must.path, val_size=VAL_SIZE)
         self.folder, self.val_size = Path(folder).expanduser(), val_size
 
     @cached_property

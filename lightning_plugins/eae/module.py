@@ -352,7 +352,7 @@ class EAE(LightningModule):
 
     def _check_labels(self, labels: Tensor, count: int) -> Tensor:
         must.class_labels(labels, count, self.num_classes)
-        return labels
+        return labels.long()
 
     # Training.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.denoiser import Denoiser
 
 
@@ -36,10 +37,11 @@ def guided(
         ``(B, C, H, W)``, float32.
 
     Raises:
-        ValueError: a scale other than 1 without null_conditioning, or with other keys.
+        ValueError: a scale that is no number, or other than 1 without null_conditioning, or with other keys.
 
     Source: Ho & Salimans 2022 (arXiv 2207.12598); Zhou et al. 2024 (SiD-LSG, arXiv 2406.01561).
     """
+    must.finite("scale", scale)
     if scale == 1:
         return denoiser(x, sigma, **conditioning)
     if null_conditioning is None:

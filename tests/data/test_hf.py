@@ -204,7 +204,7 @@ def test_integers_are_labels_where_there_are_no_class_labels(tmp_path):
         ({"train_split": "trian"}, "PATH has no split 'trian'; its splits are train."),
         ({"val_split": "holdout"}, "PATH has no split 'holdout'; its splits are train."),
         ({"test_split": "tset"}, "PATH has no split 'tset'; its splits are train."),
-        ({"channels": 2}, "channels=2 must be 1 (grey) or 3 (colour), or left out."),
+        ({"channels": 2}, "channels=2 must be one of 1, 3: 1 is grey, 3 colour."),
         ({"image_size": 0}, "image_size=0 must be 1 or more."),
         ({"crop": 0}, "crop=0 must be 1 or more."),
         ({"crop": 6}, "An image has 6 x 5 px, less than crop=6."),

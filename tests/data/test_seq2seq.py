@@ -444,7 +444,7 @@ def test_what_is_no_text_is_not_learnt_as_text(tmp_path, row, reason):
         ({"train_file": "x.txt", "text_column": "text", "source_format": "{a}"}, "text_column='text' is cut into"),
         ({"pairs": PAIRS, "max_source_length": 2}, "max_source_length=2 must be 3 or more."),
         ({"pairs": PAIRS, "batch_size": 0}, "batch_size=0 must be 1 or more."),
-        ({"pairs": PAIRS, "long_targets": "cut"}, "long_targets='cut' must be one of 'raise', 'drop'."),
+        ({"pairs": PAIRS, "long_targets": "cut"}, "long_targets='cut' must be one of raise, drop."),
     ],
 )
 def test_bad_arguments_are_a_sentence(arguments, sentence):
@@ -458,7 +458,7 @@ def test_missing_splits_and_bad_pairs():
         Seq2SeqData(pairs=PAIRS).test_dataloader()
     with pytest.raises(ValueError, match=r"Seq2SeqData has no val texts; set val_size above 0 or val_file\."):
         Seq2SeqData(pairs=PAIRS, val_size=0).val_dataloader()
-    with pytest.raises(ValueError, match=r"pairs\[1\]='ab' must be \[source, target\], two texts\."):
+    with pytest.raises(ValueError, match=r"pairs\[1\]='ab' must be \[source, target\], each a text\."):
         Seq2SeqData(pairs=[["a", "b"], "ab"]).texts("train")
     with pytest.raises(ValueError, match=r"pairs=\[\] holds no pairs\."):
         Seq2SeqData(pairs=[]).texts("train")
