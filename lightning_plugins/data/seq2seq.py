@@ -1,5 +1,6 @@
 """Text pairs from files, from Hugging Face ``datasets``, or from memory; and running text for continued pretraining."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from os import PathLike
@@ -294,8 +295,10 @@ class Template(Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """Text and numbers alone: Python's way to print a list or None would be learnt as text."""
-        if not isinstance(value, (str, int, float)):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise TypeError(f"a field is {'null' if value is None else f'a {type(value).__name__}'}, not text")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TypeError(f"a field is {value}, not text")
         return super().format_field(value, format_spec)
 
 

@@ -173,6 +173,32 @@ def test_sizes_differ(tmp_path):
     assert str(error.value) == "Images differ in size: 6 x 5 and 9 x 12 px; give image_size."
 
 
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("content", ["cut", "no image"])
+def test_a_damaged_image_is_named(tmp_path, number, content):
+    path = make_folder(tmp_path)
+    file = tmp_path / "train" / ("cat", "dog")[number % 2] / f"{number:02d}.png"
+    file.write_bytes(file.read_bytes()[:60] if content == "cut" else b"no image")
+    with pytest.raises(ValueError) as error:
+        HFImages(path).train_dataloader()
+    assert str(file) in str(error.value) and str(error.value).endswith("Replace or remove it.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["img", "fine"])
+def test_a_row_without_image_or_label_is_named(tmp_path, column):
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=make_parquet(tmp_path / "a.parquet"), split="train")
+    rows = rows.cast_column("img", datasets.Image(decode=False))
+    values = [None if n == 5 else value for n, value in enumerate(rows[column])]
+    rows = rows.remove_columns(column).add_column(column, values, feature=rows.features[column])
+    rows.to_parquet(tmp_path / "b.parquet")
+    path = str(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=f"b.parquet, train row 5 has no {'image' if column == 'img' else 'label'}"):
+        HFImages(path, val_size=0).train_dataloader()
+
+
 def test_two_label_columns(tmp_path):
     import datasets
 

@@ -423,6 +423,7 @@ def test_bad_rows_are_a_sentence_with_file_and_line(tmp_path, lines, arguments, 
             "source_format='{source}' cannot be filled (a field is a list, not text)",
         ),
         ({"source": None, "target": "x"}, "source_format='{source}' cannot be filled (a field is null, not text)"),
+        ({"source": True, "target": "x"}, "source_format='{source}' cannot be filled (a field is a bool, not text)"),
         ({"source": "x", "target": "\ud800"}, "target_format='{target}' cannot be filled ('utf-8' codec can't encode"),
     ],
 )
