@@ -95,7 +95,8 @@ class Flooding(Callback):
         start: str = "immediately",
     ) -> None:
         if (level is None) == (level_schedule is None):
-            raise ValueError(f"Give either level or level_schedule, got {level!r} and {level_schedule!r}.")
+            told = f"level={must.told(level)} and level_schedule={must.told(level_schedule)}"
+            raise ValueError(f"Give either level or level_schedule, got {told}.")
         if level is not None:
             check_level("level", level)
         must.one_of(Scope)("scope", scope)
@@ -208,9 +209,10 @@ def _sign(loss: Tensor, level: float) -> Tensor:
 
 def _parse_start(start: str) -> tuple[str, int]:
     """The unit and the number of what has to pass."""
-    unit, _, number = str(start).partition(" ")
+    must.text("start", start)
+    unit, _, number = start.partition(" ")
     if start == "immediately":
         return "step", 0
     if unit in ("epoch", "step") and number.isdecimal():
         return unit, int(number)
-    raise ValueError(f"start must be 'immediately', 'epoch N' or 'step N', got {start!r}.")
+    raise ValueError(f"start must be 'immediately', 'epoch N' or 'step N', got {must.told(start)}.")

@@ -31,6 +31,7 @@ from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.core.vectors import norm as length_of
 
 _NAME = "gradient_penalty_backward"
+_PARAMETERS = must.Rule(lambda value: isinstance(value, Iterable) and not isinstance(value, Tensor), "parameters")
 _repeatable: WeakSet[LightningModule] = WeakSet()  # those whose first loss was run twice, with the same gradient
 
 
@@ -84,7 +85,7 @@ def gradient_penalty_backward(
         module=must.instance(LightningModule, "a LightningModule"),
         loss_fn=must.function,
         coefficient=must.non_negative,
-        params=must.optional(must.instance(Iterable, "an iterable of parameters")),
+        params=must.optional(_PARAMETERS),
     )
     check_relative_step(relative_step)
     if module.automatic_optimization:

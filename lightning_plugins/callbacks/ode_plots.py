@@ -93,7 +93,7 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, opti
     try:
         figure = ode_figure(columns)
     except ValueError as error:
-        raise ValueError(f"{log}: {error}") from error
+        raise ValueError(f"{log}: {error} It was read for optimizer_index={optimizer_index}.") from error
     target.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"pdf.fonttype": 42}):  # letters as letters: publishers refuse type 3
         figure.savefig(target)

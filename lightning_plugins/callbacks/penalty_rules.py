@@ -43,8 +43,8 @@ def check_arguments(penalty: "GradientPenalty") -> None:
     check_choices(**{name: getattr(penalty, name) for name in _CHOICES})
     if (penalty.coefficient is None) == (penalty.match_lr is None):
         raise ValueError(
-            f"give either coefficient or match_lr, got coefficient={penalty.coefficient} and "
-            f"match_lr={penalty.match_lr}."
+            f"give either coefficient or match_lr, got coefficient={must.told(penalty.coefficient)} and "
+            f"match_lr={must.told(penalty.match_lr)}."
         )
     if penalty.match_lr is not None and penalty.norm == "norm":
         raise ValueError("match_lr belongs to norm='squared', the form that learning rates imply, got norm='norm'.")

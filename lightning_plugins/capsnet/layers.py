@@ -317,6 +317,7 @@ def margin_loss(
     margins = {"m_plus": m_plus, "m_minus": m_minus, "downweight": downweight}
     must.check(margins, m_plus=must.finite, m_minus=must.finite, downweight=must.non_negative)
     must.tensor("(B, J)")("lengths", lengths)
+    must.tensor("(B, ...)", dtype="integer")("targets", targets)
     lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
     present = multi_hot(targets, lengths.shape[-1]).to(lengths.dtype)
     hit = (m_plus - lengths).clamp_min(0).square()
@@ -332,6 +333,8 @@ def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
     """
     must.tensor("(B, ...)", dtype="integer")("labels", labels)
     must.count("num_classes", num_classes)
+    if labels.device.type == "cpu" and labels.numel():  # an accelerator would be waited for
+        must.whole(int(labels.max()) + 1, why="labels are 0 to num_classes - 1")("num_classes", num_classes)
     rows = labels.reshape(len(labels), -1)
     return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)
 

@@ -154,11 +154,15 @@ def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None)
     Returns:
         ``(B,)`` objective of each sample.
 
+    Raises:
+        ValueError: a tensor of another shape.
+
     Source: kexue.fm/archives/5112.
     """
     must.check(
         {"votes": votes, "centres": centres}, votes=must.tensor("(B, N, J, K)"), centres=must.tensor("(B, J, K)")
     )
+    _check_extras((*votes.shape[:2], *centres.shape[1:]), None, mask)
     terms = torch.einsum("bnjk,bjk->bnj", votes, unit(centres)).logsumexp(-1)
     if mask is not None:
         terms = terms.masked_fill(~mask, 0)

@@ -113,11 +113,10 @@ def whole(least: int | None = None, most: int | None = None, *, why: str = "") -
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite real number, of Python or numpy."""
-    try:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number too large for a float
-        return False
+    """Whether a value is a finite real number, of Python or numpy, that torch can take."""
+    if isinstance(value, numbers.Integral):
+        return _is_whole(value)
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:
@@ -162,7 +161,6 @@ non_negative = number(0)
 share = number(0, 1)
 proportion = number(above=0, below=1)
 count = whole(1)
-count_or_none = whole(0)
 seed = whole()
 
 

@@ -225,7 +225,8 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
             needed = math.ceil(math.sqrt(1 / self.collision_probability) + 0.5)
             raise ValueError(
                 f"collision_probability={self.collision_probability} of all pairs rounds to no pair of {num_real} real "
-                f"images: give at least {needed}, or a larger probability, or a fixed threshold."
+                f"images (max_real={self.max_real}): give at least {needed}, or a larger probability, or a fixed "
+                "threshold."
             )
         if num < _FEW_PAIRS:
             rank_zero_warn(

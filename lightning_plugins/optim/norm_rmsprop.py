@@ -1,6 +1,6 @@
 """RMSprop with one step size for a whole group of parameters, as error control of the gradient flow gives it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,9 @@ class NormRMSprop(Optimizer):
         maximize: bool = False,
     ) -> None:
         options = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
+        _PARAMETERS("params", params)
+        params = list(params)
+        must.each(_PARAMETER, of="parameters, or dicts of groups")("params", params)
         super().__init__(params, {**options, "foreach": foreach, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -183,6 +186,15 @@ class NormRMSprop(Optimizer):
             if _BUFFER not in self.state[p]:
                 self.state[p][_BUFFER] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [self.state[p][_BUFFER] for p in params]
+
+
+_PARAMETERS = must.Rule(
+    lambda value: isinstance(value, Iterable) and not isinstance(value, Tensor), "a list of parameters"
+)
+_PARAMETER = must.Rule(
+    lambda value: isinstance(value, Tensor | tuple) or (isinstance(value, dict) and "params" in value),
+    "a tensor or a dict with params",
+)
 
 
 def _move(

@@ -34,7 +34,7 @@ def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, 
         r=must.tensor(),
         sigma_min=must.positive,
         sigma_max=must.positive,
-        rho=must.positive,
+        rho=must.number(0.05, why="the levels overflow below"),
     )
     if not sigma_min < sigma_max:
         raise ValueError(f"sigma_min={sigma_min} must be positive and below sigma_max={sigma_max}.")
