@@ -103,7 +103,8 @@ class Flooding(Callback):
         check_points("level_schedule", level_schedule)
         if level_schedule is not None and not all(math.isfinite(value) for _, value in level_schedule):
             raise ValueError(
-                f"level_schedule must have finite levels, got {level_schedule}: to begin later, give start='step N'."
+                f"level_schedule={must.told(level_schedule)} must have finite levels: to begin later, give "
+                "start='step N'."
             )
         self.level, self.scope, self.level_schedule, self.start = level, scope, level_schedule, start
         self._unit, self._first = _parse_start(start)
@@ -213,6 +214,6 @@ def _parse_start(start: str) -> tuple[str, int]:
     unit, _, number = start.partition(" ")
     if start == "immediately":
         return "step", 0
-    if unit in ("epoch", "step") and number.isdecimal():
+    if unit in ("epoch", "step") and number.isdecimal() and len(number) < 19:
         return unit, int(number)
-    raise ValueError(f"start must be 'immediately', 'epoch N' or 'step N', got {must.told(start)}.")
+    raise ValueError(f"start={must.told(start)} must be 'immediately', 'epoch N' or 'step N'.")

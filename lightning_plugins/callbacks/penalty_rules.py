@@ -55,7 +55,7 @@ def check_arguments(penalty: "GradientPenalty") -> None:
     must.check(vars(penalty), every_n_steps=must.count, warmup_steps=must.whole(0))
     check_points("schedule", penalty.schedule)
     if penalty.schedule is not None and not all(0 <= factor < math.inf for _, factor in penalty.schedule):
-        raise ValueError(f"schedule must have finite factors of at least 0, got {penalty.schedule}.")
+        raise ValueError(f"schedule={must.told(penalty.schedule)} must have finite factors of 0 or more.")
 
 
 def check_relative_step(value: float | str) -> None:

@@ -21,8 +21,8 @@ def check_points(name: str, points: Points | None) -> None:
     well_formed = isinstance(points, Sequence) and len(points) > 0 and all(_is_point(point) for point in points)
     if not well_formed or any(a[0] >= b[0] for a, b in pairwise(points)):
         raise ValueError(
-            f"{name} must be pairs [step, value] with growing steps, such as [[0, 0.0], [500, 1.0]], got "
-            f"{must.told(points)}."
+            f"{name}={must.told(points)} must be pairs [step, value] with growing steps, such as [[0, 0.0], "
+            "[500, 1.0]]."
         )
 
 

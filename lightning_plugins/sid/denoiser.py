@@ -190,8 +190,8 @@ def _fresh(scheduler: "SchedulerMixin | Mapping[str, Any]") -> "SchedulerMixin":
         cls, config = type(scheduler), scheduler.config
     else:
         raise ValueError(
-            f"scheduler={must.told(scheduler)} is neither a diffusers scheduler nor its config: give one, or the content "
-            "of a scheduler_config.json, whose _class_name says which it is."
+            f"scheduler={must.told(scheduler)} is neither a diffusers scheduler nor its config: give one, or the "
+            "content of a scheduler_config.json, whose _class_name says which it is."
         )
     with torch.device("cpu"):  # Lightning may be building on another device, or on none
         return cls.from_config(config)

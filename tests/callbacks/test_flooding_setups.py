@@ -269,18 +269,18 @@ def test_strategies_with_gradients_elsewhere_are_refused(strategy):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({}, "Give either level or level_schedule, got None and None"),
+        ({}, "Give either level or level_schedule, got level=None and level_schedule=None"),
         ({"level": 0.1, "level_schedule": [[0, 0.1]]}, "Give either level or level_schedule"),
         ({"level": math.nan}, "level=nan must be a finite number: it is in units of the loss, -inf is for none"),
         ({"level": math.inf}, "level=inf must be a finite number"),
         ({"level": True}, "level=True must be a finite number"),
         ({"level": "low"}, "level='low' must be a finite number"),
         ({"level": 0.1, "scope": "batch"}, "scope='batch' must be one of step, microbatch"),
-        ({"level": 0.1, "start": "later"}, "start must be 'immediately', 'epoch N' or 'step N', got 'later'"),
-        ({"level": 0.1, "start": "epoch -1"}, "start must be .* got 'epoch -1'"),
-        ({"level": 0.1, "start": 5}, "start must be .* got 5"),
-        ({"level_schedule": [[5, 0.1], [5, 0.2]]}, "level_schedule must be pairs .* with growing steps"),
-        ({"level_schedule": [[0, -math.inf], [5, 0.2]]}, "level_schedule must have finite levels.*start='step N'"),
+        ({"level": 0.1, "start": "later"}, "start='later' must be 'immediately', 'epoch N' or 'step N'"),
+        ({"level": 0.1, "start": "epoch -1"}, "start='epoch -1' must be .*"),
+        ({"level": 0.1, "start": 5}, "start=5 must be a text"),
+        ({"level_schedule": [[5, 0.1], [5, 0.2]]}, "level_schedule=.* must be pairs .* with growing steps"),
+        ({"level_schedule": [[0, -math.inf], [5, 0.2]]}, "level_schedule=.* must have finite levels.*start='step N'"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

@@ -321,11 +321,14 @@ def test_steps_that_cannot_be_repeated(step, sentence):
         ({"coefficient": 0.1, "every_n_steps": True}, r"every_n_steps=True must be .*1 or more"),
         ({"coefficient": 0.1, "every_n_steps": 1.5}, r"every_n_steps=1.5 must be .*1 or more"),
         ({"coefficient": 0.1, "warmup_steps": -1}, r"warmup_steps=-1 must be 0 or more"),
-        ({"coefficient": 0.1, "schedule": []}, r"schedule must be pairs \[step, value\] with growing steps.*got \[\]"),
-        ({"coefficient": 0.1, "schedule": [[5, 1.0], [5, 2.0]]}, "schedule must be pairs .* with growing steps"),
-        ({"coefficient": 0.1, "schedule": [[0, 1.0, 2.0]]}, "schedule must be pairs .* with growing steps"),
-        ({"coefficient": 0.1, "schedule": [[0, -1.0]]}, "schedule must have finite factors of at least 0"),
-        ({"coefficient": 0.1, "schedule": [[0, float("inf")]]}, "schedule must have finite factors of at least 0"),
+        (
+            {"coefficient": 0.1, "schedule": []},
+            r"schedule=\[\] must be pairs \[step, value\] with growing steps",
+        ),
+        ({"coefficient": 0.1, "schedule": [[5, 1.0], [5, 2.0]]}, "schedule=.* must be pairs .* with growing steps"),
+        ({"coefficient": 0.1, "schedule": [[0, 1.0, 2.0]]}, "schedule=.* must be pairs .* with growing steps"),
+        ({"coefficient": 0.1, "schedule": [[0, -1.0]]}, "schedule=.* must have finite factors of 0 or more"),
+        ({"coefficient": 0.1, "schedule": [[0, float("inf")]]}, "schedule=.* must have finite factors of 0 or more"),
     ],
 )
 def test_bad_arguments(arguments, sentence):

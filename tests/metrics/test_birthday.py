@@ -169,7 +169,7 @@ def test_refusals_and_warnings_name_the_cure():
         BirthdayParadox(collision_probability=1.5)
     with pytest.raises(ValueError, match="threshold=-1 must be 0 or more: it is a distance"):
         BirthdayParadox(threshold=-1)
-    with pytest.raises(ValueError, match="of 50 real images: give at least 101"):
+    with pytest.raises(ValueError, match=r"of 50 real images \(max_real=10000\): give at least 101"):
         evaluate(draw(9, 9), torch.randn(50, 1))
     with pytest.raises(ValueError, match="compares pairs of samples, got 1"):
         evaluate(draw(9, 1), threshold=1.0)
