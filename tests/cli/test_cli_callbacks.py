@@ -85,9 +85,7 @@ def test_resumed_equals_uninterrupted(cli, project):
 
 MISTAKES = {
     "--trainer.callbacks+=GradientPenalty": "give either coefficient or match_lr, got coefficient=None and match_",
-    "--trainer.callbacks+=GradientPenalty --trainer.callbacks.coefficient=-1": (
-        "coefficient must be a finite number of at least 0, got -1.0."
-    ),
+    "--trainer.callbacks+=GradientPenalty --trainer.callbacks.coefficient=-1": ("coefficient=-1.0 must be 0 or more."),
     "--trainer.callbacks+=GradientPenalty --trainer.callbacks.coefficient=much": (
         "trainer.callbacks.coefficient takes float or null, not 'much'."
     ),
@@ -99,10 +97,10 @@ MISTAKES = {
     ),
     " ".join(
         [*PENALTY, "--trainer.callbacks.schedule=[[5,1],[5,2]]"]
-    ): "schedule=[[5, 1], [5, 2]] must be pairs [step, value] with grow",
+    ): "schedule=[[5.0, 1.0], [5.0, 2.0]] must be pairs [step, value] with grow",
     " ".join([*PENALTY, *PENALTY]): "Only one GradientPenalty in a trainer: add their coefficients up in one.",
     " ".join([*PENALTY, "--trainer.precision=bf16-true"]): "use one of 32-true, 64-true, bf16-mixed, 16-mixed.",
-    "--trainer.callbacks+=Flooding": "Give either level or level_schedule, got level=None and level_schedule=None.",
+    "--trainer.callbacks+=Flooding": "Give either level or level_schedule, got level=None and",
     " ".join(
         [*FLOODING, "--trainer.callbacks.start=later"]
     ): "start='later' must be 'immediately', 'epoch N' or 'step N'",
