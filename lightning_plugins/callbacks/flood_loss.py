@@ -1,11 +1,12 @@
 """Flooding as a loss function: for training steps of one's own, and for the forms that need every sample's loss."""
 
 import math
-from numbers import Real
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from lightning_plugins.core import arguments as must
 
 FloodKind = Literal["batch", "sample", "soft"]
 
@@ -48,8 +49,8 @@ def flood(losses: Tensor, level: float, kind: FloodKind = "batch") -> Tensor:
         [0.625, 0.875, 0.5744]
     """
     check_level("level", level)
-    if kind not in get_args(FloodKind):
-        raise ValueError(f"kind must be 'batch', 'sample' or 'soft', got {kind!r}.")
+    must.one_of(FloodKind)("kind", kind)
+    must.tensor(dtype="any")("losses", losses)
     if kind != "batch" and losses.ndim == 0:
         raise ValueError(
             f"kind={kind!r} needs a loss for each sample, got a single number: compute the loss with reduction='none'."
@@ -75,5 +76,5 @@ def check_level(name: str, level: float) -> None:
     Raises:
         ValueError: naming the argument and its value.
     """
-    if isinstance(level, bool) or not isinstance(level, Real) or math.isnan(level) or level == math.inf:
-        raise ValueError(f"{name} must be a finite number in units of the loss, or -inf for none, got {level!r}.")
+    if not (isinstance(level, float) and level == -math.inf):
+        must.number(why="it is in units of the loss, -inf is for none")(name, level)

@@ -1,7 +1,7 @@
 """Flooding: training keeps the loss around a level instead of driving it to zero, for any module."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,6 +18,7 @@ from lightning_plugins.callbacks.requirements import (
     require_strategy,
     skips_backward,
 )
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.schedules import Points, check_points, value_at
 from lightning_plugins.core.vectors import local, mean_over_ranks_
@@ -94,15 +95,16 @@ class Flooding(Callback):
         start: str = "immediately",
     ) -> None:
         if (level is None) == (level_schedule is None):
-            raise ValueError(f"Give either level or level_schedule, got {level!r} and {level_schedule!r}.")
+            told = f"level={must.told(level)} and level_schedule={must.told(level_schedule)}"
+            raise ValueError(f"Give either level or level_schedule, got {told}.")
         if level is not None:
             check_level("level", level)
-        if scope not in get_args(Scope):
-            raise ValueError(f"scope must be 'step' or 'microbatch', got {scope!r}.")
+        must.one_of(Scope)("scope", scope)
         check_points("level_schedule", level_schedule)
         if level_schedule is not None and not all(math.isfinite(value) for _, value in level_schedule):
             raise ValueError(
-                f"level_schedule must have finite levels, got {level_schedule}: to begin later, give start='step N'."
+                f"level_schedule={must.told(level_schedule)} must have finite levels: to begin later, give "
+                "start='step N'."
             )
         self.level, self.scope, self.level_schedule, self.start = level, scope, level_schedule, start
         self._unit, self._first = _parse_start(start)
@@ -208,9 +210,10 @@ def _sign(loss: Tensor, level: float) -> Tensor:
 
 def _parse_start(start: str) -> tuple[str, int]:
     """The unit and the number of what has to pass."""
-    unit, _, number = str(start).partition(" ")
+    must.text("start", start)
+    unit, _, number = start.partition(" ")
     if start == "immediately":
         return "step", 0
-    if unit in ("epoch", "step") and number.isdecimal():
+    if unit in ("epoch", "step") and number.isdecimal() and len(number) < 19:
         return unit, int(number)
-    raise ValueError(f"start must be 'immediately', 'epoch N' or 'step N', got {start!r}.")
+    raise ValueError(f"start={must.told(start)} must be 'immediately', 'epoch N' or 'step N'.")

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_plugins.callbacks.reference_images import gather_chosen, reference_images, share
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.logging import log_image, log_table
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.core.random_state import get_random_state, set_random_state
 from lightning_plugins.metrics.birthday import BirthdayParadox
-from lightning_plugins.metrics.extractors import FeatureExtractor, feature_extractor
+from lightning_plugins.metrics.extractors import FeatureExtractor, check_feature, feature_extractor
 from lightning_plugins.metrics.frechet import FrechetDistance
 from lightning_plugins.metrics.kernel import KernelDistance
 from lightning_plugins.metrics.neighbours import PrecisionRecallDensityCoverage
@@ -90,15 +91,17 @@ class GenerativeEvaluation(Callback):
         seed: int = 0,
         sample_options: dict[str, Any] | None = None,
     ) -> None:
-        for name, value, least in (
-            ("every_n_epochs", every_n_epochs, 1),
-            ("num_samples", num_samples, 2),
-            ("batch_size", batch_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}={value} must be {least} or more.")
-        if not metrics or not set(metrics) <= set(MetricName.__args__):
-            raise ValueError(f"metrics={list(metrics)} must be some of {', '.join(MetricName.__args__)}.")
+        must.check(
+            locals(),
+            every_n_epochs=must.count,
+            num_samples=must.whole(2),
+            metrics=must.each(must.one_of(MetricName), of="a list of metrics"),
+            reference=must.path,
+            batch_size=must.count,
+            seed=must.seed,
+            sample_options=must.optional(must.mapping),
+        )
+        check_feature(feature)
         self._from_file = reference not in ("train", "val", "test")
         if self._from_file and list(metrics) != ["frechet"]:
             raise ValueError(

@@ -12,7 +12,6 @@ from lightning_plugins.callbacks.penalty_check import check_repeatable
 from lightning_plugins.callbacks.penalty_rules import (
     check_choices,
     check_relative_step,
-    check_strength,
     explain,
     require_full_precision,
     require_plain_gradients,
@@ -20,6 +19,7 @@ from lightning_plugins.callbacks.penalty_rules import (
 )
 from lightning_plugins.callbacks.penalty_term import Penalty, PenaltyNorm, scale
 from lightning_plugins.callbacks.requirements import require_strategy
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.curvature import Difference, WindowLoss, loss_scale, second_derivative
 from lightning_plugins.core.curvature import relative_step as best_step
 from lightning_plugins.core.graph import half_precision
@@ -31,6 +31,7 @@ from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.core.vectors import norm as length_of
 
 _NAME = "gradient_penalty_backward"
+_PARAMETERS = must.Rule(lambda value: isinstance(value, Iterable) and not isinstance(value, Tensor), "parameters")
 _repeatable: WeakSet[LightningModule] = WeakSet()  # those whose first loss was run twice, with the same gradient
 
 
@@ -79,7 +80,13 @@ def gradient_penalty_backward(
             optimizer.step()
     """
     check_choices(norm=norm, engine=engine, difference=difference)
-    check_strength("coefficient", coefficient)
+    must.check(
+        locals(),
+        module=must.instance(LightningModule, "a LightningModule"),
+        loss_fn=must.function,
+        coefficient=must.non_negative,
+        params=must.optional(_PARAMETERS),
+    )
     check_relative_step(relative_step)
     if module.automatic_optimization:
         raise ValueError(

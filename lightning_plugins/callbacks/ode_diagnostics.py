@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +16,7 @@ from lightning_plugins.callbacks.ode_probe import Engine, Probe
 from lightning_plugins.callbacks.optimizer_flow import Rule, descent_sign, implicit_term, largest_rate, rule_of
 from lightning_plugins.callbacks.requirements import put_in_order, require_strategy, skips_backward
 from lightning_plugins.callbacks.step_watch import StepWatch, batches_that_stepped
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.replay import StepRecorder
 from lightning_plugins.core.vectors import norm
 
@@ -168,16 +169,18 @@ class ODEDiagnostics(Callback):
         sharpness_max_products: int = 50,
         picture: bool = True,
     ) -> None:
-        counts = {"every_n_steps": every_n_steps, "sharpness_every_n_steps": sharpness_every_n_steps}
-        for name, count in (counts | {"sharpness_max_products": sharpness_max_products}).items():
-            if count is not None and count < 1:
-                raise ValueError(f"{name} must be at least 1, got {count}.")
-        for name, number in {"tol": tol, "sharpness_rtol": sharpness_rtol}.items():
-            if number is not None and not number > 0:
-                raise ValueError(f"{name} must be above 0, got {number}.")
-        for name, word, words in (("on_edge", on_edge, OnEdge), ("sharpness_engine", sharpness_engine, Engine)):
-            if word not in get_args(words):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(words))}, got {word!r}.")
+        must.check(
+            locals(),
+            every_n_steps=must.count,
+            sharpness_every_n_steps=must.optional(must.count),
+            tol=must.optional(must.positive),
+            on_edge=must.one_of(OnEdge),
+            optimizer_index=must.whole(0, why="optimizers are counted from 0"),
+            sharpness_engine=must.one_of(Engine),
+            sharpness_rtol=must.positive,
+            sharpness_max_products=must.count,
+            picture=must.flag,
+        )
         self.every_n_steps, self.sharpness_every_n_steps, self.tol = every_n_steps, sharpness_every_n_steps, tol
         self.on_edge, self.optimizer_index, self.picture = on_edge, optimizer_index, picture
         self.sharpness_engine = sharpness_engine

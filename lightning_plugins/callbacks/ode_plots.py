@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.new_file import new_file
 from lightning_plugins.core.pictures import new_figure
 
@@ -84,6 +85,7 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, opti
     import matplotlib
     from matplotlib.backend_bases import FigureCanvasBase
 
+    must.check(locals(), run=must.path, output=must.optional(must.path), optimizer_index=must.whole(0))
     log = _find_log(Path(run))
     target = Path(output) if output is not None else (log if log.is_dir() else log.parent) / NAME
     if target.suffix[1:] not in FigureCanvasBase.get_supported_filetypes():
@@ -92,7 +94,7 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, opti
     try:
         figure = ode_figure(columns)
     except ValueError as error:
-        raise ValueError(f"{log}: {error}") from error
+        raise ValueError(f"{log}: {error} It was read for optimizer_index={optimizer_index}.") from error
     with matplotlib.rc_context({"pdf.fonttype": 42}), new_file(target) as file:  # letters: publishers refuse type 3
         figure.savefig(file, format=target.suffix[1:])
     return target

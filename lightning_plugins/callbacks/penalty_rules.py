@@ -1,7 +1,6 @@
 """Setups in which GradientPenalty would train something else, each with its sentence."""
 
 import math
-from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +15,7 @@ from lightning_plugins.callbacks.requirements import (
     require_plain_optimizers,
     require_strategy,
 )
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.schedules import check_points
 
 if TYPE_CHECKING:
@@ -35,8 +35,7 @@ _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 def check_choices(**arguments: str) -> None:
     """Raise ``ValueError`` for a word that is none of an argument's choices."""
     for name, value in arguments.items():
-        if value not in _CHOICES[name]:
-            raise ValueError(f"{name} must be one of {', '.join(_CHOICES[name])}, got {value!r}.")
+        must.one_of(_CHOICES[name])(name, value)
 
 
 def check_arguments(penalty: "GradientPenalty") -> None:
@@ -44,34 +43,25 @@ def check_arguments(penalty: "GradientPenalty") -> None:
     check_choices(**{name: getattr(penalty, name) for name in _CHOICES})
     if (penalty.coefficient is None) == (penalty.match_lr is None):
         raise ValueError(
-            f"give either coefficient or match_lr, got coefficient={penalty.coefficient} and "
-            f"match_lr={penalty.match_lr}."
+            f"give either coefficient or match_lr, got coefficient={must.told(penalty.coefficient)} and "
+            f"match_lr={must.told(penalty.match_lr)}."
         )
     if penalty.match_lr is not None and penalty.norm == "norm":
         raise ValueError("match_lr belongs to norm='squared', the form that learning rates imply, got norm='norm'.")
     for name in ("coefficient", "match_lr"):
         if (value := getattr(penalty, name)) is not None:
-            check_strength(name, value)
+            must.non_negative(name, value)
     check_relative_step(penalty.relative_step)
-    for name, least in (("every_n_steps", 1), ("warmup_steps", 0)):
-        value = getattr(penalty, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}.")
+    must.check(vars(penalty), every_n_steps=must.count, warmup_steps=must.whole(0))
     check_points("schedule", penalty.schedule)
     if penalty.schedule is not None and not all(0 <= factor < math.inf for _, factor in penalty.schedule):
-        raise ValueError(f"schedule must have finite factors of at least 0, got {penalty.schedule}.")
-
-
-def check_strength(name: str, value: float) -> None:
-    """Raise ``ValueError`` unless it is a finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be a finite number of at least 0, got {value!r}.")
+        raise ValueError(f"schedule={must.told(penalty.schedule)} must have finite factors of 0 or more.")
 
 
 def check_relative_step(value: float | str) -> None:
     """Raise ``ValueError`` unless it is a fraction of the parameters' norm."""
-    if value != "auto" and not (isinstance(value, Real) and not isinstance(value, bool) and 0 < value < 1):
-        raise ValueError(f"relative_step must be 'auto' or between 0 and 1, got {value!r}.")
+    if not (isinstance(value, str) and value == "auto"):
+        must.number(above=0, below=1, why="'auto' takes the best known")("relative_step", value)
 
 
 def refuse_setup(penalty: "GradientPenalty", trainer: Trainer, pl_module: LightningModule) -> None:

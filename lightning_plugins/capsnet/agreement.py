@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
+
 RoutingKind = Literal["dynamic", "kmeans", "kmeans_squash", "uniform"]
 GradientKind = Literal["full", "last"]
 
@@ -25,11 +27,16 @@ def squash(s: Tensor, scale: float = 1.0) -> Tensor:
     Returns:
         ``(..., D)`` vectors with length in [0, 1), in the dtype of ``s``; the zero vector stays zero, its gradient too.
 
+    Raises:
+        ValueError: ``scale`` is not positive, or ``s`` no floating tensor.
+
     Source: Sabour, Frosst, Hinton 2017, eq. 1.
 
     >>> squash(torch.tensor([3.0, 4.0])).norm()  # 25 / 26
     tensor(0.9615)
     """
+    must.tensor("(..., D)")("s", s)
+    must.positive("scale", scale)
     t, n, c, _, zero = _scaled(s.to(compute_dtype(s)), scale)
     return (t * (n / (c + n * n)).masked_fill(zero, 0)).to(s.dtype)
 
@@ -135,6 +142,7 @@ def compute_votes(u: Tensor, W: Tensor) -> Tensor:
 
 def check_shapes(u: Tensor, W: Tensor) -> None:
     """Raise a ValueError unless ``u`` is (B, N, D) and ``W`` (N, D, J, K) or (D, J, K)."""
+    must.check({"u": u, "W": W}, u=must.tensor(), W=must.tensor())
     if u.dim() != 3:
         raise ValueError(f"u must have shape (B, N, D), not {tuple(u.shape)}.")
     if W.dim() not in (3, 4):

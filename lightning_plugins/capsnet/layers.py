@@ -22,6 +22,7 @@ from lightning_plugins.capsnet.routing import (
     routing_trace,
     squash,
 )
+from lightning_plugins.core import arguments as must
 
 
 class PrimaryCapsules(nn.Module):
@@ -41,6 +42,9 @@ class PrimaryCapsules(nn.Module):
         divide_by_types: divide the convolution by T before bias and squash, as the authors' released code does
             (there the primary layer is a routing over T outputs with uniform couplings).
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> primary = PrimaryCapsules(256, num_types=32, dim=8)
         >>> primary(torch.zeros(2, 256, 20, 20)).shape  # 32 types on a 6 x 6 grid
@@ -59,6 +63,8 @@ class PrimaryCapsules(nn.Module):
         divide_by_types: bool = False,
     ) -> None:
         super().__init__()
+        sizes = dict.fromkeys(("in_channels", "num_types", "dim", "kernel_size", "stride"), must.count)
+        must.check(locals(), **sizes, padding=must.whole(0), squash_scale=must.positive, divide_by_types=must.flag)
         self.num_types, self.dim = num_types, dim
         self.squash_scale = squash_scale
         self.divisor = num_types if divide_by_types else 1
@@ -114,6 +120,9 @@ class RoutingCapsules(nn.Module):
     about unit length, so that the first poses are neither dead nor saturated; shared transforms start with Glorot's
     :math:`\sqrt{2 / (D + J K)}`, as in the code of kexue.fm/archives/5112, since N is not known.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> capsules = RoutingCapsules(in_dim=8, num_capsules=10, dim=16, routing="kmeans")
         >>> capsules(torch.randn(2, 50, 8)).shape
@@ -134,7 +143,9 @@ class RoutingCapsules(nn.Module):
         leaky: bool = False,
     ) -> None:
         super().__init__()
-        check_options(routing, iterations, gradient)
+        check_options(routing, iterations, gradient, squash_scale, leaky)
+        sizes = dict.fromkeys(("in_dim", "num_capsules", "dim"), must.count)
+        must.check(locals(), **sizes, num_inputs=must.optional(must.count), bias=must.flag)
         self.num_inputs = num_inputs
         self.routing, self.iterations, self.gradient = routing, iterations, gradient
         self.squash_scale, self.leaky = squash_scale, leaky
@@ -189,11 +200,15 @@ class SelfAttentionRouting(nn.Module):
         dim: dimensions K of an output capsule (16 in the paper).
         num_inputs: number N of input capsules (16 in the paper).
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Source: Mazzia, Salvetti, Chiaberge 2021, doi:10.1038/s41598-021-93977-0, eqs. 4 to 7.
     """
 
     def __init__(self, in_dim: int, num_capsules: int, dim: int = 16, num_inputs: int = 16) -> None:
         super().__init__()
+        must.check(locals(), **dict.fromkeys(("in_dim", "num_capsules", "dim", "num_inputs"), must.count))
         self.weight = nn.Parameter(torch.empty(num_inputs, in_dim, num_capsules, dim))
         nn.init.normal_(self.weight, std=math.sqrt(2 / in_dim))  # He, as the convolutions
         self.prior = nn.Parameter(torch.zeros(num_inputs, num_capsules))
@@ -223,7 +238,11 @@ def exponential_squash(s: Tensor) -> Tensor:
     r"""Efficient-CapsNet's squash, steeper near zero: :math:`(1 - e^{-\|s\|}) \, s / \|s\|`; shape kept.
 
     The zero vector stays zero with a finite gradient.
+
+    Raises:
+        ValueError: ``s`` is no floating tensor ``(..., D)``.
     """
+    must.tensor("(..., D)")("s", s)
     wide = s.to(torch.promote_types(s.dtype, torch.float32))
     zero = (wide == 0).all(-1, keepdim=True)
     norm = torch.linalg.vector_norm(wide.masked_fill(zero, 1), dim=-1, keepdim=True)  # no derivative is NaN at ones
@@ -239,6 +258,9 @@ class CapsuleDecoder(nn.Module):
         image_shape: ``(C, H, W)`` to rebuild.
         hidden: widths of the two ReLU layers (512 and 1024 in Sabour et al. 2017, figure 2).
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> decoder = CapsuleDecoder(10, 16, (1, 28, 28))
         >>> decoder(torch.randn(2, 10, 16), torch.tensor([3, 7])).shape
@@ -251,6 +273,8 @@ class CapsuleDecoder(nn.Module):
         self, num_capsules: int, dim: int, image_shape: Sequence[int], hidden: Sequence[int] = (512, 1024)
     ) -> None:
         super().__init__()
+        widths = must.each(must.count, of="the layers' widths", empty=True)
+        must.check(locals(), num_capsules=must.count, dim=must.count, image_shape=must.image_shape, hidden=widths)
         self.num_capsules, self.image_shape = num_capsules, tuple(image_shape)
         widths = [num_capsules * dim, *hidden]
         hidden_layers = [layer for a, b in pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
@@ -281,12 +305,19 @@ def margin_loss(
     Returns:
         ``()`` loss in float32 or wider.
 
+    Raises:
+        ValueError: an argument is out of range or a tensor of another shape.
+
     Source: Sabour, Frosst, Hinton 2017 (arXiv 1710.09829), eq. 4.
 
     Example:
         >>> margin_loss(torch.tensor([[0.9, 0.3]]), torch.tensor([0]))  # 0.5 * (0.3 - 0.1) ** 2
         tensor(0.0200)
     """
+    margins = {"m_plus": m_plus, "m_minus": m_minus, "downweight": downweight}
+    must.check(margins, m_plus=must.finite, m_minus=must.finite, downweight=must.non_negative)
+    must.tensor("(B, J)")("lengths", lengths)
+    must.tensor("(B, ...)", dtype="integer")("targets", targets)
     lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
     present = multi_hot(targets, lengths.shape[-1]).to(lengths.dtype)
     hit = (m_plus - lengths).clamp_min(0).square()
@@ -295,7 +326,15 @@ def margin_loss(
 
 
 def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``."""
+    """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``.
+
+    Raises:
+        ValueError: ``labels`` is no int64 tensor, or ``num_classes`` below 1.
+    """
+    must.tensor("(B, ...)", dtype="integer")("labels", labels)
+    must.count("num_classes", num_classes)
+    if labels.device.type == "cpu" and labels.numel():  # an accelerator would be waited for
+        must.whole(int(labels.max()) + 1, why="labels are 0 to num_classes - 1")("num_classes", num_classes)
     rows = labels.reshape(len(labels), -1)
     return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)
 

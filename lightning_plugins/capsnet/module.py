@@ -31,7 +31,8 @@ from lightning_plugins.capsnet.networks import (
     initialize_as_official,
     resolve_preset,
 )
-from lightning_plugins.capsnet.routing import RoutingKind, RoutingTrace
+from lightning_plugins.capsnet.routing import GradientKind, RoutingKind, RoutingTrace
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -134,14 +135,23 @@ class CapsNet(LightningModule):
         arguments = locals()
         super().__init__()
         save_plain_hyperparameters(self)
+        must.check(
+            arguments,
+            image_shape=must.image_shape,
+            num_classes=must.whole(2, why="capsules compete for the classes"),
+            gradient=must.one_of(GradientKind),
+            decoder_hidden=must.each(must.count, of="the layers' widths", empty=True),
+            pictures_every_n_epochs=must.whole(0, why="0 is for none"),
+            features=must.optional(must.module),
+            optimizer=must.optional(must.function),
+            scheduler=must.optional(must.function),
+        )
+        most = num_classes - 1
+        must.whole(1, most, why=f"at most num_classes - 1 = {most}, as some class must be absent")(
+            "num_labels", num_labels
+        )
         overrides = {field.name: arguments[field.name] for field in fields(Preset) if field.name in arguments}
         self.preset = resolve_preset(preset, gradient=gradient, **overrides)
-        if pictures_every_n_epochs < 0:
-            raise ValueError(f"pictures_every_n_epochs={pictures_every_n_epochs} must be 0 (none) or more.")
-        if len(image_shape) != 3:
-            raise ValueError(f"image_shape={tuple(image_shape)} must be (C, H, W).")
-        if not 1 <= num_labels < num_classes:
-            raise ValueError(f"num_labels={num_labels} must lie between 1 and num_classes - 1 = {num_classes - 1}.")
         self.image_shape, self.num_classes, self.num_labels = tuple(image_shape), num_classes, num_labels
         self.gradient, self.decoder_hidden = gradient, tuple(decoder_hidden)
         self.pictures_every_n_epochs = pictures_every_n_epochs

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.capsnet.layers import PrimaryCapsules, exponential_squash, group_channels
 from lightning_plugins.capsnet.routing import RoutingKind
+from lightning_plugins.core import arguments as must
 
 PresetName = Literal["sabour2017_paper", "sabour2017_official", "su2018", "efficient"]
 
@@ -90,8 +91,7 @@ def resolve_preset(name: str, *, gradient: str = "full", **overrides: Any) -> Pr
     Raises:
         ValueError: no such preset, or the overrides are out of range or contradict its routing.
     """
-    if name not in PRESETS:
-        raise ValueError(f"preset={name!r} is unknown; choose one of {', '.join(get_args(PresetName))}.")
+    must.one_of(PresetName)("preset", name)
     given = {key: value for key, value in overrides.items() if value is not None}
     preset = replace(PRESETS[name], **given)
     if preset.routing == "self_attention":
@@ -109,16 +109,17 @@ def resolve_preset(name: str, *, gradient: str = "full", **overrides: Any) -> Pr
 
 
 def _check_ranges(preset: Preset) -> None:
-    lowest = {"iterations": 1, "channels": 1, "kernel_size": 1, "num_types": 1, "primary_dim": 1, "capsule_dim": 1}
-    lowest |= {"lr_decay_steps": 1, "downweight": 0, "margin_weight": 0, "reconstruction_weight": 0, "lr_min": 0}
-    for name, least in lowest.items():
-        if getattr(preset, name) < least:
-            raise ValueError(f"{name}={getattr(preset, name)} must be {least} or more.")
-    for name in ("lr", "squash_scale"):
-        if getattr(preset, name) <= 0:
-            raise ValueError(f"{name}={getattr(preset, name)} must be positive.")
-    if not 0 < preset.lr_decay <= 1:
-        raise ValueError(f"lr_decay={preset.lr_decay} must lie in (0, 1]; 1 keeps the rate constant.")
+    sizes = ("iterations", "channels", "kernel_size", "num_types", "primary_dim", "capsule_dim", "lr_decay_steps")
+    weights = ("downweight", "margin_weight", "reconstruction_weight", "lr_min")
+    must.check(
+        vars(preset),
+        **dict.fromkeys(sizes, must.count),
+        **dict.fromkeys(weights, must.non_negative),
+        **dict.fromkeys(("lr", "squash_scale"), must.positive),
+        **dict.fromkeys(("share_weights", "leaky"), must.flag),
+        routing=must.one_of([*get_args(RoutingKind), "self_attention"]),
+        lr_decay=must.number(above=0, most=1, why="1 keeps the rate constant"),
+    )
 
 
 class SabourFeatures(nn.Module):

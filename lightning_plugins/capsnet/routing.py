@@ -9,7 +9,6 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from lightning_plugins.capsnet.agreement import (
     vote_sums,
 )
 from lightning_plugins.capsnet.streaming import coupled_sums
+from lightning_plugins.core import arguments as must
 
 __all__ = [
     "GradientKind", "RoutingKind", "RoutingTrace", "compute_votes", "kmeans_objective", "route", "route_votes",
@@ -63,7 +63,8 @@ def route_votes(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    iterations = check_options(routing, iterations, gradient)
+    iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
+    must.tensor()("votes", votes)
     if votes.dim() != 4:
         raise ValueError(f"votes must have shape (B, N, J, K), not {tuple(votes.shape)}; see compute_votes.")
     _check_extras(votes.shape, bias, mask)
@@ -125,7 +126,7 @@ def route(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    iterations = check_options(routing, iterations, gradient)
+    iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
     check_shapes(u, W)
     _check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
     result_dtype = _result_dtype(u, W)
@@ -153,8 +154,15 @@ def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None)
     Returns:
         ``(B,)`` objective of each sample.
 
+    Raises:
+        ValueError: a tensor of another shape.
+
     Source: kexue.fm/archives/5112.
     """
+    must.check(
+        {"votes": votes, "centres": centres}, votes=must.tensor("(B, N, J, K)"), centres=must.tensor("(B, J, K)")
+    )
+    _check_extras((*votes.shape[:2], *centres.shape[1:]), None, mask)
     terms = torch.einsum("bnjk,bjk->bnj", votes, unit(centres)).logsumexp(-1)
     if mask is not None:
         terms = terms.masked_fill(~mask, 0)
@@ -209,7 +217,7 @@ def routing_trace(
     Raises:
         ValueError: if an argument is out of range or a shape does not fit.
     """
-    steps = check_options(routing, iterations, "full")
+    steps = check_options(routing, iterations, "full", squash_scale, leaky)
     check_shapes(u, W)
     with torch.autocast(u.device.type, enabled=False):
         dtype = compute_dtype(u, W)
@@ -249,19 +257,24 @@ def _result_dtype(*tensors: Tensor) -> torch.dtype:
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 
 
-def check_options(routing: str, iterations: int, gradient: str) -> int:
-    """Raise a ValueError unless all three are valid; return the number of iterations that differ from each other."""
-    if routing not in get_args(RoutingKind):
-        raise ValueError(f"routing must be one of {', '.join(get_args(RoutingKind))}, not {routing!r}.")
-    if gradient not in get_args(GradientKind):
-        raise ValueError(f"gradient must be 'full' or 'last', not {gradient!r}.")
-    if iterations < 1:
-        raise ValueError(f"iterations must be 1 or more, not {iterations}: the first one is the uniform start.")
+_ROUTING, _GRADIENT = must.one_of(RoutingKind), must.one_of(GradientKind)
+_TENSOR = must.optional(must.tensor(dtype="any"))
+_ITERATIONS = must.whole(1, why="the first one is the uniform start")
+
+
+def check_options(routing: str, iterations: int, gradient: str, squash_scale: float, leaky: bool) -> int:
+    """Raise a ValueError unless all are valid; return the number of iterations that differ from each other."""
+    _ROUTING("routing", routing)
+    _ITERATIONS("iterations", iterations)
+    _GRADIENT("gradient", gradient)
+    must.positive("squash_scale", squash_scale)
+    must.flag("leaky", leaky)
     return 1 if routing == "uniform" else iterations
 
 
 def _check_extras(votes_shape: Sequence[int], bias: Tensor | None, mask: Tensor | None) -> None:
     B, N, J, K = votes_shape
+    must.check({"bias": bias, "mask": mask}, bias=_TENSOR, mask=_TENSOR)
     if bias is not None and bias.shape != (J, K):
         raise ValueError(f"bias must have shape (J, K) = ({J}, {K}), not {tuple(bias.shape)}.")
     if mask is not None and (mask.shape != (B, N) or mask.dtype != torch.bool):

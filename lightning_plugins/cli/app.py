@@ -25,6 +25,7 @@ from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Parser, reading
+from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
@@ -125,6 +126,7 @@ class PluginsCLI(LightningCLI):
             print_completion(parser, args)
         self.config = parser.parse_args(args)
         self.explicit = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        refuse_seed(self.config[self.config.subcommand].seed_everything)
 
     def _parse_ckpt_path(self) -> None:
         self.checkpoint_arguments: dict[str, Any] = {}
@@ -133,6 +135,7 @@ class PluginsCLI(LightningCLI):
             given = "nothing" if trainer is None else repr(trainer)
             raise UsageError(f"trainer: has its settings below it, such as max_epochs: 3, not {given}.")
         self._take_model_from_checkpoint()
+        refuse_nulls(self.config[self.config.subcommand], LINKS)
         self._require_model_and_data()
 
     def _take_model_from_checkpoint(self) -> None:

@@ -149,6 +149,22 @@ def _unknown_option(option: str, parser: ArgumentParser) -> UsageError:
     return UsageError(f"{command} has no option {option!r}.", hint, f"All options: lightning-plugins {command} --help")
 
 
+def unknown_key(key: str, class_path: str, parser: ArgumentParser) -> UsageError:
+    """Tell of a key that nothing takes.
+
+    Args:
+        key: dotted, as on the command line.
+        class_path: the class whose argument it was meant to be; empty if it stands elsewhere.
+        parser: of the sub-command.
+    """
+    above, _, name = key.rpartition(".")
+    return (
+        _unknown_argument(_Complaint(above, class_path, "", "", ""), name)
+        if class_path
+        else _unknown_option(key, parser)
+    )
+
+
 def _options(parser: ArgumentParser) -> list[str]:
     """Every option's dotted name, with the arguments of the shipped models and data."""
     options = [action.dest for action in parser._actions if action.option_strings and "help" not in action.dest]

@@ -9,6 +9,8 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_plugins.cli.explain import explain
+from lightning_plugins.cli.messages import UsageError
+from lightning_plugins.cli.passed_over import refuse_unknown_keys
 from lightning_plugins.cli.resolve import resolve_config
 
 _reading: ContextVar[str] = ContextVar("_reading", default="")
@@ -43,4 +45,10 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Merge the file into what was given before it."""
         with reading(values):
-            super().__call__(parser, cfg, str(resolve_config(values)), option_string)
+            file = resolve_config(values)
+            super().__call__(parser, cfg, str(file), option_string)
+            try:
+                refuse_unknown_keys(file, cfg, parser)
+            except UsageError as error:
+                error.lines[0] = f"{values}: {error.lines[0]}"
+                raise

@@ -8,6 +8,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_plugins.core import arguments as must
+
+WARMUP = must.number(0, why="0 is for none, below 1 it is a share of all steps")
+
 
 def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable) -> dict[str, Any]:
     """What ``configure_optimizers`` returns for a scheduler of the user's, stepped once per epoch.
@@ -36,12 +40,14 @@ def exponential_decay(optimizer: Optimizer, rate: float, steps: int, floor: floa
         A scheduler to be stepped per optimiser step (Lightning: ``"interval": "step"``).
 
     Raises:
-        ValueError: ``rate`` or ``steps`` is out of range.
+        ValueError: ``rate``, ``steps`` or ``floor`` is out of range.
     """
-    if not 0.0 < rate <= 1.0:
-        raise ValueError(f"exponential_decay needs 0 < rate <= 1, got rate={rate}; use 1 for a constant rate.")
-    if steps < 1:
-        raise ValueError(f"exponential_decay needs steps >= 1, got steps={steps}.")
+    must.check(
+        locals(),
+        rate=must.number(above=0, most=1, why="1 keeps the rate constant"),
+        steps=must.count,
+        floor=must.non_negative,
+    )
 
     def factor(start: float):
         lowest = min(floor / start, 1.0) if start > 0 else 1.0
@@ -68,8 +74,7 @@ def linear_warmup_decay(optimizer: Optimizer, warmup: int | float, total: Callab
     Raises:
         ValueError: ``warmup`` is negative, or a share of steps without end.
     """
-    if warmup < 0:
-        raise ValueError(f"warmup={warmup} must be 0 (none) or more; below 1 it is a share of all steps.")
+    WARMUP("warmup", warmup)
 
     def factor(step: int) -> float:
         if step == 0:

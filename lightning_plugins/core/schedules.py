@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
+from lightning_plugins.core import arguments as must
+
 Points = Sequence[Sequence[float]]
 
 
@@ -19,7 +21,8 @@ def check_points(name: str, points: Points | None) -> None:
     well_formed = isinstance(points, Sequence) and len(points) > 0 and all(_is_point(point) for point in points)
     if not well_formed or any(a[0] >= b[0] for a, b in pairwise(points)):
         raise ValueError(
-            f"{name} must be pairs [step, value] with growing steps, such as [[0, 0.0], [500, 1.0]], got {points}."
+            f"{name}={must.told(points)} must be pairs [step, value] with growing steps, such as [[0, 0.0], "
+            "[500, 1.0]]."
         )
 
 
@@ -27,7 +30,8 @@ def _is_point(point: Any) -> bool:
     return (
         isinstance(point, Sequence)
         and len(point) == 2
-        and all(isinstance(number, int | float) and not math.isnan(number) for number in point)
+        and must.is_number(point[0])
+        and (must.is_number(point[1]) or point[1] in (math.inf, -math.inf))
     )
 
 

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_plugins.data.images import ImageData, LabelledImages, at_least
+from lightning_plugins.core import arguments as must
+from lightning_plugins.data.images import ImageData, LabelledImages
 from lightning_plugins.data.keys import hash_keys
 
 # of each class, in hash order: the first fifth is for testing, the next tenth for validation
@@ -61,9 +62,8 @@ class Digits(ImageData):
         num_train: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift, label_noise=label_noise)
-        at_least("image_size", image_size, 8)
-        if num_train is not None and not 1 <= num_train <= _NUM_TRAIN:
-            raise ValueError(f"num_train={num_train} must lie in 1..{_NUM_TRAIN}, the training images there are.")
+        most = must.whole(1, _NUM_TRAIN, why="so many training images there are")
+        must.check(locals(), image_size=must.whole(8), num_train=must.optional(most))
         self.image_size, self.num_train = image_size, num_train
 
     @property

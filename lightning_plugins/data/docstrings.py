@@ -54,6 +54,7 @@ class PythonDocstrings(TextData):
         seed: of the order.
 
     Raises:
+        ValueError: an argument is out of range.
         FileNotFoundError: this Python came without the source files of its library (when the data are asked for).
     """
 

@@ -1,6 +1,7 @@
 """Any set of images that Hugging Face ``datasets`` reads, with a class for each or without."""
 
 import math
+import struct
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import reason_of
-from lightning_plugins.data.images import ImageData, LabelledImages, Pixels, at_least
-from lightning_plugins.data.keys import random_split
+from lightning_plugins.data.images import ImageData, LabelledImages, Pixels
+from lightning_plugins.data.keys import VAL_SIZE, random_split
 
 if TYPE_CHECKING:
     import datasets
@@ -112,11 +114,18 @@ class HFImages(ImageData):
         crop: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift, flip)
-        for argument, pixels in {"image_size": image_size, "crop": crop}.items():
-            if pixels is not None:
-                at_least(argument, pixels, 1)
-        if channels not in (None, 1, 3):
-            raise ValueError(f"channels={channels} must be 1 (grey) or 3 (colour), or left out.")
+        words = dict.fromkeys(("name", "image_column", "label_column", "val_split"), must.optional(must.word))
+        must.check(
+            locals(),
+            path=must.path,
+            **words,
+            train_split=must.word,
+            test_split=must.word,
+            val_size=VAL_SIZE,
+            image_size=must.optional(must.count),
+            crop=must.optional(must.count),
+            channels=must.optional(must.one_of([1, 3], why="1 is grey, 3 colour")),
+        )
         self.path, self.name, self.val_size = path, name, val_size
         self.image_column, self.label_column = image_column, label_column
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
@@ -125,7 +134,7 @@ class HFImages(ImageData):
     @cached_property
     def image_shape(self) -> tuple[int, int, int]:  # type: ignore[override]
         """``(C, H, W)`` by the arguments, else as the first training image."""
-        first = self._rows("train")[0][self._columns[0]]
+        first = _opened(self._rows("train")[0][self._columns[0]], f"{self.path}, train row 0")
         channels = self.channels or (1 if first.mode in ("1", "L") else 3)
         side = self.image_size or self.crop
         width, height = (side, side) if side else first.size
@@ -186,6 +195,8 @@ class HFImages(ImageData):
         name = self.split_names[split]
         if name not in self._raw:
             raise ValueError(f"{self.path!r} has no split {name!r}; its splits are {', '.join(self._raw)}.")
+        if not len(self._raw[name]):
+            raise ValueError(f"{self.path!r} has no rows in its split {name!r}: name another, or add some.")
         return self._raw[name]
 
     @cached_property
@@ -219,11 +230,11 @@ class HFImages(ImageData):
         return found[0]
 
     def _rows(self, split: str) -> "datasets.Dataset":
-        """The wanted columns as they are stored; images decode when a row is read."""
+        """The wanted columns as they are stored: images as bytes or paths, so that a damaged one can be named."""
         import datasets
 
         rows = self._split(split).select_columns([column for column in self._columns if column is not None])
-        return rows.cast_column(self._columns[0], datasets.Image())
+        return rows.cast_column(self._columns[0], datasets.Image(decode=False))
 
     def _decoded(self, split: str) -> "datasets.Dataset":
         """Rows of raw bytes and label; datasets finds them in its cache the second time."""
@@ -234,8 +245,10 @@ class HFImages(ImageData):
         sizes = {"shape": self.image_shape, "crop": self.crop, "fit": self.image_size}
         return rows.map(
             _decode,
-            fn_kwargs={"image_column": image, "label_column": label, **sizes},  # all of it is in the cache's key
+            # all of it is in the cache's key
+            fn_kwargs={"image_column": image, "label_column": label, "origin": f"{self.path}, {split}", **sizes},
             batched=True,
+            with_indices=True,
             remove_columns=rows.column_names,
             features=datasets.Features({"pixels": datasets.Value("binary"), "label": datasets.Value("int64")}),
             desc=f"Decoding {split} images",
@@ -244,8 +257,10 @@ class HFImages(ImageData):
 
 def _decode(
     rows: dict[str, list[Any]],
+    indices: list[int],
     image_column: str,
     label_column: str | None,
+    origin: str,
     shape: tuple[int, int, int],
     crop: int | None,
     fit: int | None,
@@ -253,10 +268,17 @@ def _decode(
     from PIL import Image, ImageOps
 
     channels, height, width = shape
+    labels = [0] * len(indices) if label_column is None else rows[label_column]
     pixels = []
-    for image in rows[image_column]:
+    for index, stored, label in zip(indices, rows[image_column], labels, strict=True):
+        place = f"{origin} row {index}"
+        if label is None:
+            raise ValueError(f"{place} has no label: fill or remove it, or give label_column='none'.")
+        image = _opened(stored, place)
         if image.mode.startswith(("I", "F")):
-            raise ValueError(f"An image has mode {image.mode}, more than 8 bits per channel: convert it to 8 first.")
+            raise ValueError(
+                f"An image has mode {image.mode}, more than 8 bits per channel: convert it to 8 first ({place})."
+            )
         if crop is not None:
             image = _crop_middle(image, crop)
         image = image.convert("L" if channels == 1 else "RGB")
@@ -268,7 +290,28 @@ def _decode(
             )
         array = np.asarray(image).reshape(height, width, channels)
         pixels.append(array.transpose(2, 0, 1).tobytes())
-    return {"pixels": pixels, "label": [0] * len(pixels) if label_column is None else rows[label_column]}
+    return {"pixels": pixels, "label": labels}
+
+
+def _opened(stored: dict[str, Any] | None, place: str) -> "Image":
+    """The image of a row, decoded.
+
+    Raises:
+        ValueError: it is missing or damaged; the sentence has its file's name, or its row's number.
+    """
+    import datasets
+    from PIL.Image import DecompressionBombError
+
+    if stored is None:
+        raise ValueError(f"{place} has no image: fill or remove it.")
+    try:
+        if stored["bytes"] is None and Path(stored["path"]).is_file():  # Pillow would leave a damaged one open
+            stored = {**stored, "bytes": Path(stored["path"]).read_bytes()}
+        return datasets.Image().decode_example(stored)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, DecompressionBombError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        name = f"{place} ({stored['path']})" if stored.get("path") else place
+        raise ValueError(f"{name} cannot be read as an image: {reason}. Replace or remove it.") from error
 
 
 def _crop_middle(image: "Image", side: int) -> "Image":

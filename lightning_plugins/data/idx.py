@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.data.images import ImageData, LabelledImages
-from lightning_plugins.data.keys import random_split
+from lightning_plugins.data.keys import VAL_SIZE, random_split
 
 _PREFIX = {"train": "train", "val": "train", "test": "t10k"}
 
@@ -30,7 +31,8 @@ class IdxImages(ImageData):
 
     Raises:
         FileNotFoundError: the folder or one of the files is not there (when data are first asked for).
-        ValueError: a file is truncated, is no idx file, or the numbers of images and labels differ.
+        ValueError: an argument is out of range, a file is empty, truncated or no idx file, the numbers of images and
+            labels differ, or test images have other classes.
 
     Source: the format, LeCun, Cortes and Burges, "The MNIST database of handwritten digits".
     """
@@ -45,6 +47,7 @@ class IdxImages(ImageData):
         shift: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift)
+        must.check(locals(), folder=must.path, val_size=VAL_SIZE)
         self.folder, self.val_size = Path(folder).expanduser(), val_size
 
     @cached_property
@@ -67,6 +70,11 @@ class IdxImages(ImageData):
             raise ValueError(
                 f"{images_file} holds {len(images)} images but {labels_file.name} {len(labels)} labels: "
                 "the two files do not belong together."
+            )
+        if split == "test" and int(labels.max()) >= self.num_classes:
+            raise ValueError(
+                f"{labels_file} has labels up to {int(labels.max())}, but those of the training images are 0 to "
+                f"{self.num_classes - 1}: the two files do not belong together."
             )
         if split != "test":
             train, val = random_split(len(labels), self.val_size, self.seed)
@@ -131,4 +139,7 @@ def _header(content: bytes, path: Path, dims: int) -> tuple[int, ...]:
     if magic != wanted:
         kind = {1: "labels", 3: "images"}[dims]
         raise ValueError(f"{path} has magic number {magic:#06x}, an idx file of {kind} {wanted:#06x}.")
+    if not math.prod(shape):
+        told = " x ".join(map(str, shape))
+        raise ValueError(f"{path} is empty: its header announces {told} bytes. Give a file with images.")
     return tuple(shape)

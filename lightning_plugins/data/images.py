@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
 from lightning_plugins.data.loaders import SplitLoaders
 
@@ -135,6 +136,9 @@ class ImageData(SplitLoaders):
         label_noise: share of training and validation labels that are wrong, see :func:`symmetric_noise`. Fixed by
             ``seed`` and the image's place in its split: the same for every epoch, worker and process. Test labels are
             clean.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     num_labels: int = 1
@@ -151,11 +155,15 @@ class ImageData(SplitLoaders):
         label_noise: float = 0.0,
     ) -> None:
         super().__init__()
-        at_least("batch_size", batch_size, 1)
-        at_least("num_workers", num_workers, 0)
-        at_least("shift", shift, 0)
-        if not 0 <= label_noise <= 1:
-            raise ValueError(f"label_noise={label_noise} must lie in [0, 1]: the share of wrong labels.")
+        must.check(
+            locals(),
+            batch_size=must.count,
+            num_workers=must.whole(0),
+            seed=must.seed,
+            shift=must.whole(0),
+            flip=must.flag,
+            label_noise=must.number(0, 1, why="the share of wrong labels"),
+        )
         self.batch_size, self.num_workers, self.seed, self.shift, self.flip = batch_size, num_workers, seed, shift, flip
         self.label_noise = label_noise
         self._splits: dict[str, LabelledImages | None] = {}
@@ -210,9 +218,3 @@ class ImageData(SplitLoaders):
             **share_of_run(self.trainer, split),
         )
         return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
-
-
-def at_least(name: str, value: int, minimum: int) -> None:
-    """Refuse a number below its minimum with a sentence."""
-    if value < minimum:
-        raise ValueError(f"{name}={value} must be {minimum} or more.")

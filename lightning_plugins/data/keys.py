@@ -16,6 +16,8 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from lightning_plugins.core import arguments as must
+
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's step
 _MASK = (1 << 64) - 1
 
@@ -254,6 +256,13 @@ class KeyLoader:
         self._loader._iterator = value
 
 
+def _is_val_size(value: Any) -> bool:
+    return must.whole(0).holds(value) or (must.is_number(value) and 0 <= value < 1)
+
+
+VAL_SIZE = must.Rule(_is_val_size, "a count of 0 or more, or a fraction in [0, 1) if a float")
+
+
 def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor, Tensor]:
     """Split ``range(num_samples)`` at random, the same way on every machine and for every version of torch.
 
@@ -268,6 +277,7 @@ def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor
     Raises:
         ValueError: the first part would be empty, or ``size`` is negative.
     """
+    VAL_SIZE("val_size", size)
     count = round(size * num_samples) if isinstance(size, float) else size
     if not 0 <= count < num_samples:
         raise ValueError(

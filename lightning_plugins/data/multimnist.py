@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.data.digits import Digits
 from lightning_plugins.data.hf import HFImages
 from lightning_plugins.data.idx import IdxImages
-from lightning_plugins.data.images import ImageData, LabelledImages, at_least, shift_images, to_float
+from lightning_plugins.data.images import ImageData, LabelledImages, shift_images, to_float
 from lightning_plugins.data.keys import random_integers
 
 _PARTNER = 10  # streams of random numbers: the partner, then (down, right) of either digit
@@ -68,8 +69,13 @@ class MultiMNIST(ImageData):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift)
-        at_least("pad", pad, 0)
-        at_least("pairs_per_image", pairs_per_image, 1)
+        must.check(
+            locals(),
+            source=must.path,
+            base=must.optional(must.instance(ImageData, "a data module of images")),
+            pad=must.whole(0),
+            pairs_per_image=must.count,
+        )
         self.pad, self.pairs_per_image = pad, pairs_per_image
         self.base = _open(source, seed) if base is None else base
 
@@ -156,6 +162,9 @@ def box_overlap(parts: Tensor) -> Tensor:
     Returns:
         ``(B,)`` float32 in [0, 1].
 
+    Raises:
+        ValueError: images of another shape, or without a pixel that is not zero.
+
     Example:
         >>> parts = torch.zeros(1, 2, 1, 8, 8)
         >>> parts[0, 0, 0, 0:4, 0:4] = 1  # 16 px
@@ -163,7 +172,10 @@ def box_overlap(parts: Tensor) -> Tensor:
         >>> box_overlap(parts)
         tensor([0.3750])
     """
+    must.tensor("(B, 2, C, H, W)", dtype="any")("parts", parts)
     ink = parts.amax(2) > 0  # (B, 2, H, W)
+    if not ink.flatten(2).any(2).all():
+        raise ValueError("parts must have a pixel that is not zero in each image: an empty one has no bounding box.")
     shared, areas = 1, 1
     for used in (ink.any(3), ink.any(2)):  # (B, 2, H) rows, then (B, 2, W) columns
         length = used.shape[-1]

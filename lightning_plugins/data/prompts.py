@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_plugins.data.images import at_least
+from lightning_plugins.core import arguments as must
 from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
 from lightning_plugins.data.loaders import SplitLoaders
 
@@ -97,19 +97,20 @@ class PromptData(SplitLoaders):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        must.check(
+            locals(),
+            num_classes=must.optional(must.whole(1, 2**31 - 1)),
+            prompt_file=must.optional(must.path),
+            batch_size=must.count,
+            batches_per_epoch=must.count,
+            num_eval=must.count,
+            seed=must.seed,
+        )
         if (num_classes is None) == (prompt_file is None):
             raise ValueError(
                 f"num_classes={num_classes} and prompt_file={prompt_file!r}: give one of them, classes to draw or a "
                 "text file with a prompt on each line."
             )
-        if num_classes is not None:
-            at_least("num_classes", num_classes, 1)
-        for name, value in (
-            ("batch_size", batch_size),
-            ("batches_per_epoch", batches_per_epoch),
-            ("num_eval", num_eval),
-        ):
-            at_least(name, value, 1)
         self.num_classes, self.batch_size, self.batches_per_epoch = num_classes, batch_size, batches_per_epoch
         self.num_eval, self.seed = num_eval, seed
         self.prompts = None if prompt_file is None else read_prompts(prompt_file)

@@ -1,12 +1,15 @@
 """Text pairs from files, from Hugging Face ``datasets``, or from memory; and running text for continued pretraining."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from os import PathLike
 from string import Formatter
 from typing import TYPE_CHECKING, Any, Literal
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.data.hf import find_validation, load_splits
-from lightning_plugins.data.keys import random_split
+from lightning_plugins.data.keys import VAL_SIZE, random_split
 from lightning_plugins.data.text_data import TextData
 from lightning_plugins.data.text_files import Row, read_rows
 from lightning_plugins.data.text_pairs import KeyedPieces, KeyedText, Texts, encode
@@ -14,6 +17,10 @@ from lightning_plugins.data.text_pairs import KeyedPieces, KeyedText, Texts, enc
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
+
+
+_FILES = must.optional(must.several(must.path))
+_PAIR = must.each(must.text, 2, of="[source, target]")
 
 
 class Seq2SeqData(TextData):
@@ -117,6 +124,20 @@ class Seq2SeqData(TextData):
             num_workers,
             seed,
         )
+        files = dict.fromkeys(("train_file", "val_file", "test_file", "predict_file"), _FILES)
+        words = dict.fromkeys(("path", "name", "val_split", "text_column"), must.optional(must.word))
+        texts = dict.fromkeys(("source_format", "target_format"), must.text)
+        must.check(
+            locals(),
+            **files,
+            **words,
+            **texts,
+            train_split=must.word,
+            test_split=must.word,
+            val_size=VAL_SIZE,
+            pairs=must.optional(must.instance(Sequence, "a list of pairs [source, target]")),
+            columns=must.optional(must.each(must.word, of="a list of names")),
+        )
         origins = {"train_file": train_file, "path": path, "pairs": pairs}
         given = [key for key, value in origins.items() if value is not None]
         files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
@@ -128,7 +149,7 @@ class Seq2SeqData(TextData):
                 f"text_column={text_column!r} is cut into source and target, which source_format and target_format "
                 "would put together: leave out one or the other."
             )
-        self.files = {split: [file] if isinstance(file, str) else file for split, file in files.items()}
+        self.files = {split: [file] if isinstance(file, str | PathLike) else file for split, file in files.items()}
         self.path, self.name, self.pairs, self.val_size, self.columns = path, name, pairs, val_size, columns
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
         self.text_column = text_column
@@ -274,8 +295,10 @@ class Template(Formatter):
 
     def format_field(self, value: Any, format_spec: str) -> str:
         """Text and numbers alone: Python's way to print a list or None would be learnt as text."""
-        if not isinstance(value, (str, int, float)):
+        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
             raise TypeError(f"a field is {'null' if value is None else f'a {type(value).__name__}'}, not text")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise TypeError(f"a field is {value}, not text")
         return super().format_field(value, format_spec)
 
 
@@ -286,8 +309,7 @@ class _MissingColumnError(Exception):
 
 def _in_memory(pairs: Sequence[Sequence[str]]) -> Texts:
     for n, pair in enumerate(pairs):
-        if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"pairs[{n}]={pair!r} must be [source, target], two texts.")
+        _PAIR(f"pairs[{n}]", pair)
     if not pairs:
         raise ValueError("pairs=[] holds no pairs.")
     return Texts([pair[0] for pair in pairs], [pair[1] for pair in pairs], [f"pairs[{n}]" for n in range(len(pairs))])

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
-from lightning_plugins.data.images import at_least
 from lightning_plugins.data.keys import KeyLoader, pins_memory, share_of_run
 from lightning_plugins.data.loaders import SplitLoaders
 from lightning_plugins.data.text_batches import TextBatches
@@ -37,6 +37,9 @@ class TextData(SplitLoaders):
         length_grouping: pairs of a batch are alike in length, so that little is padding. No effect on packed rows.
         num_workers: processes that prepare batches. Texts are encoded once, so the default 0 is the fastest.
         seed: of the order and of random splits.
+
+    Raises:
+        ValueError: an argument is out of range.
     """
 
     def __init__(
@@ -55,16 +58,21 @@ class TextData(SplitLoaders):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        at_least("max_source_length", max_source_length, 3)
-        at_least("max_target_length", max_target_length, 2)
-        at_least("batch_size", batch_size, 1)
-        at_least("num_workers", num_workers, 0)
-        for name, value, known in (
-            ("long_sources", long_sources, ("truncate", "raise")),
-            ("long_targets", long_targets, ("raise", "drop")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}.")
+        must.check(
+            locals(),
+            tokenizer=must.optional(must.path),
+            vocab_size=must.count,
+            lowercase=must.flag,
+            max_source_length=must.whole(3),
+            max_target_length=must.whole(2),
+            long_sources=must.one_of(["truncate", "raise"]),
+            long_targets=must.one_of(["raise", "drop"]),
+            batch_size=must.count,
+            packing=must.flag,
+            length_grouping=must.flag,
+            num_workers=must.whole(0),
+            seed=must.seed,
+        )
         self.tokenizer_name, self.vocab_size, self.lowercase = tokenizer, vocab_size, lowercase
         self.max_source_length, self.max_target_length = max_source_length, max_target_length
         self.long_sources, self.long_targets = long_sources, long_targets

@@ -102,14 +102,23 @@ def _objects(lines: _Lines) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = json.loads(line, parse_constant=_refuse_constant)
         except json.JSONDecodeError as error:
             raise ValueError(f"{lines.place}, is not JSON: {error.msg} at column {error.colno}.") from error
+        except RecursionError as error:
+            raise ValueError(f"{lines.place}, is nested too deeply to be read: flatten it.") from error
+        except ValueError as error:  # a constant, or more digits of a number than Python reads
+            reason = str(error).split(";")[0].rstrip(".")
+            raise ValueError(f"{lines.place}, cannot be read: {reason}. Write it as a text.") from error
         if not isinstance(values, dict):
             raise ValueError(
                 f'{lines.place}, must be an object such as {{"source": ..., "target": ...}}, not {line[:40]!r}.'
             )
         yield Row(values, lines.place)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no value of JSON")
 
 
 def _documents(lines: _Lines) -> Iterator[Row]:

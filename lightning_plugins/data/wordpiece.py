@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning_plugins.core import arguments as must
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import BertTokenizer
@@ -25,7 +27,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 8000, lowercase: boo
         ``transformers.BertTokenizer``; what it saves needs nothing of this package.
 
     Raises:
-        ValueError: ``vocab_size`` has no room for the special tokens and the single characters.
+        ValueError: no texts; or ``vocab_size`` has no room for the special tokens and the single characters.
 
     Source: Schuster and Nakajima 2012; learnt as the library ``tokenizers`` does, by pair frequency as in BPE.
 
@@ -34,6 +36,7 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 8000, lowercase: boo
         >>> tokenizer.convert_ids_to_tokens(tokenizer("be not")["input_ids"])
         ['[CLS]', 'be', 'not', '[SEP]']
     """
+    must.check(locals(), texts=must.each(must.text, of="a list of texts"), vocab_size=must.count, lowercase=must.flag)
     from tokenizers import Tokenizer
     from tokenizers.models import WordPiece
     from tokenizers.trainers import WordPieceTrainer

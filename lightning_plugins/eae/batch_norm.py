@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import gather_rows
 
 
@@ -22,6 +23,9 @@ class LatentBatchNorm(nn.Module):
         momentum: weight in (0, 1] of the newest batch in the running statistics; 0.1 is torch's default.
         eps: added to the variance; 1e-5 is torch's default.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Source:
         Ghose, Rashwan, Poupart, "Batch norm with entropic regularization turns deterministic autoencoders into
         generative models" (UAI 2020).
@@ -38,12 +42,12 @@ class LatentBatchNorm(nn.Module):
 
     def __init__(self, dim: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim={dim} must be 1 or more.")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum={momentum} must lie in (0, 1]; 0.1 is usual.")
-        if eps <= 0:
-            raise ValueError(f"eps={eps} must be positive; 1e-5 is usual.")
+        must.check(
+            locals(),
+            dim=must.count,
+            momentum=must.number(above=0, most=1, why="0.1 is usual"),
+            eps=must.number(above=0, why="1e-5 is usual"),
+        )
         self.dim, self.momentum, self.eps = dim, momentum, eps
         self.register_buffer("running_mean", torch.zeros(dim))
         self.register_buffer("running_var", torch.ones(dim))
@@ -66,6 +70,7 @@ class LatentBatchNorm(nn.Module):
         Raises:
             ValueError: h has another shape, or training has fewer than two rows in all.
         """
+        must.tensor()("h", h)
         if h.dim() != 2 or h.shape[1] != self.dim:
             raise ValueError(f"h must have shape (rows, {self.dim}), got {tuple(h.shape)}.")
         h = h.to(torch.promote_types(h.dtype, torch.float32))

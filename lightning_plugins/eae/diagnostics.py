@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.eae.entropy import count_duplicates, gaussian_reference_entropy, knn_entropy
 from lightning_plugins.eae.entropy_metric import KeptCodes
 
@@ -49,6 +50,7 @@ def latent_diagnostics(z: Tensor, k: int | Sequence[int] = 1) -> dict[str, Tenso
         Ghose, Rashwan, Poupart 2020 (entropy); Burda, Grosse, Salakhutdinov, "Importance weighted autoencoders"
         (ICLR 2016), section 5.2 (active dimensions).
     """
+    must.tensor()("z", z)
     if z.ndim != 2:
         raise ValueError(f"z must hold one code in each row, (N, d), got {tuple(z.shape)}.")
     z = z.detach().to(torch.promote_types(z.dtype, torch.float32))
@@ -116,8 +118,8 @@ class LatentDiagnostics(KeptCodes):
         max_codes: codes kept, more than k; time and memory of ``compute`` grow with its square.
 
     Raises:
-        ValueError: ``latent_dim`` below 1 or ``max_codes`` too small; codes of another shape in ``update``; k codes or
-            fewer in ``compute``.
+        ValueError: an argument is out of range, or ``max_codes`` too small for k; codes of another shape in
+            ``update``; k codes or fewer in ``compute``.
 
     Example:
         >>> diagnostics = LatentDiagnostics(latent_dim=2)
@@ -128,8 +130,7 @@ class LatentDiagnostics(KeptCodes):
     """
 
     def __init__(self, latent_dim: int, k: int | Sequence[int] = 1, max_codes: int = 4096) -> None:
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim={latent_dim} must be 1 or more.")
+        must.count("latent_dim", latent_dim)
         super().__init__(k, max_codes, latent_dim)
 
     def compute(self) -> dict[str, Tensor]:

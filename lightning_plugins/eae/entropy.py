@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.eae.nearest import class_sizes, nearest_neighbours
 
@@ -108,6 +109,7 @@ def conditional_knn_entropy(
         True
     """
     columns = _check(z, k, eps, chunk_size)
+    must.tensor(dtype="any")("labels", labels)
     if labels.shape != z.shape[:1] or labels.is_floating_point():
         raise ValueError(f"labels must be ({len(z)},) integers, got {tuple(labels.shape)} {labels.dtype}.")
     with torch.autocast(z.device.type, enabled=False):
@@ -159,10 +161,14 @@ def count_duplicates(z: Tensor) -> Tensor:
     Args:
         z: ``(N, d)`` codes, as they came: half precision makes copies of what was close.
 
+    Raises:
+        ValueError: codes of another shape.
+
     Example:
         >>> count_duplicates(torch.tensor([[1.0, 2.0], [1.0, 2.0], [1.0, 2.0], [3.0, 4.0]])).item()
         2
     """
+    must.codes("z", z)
     return torch.tensor(len(z) - len(torch.unique(z, dim=0)), device=z.device)
 
 
@@ -191,11 +197,24 @@ def gaussian_reference_entropy(
     Returns:
         Nats, remembered for the life of the process.
 
+    Raises:
+        ValueError: an argument is out of range, or not more samples than k.
+
     Example:
         >>> round(gaussian_reference_entropy(512, 64) - 64 / 2 * math.log(2 * math.pi * math.e), 1)
         9.5
     """
-    columns = (k,) if isinstance(k, int) else tuple(k)
+    NEIGHBOURS("k", k)
+    columns = tuple(several(k))
+    must.check(
+        locals(),
+        num_samples=must.whole(
+            max(columns) + 1, why=f"k={max(columns)} neighbours need more than {max(columns)} codes"
+        ),
+        dim=must.count,
+        num_draws=must.optional(must.count),
+        seed=must.seed,
+    )
     return _simulated_entropy(num_samples, dim, columns, num_draws or -(-(2**15) // num_samples), seed)
 
 
@@ -219,6 +238,9 @@ def entropy_gap(z: Tensor, k: int | Sequence[int] = 1) -> Tensor:
 
     Returns:
         Scalar in nats. Above 0 codes are spread more evenly than random ones, as after maximising the entropy.
+
+    Raises:
+        ValueError: not more codes than k, or of another shape.
     """
     return knn_entropy(z, k) - gaussian_reference_entropy(*z.shape, k)
 
@@ -232,6 +254,9 @@ class KNNEntropyLoss(nn.Module):
         chunk_size: rows searched at once.
         all_ranks: all processes' codes count together, where there are several.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> KNNEntropyLoss(k=[1, 2, 3])(torch.eye(4)).item()  # all distances are sqrt(2)
         -3.98...
@@ -241,6 +266,8 @@ class KNNEntropyLoss(nn.Module):
         self, k: int | Sequence[int] = 1, eps: float = 1e-6, chunk_size: int = 512, all_ranks: bool = True
     ) -> None:
         super().__init__()
+        check_options(k, eps, chunk_size)
+        must.flag("all_ranks", all_ranks)
         self.k, self.eps, self.chunk_size, self.all_ranks = k, eps, chunk_size, all_ranks
 
     def forward(self, z: Tensor) -> Tensor:
@@ -250,18 +277,26 @@ class KNNEntropyLoss(nn.Module):
         return -knn_entropy(z, self.k, eps=self.eps, chunk_size=self.chunk_size, group=group)
 
 
+NEIGHBOURS = must.several(must.count, why="the nearest other code is k=1")
+_EPS = must.number(above=0, why="without it two equal codes give NaN gradients")
+_CHUNK_SIZE = must.whole(1, why="512 suits most machines")
+
+
+def several(k: int | Sequence[int]) -> list[int]:
+    """The neighbours asked for, as a list."""
+    return list(k) if isinstance(k, Sequence) else [k]
+
+
+def check_options(k: int | Sequence[int], eps: float, chunk_size: int) -> None:
+    """Raise a ValueError unless all are valid."""
+    must.check({"k": k, "eps": eps, "chunk_size": chunk_size}, k=NEIGHBOURS, eps=_EPS, chunk_size=_CHUNK_SIZE)
+
+
 def _check(z: Tensor, k: int | Sequence[int], eps: float, chunk_size: int) -> list[int]:
     """The neighbours asked for, as a list."""
-    columns = [k] if isinstance(k, int) else list(k)
-    if not columns or min(columns) < 1:
-        raise ValueError(f"k must be at least 1, or several such numbers, got {k}: the nearest other code is k=1.")
-    if z.dim() != 2 or not z.is_floating_point():
-        raise ValueError(f"z must be floating-point codes (N, d), got {tuple(z.shape)} {z.dtype}: flatten and widen.")
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}: without it two equal codes give NaN gradients.")
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}; 512 suits most machines.")
-    return columns
+    check_options(k, eps, chunk_size)
+    must.codes("z", z)
+    return several(k)
 
 
 def _log_squares(z: Tensor, neighbours: Tensor, columns: Sequence[int], eps: float) -> Tensor:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.full_precision import FullPrecision
-from lightning_plugins.eae.entropy import entropy_gap, knn_entropy
+from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, knn_entropy, several
 
 
 class KeptCodes(FullPrecision):
@@ -23,7 +24,7 @@ class KeptCodes(FullPrecision):
         latent_dim: d; 0: that of the first code.
 
     Raises:
-        ValueError: ``max_codes`` is too small.
+        ValueError: an argument is out of range, or ``max_codes`` is too small for k.
     """
 
     is_differentiable, higher_is_better, full_state_update = False, None, True
@@ -34,10 +35,9 @@ class KeptCodes(FullPrecision):
 
     def __init__(self, k: int | Sequence[int] = 1, max_codes: int = 4096, latent_dim: int = 0) -> None:
         super().__init__()
-        if (largest := k if isinstance(k, int) else max(k)) >= max_codes:
-            raise ValueError(
-                f"max_codes={max_codes} must be more than k={largest}, for as many neighbours to be there."
-            )
+        must.check(locals(), k=NEIGHBOURS, latent_dim=must.whole(0))
+        largest = max(several(k))
+        must.whole(largest + 1, why=f"k={largest} neighbours need more than {largest} codes")("max_codes", max_codes)
         self.k, self.max_codes = k, max_codes
         self.add_state("kept", [], dist_reduce_fx="cat")  # flat: a process without codes cannot know their size
         self.add_state("numbers", [], dist_reduce_fx="cat")
@@ -46,6 +46,7 @@ class KeptCodes(FullPrecision):
 
     def update(self, z: Tensor) -> None:
         """Take more codes ``(n, d)``."""
+        must.tensor(dtype="any")("z", z)  # labels are kept, too
         if z.ndim != 2 or self.dim not in (0, z.shape[1]):
             size = f"{int(self.dim)}" if self.dim else "d"
             raise ValueError(f"z must be (n, {size}), one code in each row, got {tuple(z.shape)}.")
@@ -94,7 +95,8 @@ class KNNEntropy(KeptCodes):
         max_codes: how many codes are compared, above k; time grows with its square.
 
     Raises:
-        ValueError: ``max_codes`` is too small; codes of another shape in ``update``; k codes or fewer in ``compute``.
+        ValueError: an argument is out of range, or ``max_codes`` too small for k; codes of another shape in
+            ``update``; k codes or fewer in ``compute``.
 
     Example:
         >>> codes = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
@@ -109,6 +111,7 @@ class KNNEntropy(KeptCodes):
     higher_is_better = True
 
     def __init__(self, k: int | Sequence[int] = 1, gap: bool = False, max_codes: int = 4096) -> None:
+        must.flag("gap", gap)
         super().__init__(k, max_codes)
         self.gap = gap
 

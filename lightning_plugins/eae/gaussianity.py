@@ -14,9 +14,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import gather_rows, sum_over_ranks
 
 _WIDTHS = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # of the kernels in WAE's code, in units of 2 d
+_KNOTS = must.whole(2, why="the integral runs from 0 to 3")
+_GENERATOR = must.optional(must.generator)
 
 
 def sigreg(
@@ -54,11 +57,15 @@ def sigreg(
 
     Source: Balestriero & LeCun 2025 (arXiv 2511.08544), section 4; Epps & Pulley 1983.
     """
-    _check_shape(z)
+    must.codes("z", z)
+    must.check(
+        {"num_slices": num_slices, "num_knots": num_knots, "generator": generator},
+        num_slices=must.count,
+        num_knots=_KNOTS,
+        generator=_GENERATOR,
+    )
     if group is None:  # elsewhere the last batch may leave a process with less
         _check_count(len(z))
-    if num_slices < 1 or num_knots < 2:
-        raise ValueError(f"sigreg needs num_slices >= 1 and num_knots >= 2, got {num_slices} and {num_knots}.")
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         directions = torch.randn(z.shape[1], num_slices, generator=generator, device=z.device, dtype=z.dtype)
@@ -107,7 +114,8 @@ def mmd(
 
     Source: Tolstikhin et al. 2018 (WAE, arXiv 1711.01558) algorithm 2 and its code; Gretton et al. 2012 eq. 3.
     """
-    _check_shape(z)
+    must.codes("z", z)
+    _GENERATOR("generator", generator)
     with torch.autocast(z.device.type, enabled=False):
         z = z if z.dtype == torch.float64 else z.float()
         y = torch.randn(z.shape, generator=generator, device=z.device, dtype=z.dtype)
@@ -123,11 +131,6 @@ def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
     squares = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
     scales = [2 * a.shape[1] * width for width in _WIDTHS]
     return torch.stack([(scale / (scale + squares)).sum() for scale in scales]).sum()
-
-
-def _check_shape(z: Tensor) -> None:
-    if z.dim() != 2 or not z.is_floating_point():
-        raise ValueError(f"z must be floating-point codes (N, d), got {tuple(z.shape)} {z.dtype}: flatten and widen.")
 
 
 def _check_count(num_codes: int) -> None:

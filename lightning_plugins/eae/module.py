@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows, shard_parts
 from lightning_plugins.core.full_precision import FullPrecisionMean
@@ -21,7 +22,7 @@ from lightning_plugins.core.optimizers import with_scheduler
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics
-from lightning_plugins.eae.entropy import entropy_gap, gaussian_reference_entropy
+from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, gaussian_reference_entropy
 from lightning_plugins.eae.entropy_metric import KeptCodes
 from lightning_plugins.eae.networks import Network, build_decoder, build_encoder
 from lightning_plugins.eae.objectives import (
@@ -133,7 +134,7 @@ class EAE(LightningModule):
         self.objective = resolve_objective(objective, weight)
         self.image_shape, self.num_classes, self.latent_dim = tuple(image_shape), num_classes, latent_dim
         self.network, self.width, self.conditional = network, width, conditional
-        self.k = k if isinstance(k, int) else list(k)
+        self.k = list(k) if isinstance(k, Sequence) else k
         self.weight_warmup_steps, self.reconstruction, self.default_prior = weight_warmup_steps, reconstruction, prior
         self.lr, self.lr_decay, self.pictures_every_n_epochs = lr, lr_decay, pictures_every_n_epochs
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -286,6 +287,7 @@ class EAE(LightningModule):
         Raises:
             ValueError: classes for a model that has none, or a prior without codes to be fitted to.
         """
+        must.whole(0)("num_samples", num_samples)
         if labels is not None and not self.conditional:
             raise ValueError("labels were given, but this EAE is not conditional: train one with conditional=True.")
         z = self.prior.sample(num_samples, prior or self.default_prior, temperature, generator).to(self.device)
@@ -351,12 +353,8 @@ class EAE(LightningModule):
         self.prior.fit(gather_rows(torch.cat(codes))[0])
 
     def _check_labels(self, labels: Tensor, count: int) -> Tensor:
-        if labels.shape != (count,) or labels.dtype != torch.int64:
-            found = f"{tuple(labels.shape)} {labels.dtype}"
-            raise ValueError(f"labels must be ({count},) int64, a class for each image, got {found}.")
-        if count and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < self.num_classes:
-            raise ValueError(f"labels run from {low} to {high}; they must be 0 to {self.num_classes - 1}.")
-        return labels
+        must.class_labels(labels, count, self.num_classes)
+        return labels.long()
 
     # Training.
 
@@ -549,24 +547,23 @@ def _evaluation(module: nn.Module) -> Iterator[None]:
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse what no other check sees, in one sentence."""
-    for name, least in {
-        "latent_dim": 1,
-        "num_classes": 1,
-        "weight_warmup_steps": 0,
-        "pictures_every_n_epochs": 0,
-    }.items():
-        if arguments[name] < least:
-            raise ValueError(f"{name}={arguments[name]} must be {least} or more.")
-    k = arguments["k"]
-    if not (numbers := [k] if isinstance(k, int) else list(k)) or min(numbers) < 1:
-        raise ValueError(f"k={k} must be 1 or more, or several such numbers: the nearest neighbour is 1.")
-    if not arguments["lr"] > 0:
-        raise ValueError(f"lr={arguments['lr']} must be positive.")
-    if not 0 < arguments["lr_decay"] <= 1:
-        raise ValueError(f"lr_decay={arguments['lr_decay']} must lie in (0, 1]: the factor after each epoch.")
-    for name, kind in {"reconstruction": Reconstruction, "prior": PriorKind}.items():
-        if arguments[name] not in get_args(kind):
-            raise ValueError(f"{name}={arguments[name]!r} must be one of {', '.join(get_args(kind))}.")
+    must.check(
+        arguments,
+        image_shape=must.image_shape,
+        num_classes=must.count,
+        latent_dim=must.count,
+        k=NEIGHBOURS,
+        weight_warmup_steps=must.whole(0),
+        conditional=must.flag,
+        reconstruction=must.one_of(Reconstruction),
+        prior=must.one_of(PriorKind),
+        num_components=must.count,
+        lr=must.positive,
+        lr_decay=must.number(above=0, most=1, why="the factor after each epoch"),
+        pictures_every_n_epochs=must.whole(0, why="0 is for none"),
+        optimizer=must.optional(must.function),
+        scheduler=must.optional(must.function),
+    )
 
 
 _NUM_SHOWN = 10

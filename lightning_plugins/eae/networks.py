@@ -8,10 +8,12 @@ class-conditional, the label's one-hot vector behind it, to images in [0, 1] by 
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from lightning_plugins.core import arguments as must
 
 Network = Literal["mlp", "rae"]
 
@@ -112,17 +114,13 @@ def _mlp(num_inputs: int, width: int, num_outputs: int) -> list[nn.Module]:
 
 
 def _checked_width(network: str, image_shape: Sequence[int], width: int | None, **sizes: int) -> int:
-    if network not in WIDTHS:
-        raise ValueError(f"network={network!r} is unknown; choose one of {', '.join(get_args(Network))}.")
-    if len(image_shape) != 3 or min(image_shape) < 1:
-        raise ValueError(f"image_shape={tuple(image_shape)} must be (channels, height, width), each 1 or more.")
+    must.one_of(Network)("network", network)
+    must.image_shape("image_shape", image_shape)
     if network == "rae" and (image_shape[1] != image_shape[2] or image_shape[1] not in _CANVAS):
         raise ValueError(
             f"network='rae' takes images of 28 x 28, 32 x 32 or 64 x 64, got image_shape={tuple(image_shape)}: "
             "resize them, or choose network='mlp'."
         )
-    width = WIDTHS[network] if width is None else width
-    for name, size in {"width": width, **sizes}.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} must be 1 or more.")
-    return width
+    must.optional(must.count)("width", width)
+    must.check(sizes, **dict.fromkeys(sizes, must.count))
+    return WIDTHS[network] if width is None else width

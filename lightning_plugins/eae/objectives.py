@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
 from lightning_plugins.eae.nearest import class_sizes
@@ -63,15 +64,13 @@ def resolve_objective(name: str, weight: float | None) -> Objective:
     Raises:
         ValueError: an unknown name, a negative weight, or a weight of nothing.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective={name!r} must be one of {', '.join(get_args(ObjectiveName))}.")
+    must.one_of(ObjectiveName)("objective", name)
+    must.optional(must.number(0, why="the entropy is maximised by a positive one"))("weight", weight)
     objective = OBJECTIVES[name]
     if weight is None:
         return objective
     if objective.term == "none" and weight:
         raise ValueError(f"weight={weight} weighs nothing: objective={name!r} is the reconstruction error alone.")
-    if not weight >= 0:
-        raise ValueError(f"weight={weight} must be 0 or more; the entropy is maximised by a positive one.")
     return replace(objective, weight=float(weight))
 
 

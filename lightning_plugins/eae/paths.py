@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
+
 PathMode = Literal["linear", "slerp"]
 _PARALLEL = 1e-3  # radians below which a great circle is a straight line, and a float32 cosine 1, to rounding
 
@@ -30,16 +32,21 @@ def interpolate_codes(a: Tensor, b: Tensor, num_steps: int, mode: PathMode = "li
         ``(B, S, d)``.
 
     Raises:
-        ValueError: ``num_steps`` below 2, or another mode.
+        ValueError: ``num_steps`` below 2, another mode, or codes of different shapes.
 
     Example:
         >>> interpolate_codes(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), 3, "slerp")[0, 1]
         tensor([0.7071, 0.7071])
     """
-    if num_steps < 2:
-        raise ValueError(f"num_steps={num_steps} must be 2 or more: both ends are included.")
-    if mode not in ("linear", "slerp"):
-        raise ValueError(f"mode={mode!r} must be 'linear' or 'slerp'.")
+    must.check(
+        locals(),
+        a=must.tensor("(B, d)"),
+        b=must.tensor("(B, d)"),
+        num_steps=must.whole(2, why="both ends are included"),
+        mode=must.one_of(PathMode),
+    )
+    if a.shape != b.shape:
+        raise ValueError(f"b={must.told(b)} must have the shape of a, {tuple(a.shape)}: as many codes, of one length.")
     t = torch.linspace(0, 1, num_steps, dtype=a.dtype, device=a.device)[None, :, None]
     a, b = a[:, None], b[:, None]
     line = (1 - t) * a + t * b

@@ -1,11 +1,12 @@
 """Where new codes are drawn from: N(0, I), or a Gaussian or a mixture of Gaussians fitted to the training codes."""
 
 import math
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.eae.mixture import fit_mixture, log_densities, variance_floor
 
 PriorKind = Literal["normal", "gaussian", "mixture"]
@@ -28,6 +29,9 @@ class LatentPrior(nn.Module):
         capacity: codes that are remembered. By default 10,000, or for d > 419 as many as fit in 16 MiB of float32
             (4 d bytes each). The fitted prior takes another 4 d² (K + 1) bytes.
 
+    Raises:
+        ValueError: an argument is out of range.
+
     Example:
         >>> prior = LatentPrior(2, num_components=3)
         >>> prior.remember(torch.randn(500, 2, generator=torch.Generator().manual_seed(0)))
@@ -46,12 +50,9 @@ class LatentPrior(nn.Module):
 
     def __init__(self, latent_dim: int, num_components: int = 10, capacity: int | None = None) -> None:
         super().__init__()
+        must.check(locals(), latent_dim=must.count, num_components=must.count, capacity=must.optional(must.count))
         if capacity is None:
-            capacity = max(1, min(10_000, _MEMORY_NUMBERS // max(latent_dim, 1)))
-        sizes = {"latent_dim": latent_dim, "num_components": num_components, "capacity": capacity}
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}={size} must be 1 or more.")
+            capacity = max(1, min(10_000, _MEMORY_NUMBERS // latent_dim))
         self.latent_dim, self.num_components, self.capacity = latent_dim, num_components, capacity
         K, d = num_components, latent_dim
         self.register_buffer("memory", torch.zeros(capacity, d))
@@ -149,8 +150,7 @@ class LatentPrior(nn.Module):
         Raises:
             ValueError: unknown kind, a negative temperature, or too few codes remembered for a fit.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature={temperature} must be 0 or more.")
+        must.check(locals(), n=must.whole(0), temperature=must.non_negative, generator=must.optional(must.generator))
         self._prepare(kind)
         device = self.mean.device
         source = {"generator": generator, "device": device if generator is None else generator.device}
@@ -195,13 +195,13 @@ class LatentPrior(nn.Module):
             return torch.logsumexp(densities + self.weights.to(dtype).log(), 1)
 
     def _check_codes(self, z: Tensor) -> None:
+        must.tensor()("z", z)
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z must have shape (codes, {self.latent_dim}), got {tuple(z.shape)}.")
 
     def _prepare(self, kind: str) -> None:
         """Fit what is to be fitted before use: here, so that no training step waits for it."""
-        if kind not in get_args(PriorKind):
-            raise ValueError(f"prior={kind!r} is unknown; choose one of {', '.join(get_args(PriorKind))}.")
+        must.one_of(PriorKind)("prior", kind)
         if kind == "normal" or self.is_fitted:
             return
         if self.num_remembered < self.num_needed:

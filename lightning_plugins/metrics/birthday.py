@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.utilities import rank_zero_warn
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.metrics.features import FeatureMetric, FeatureRows
 from lightning_plugins.metrics.near_duplicates import closest_pairs, half_batch_size, near_duplicates, run_lengths
 
@@ -124,12 +125,15 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
         chunk_size: int = 512,
         reset_real_features: bool = False,
     ) -> None:
+        must.check(
+            locals(),
+            threshold=must.optional(must.number(0, why="it is a distance")),
+            collision_probability=must.proportion,
+            level=must.proportion,
+            max_real=must.whole(2),
+            chunk_size=must.count,
+        )
         super().__init__(feature, reset_real_features=reset_real_features)
-        for name, value in (("collision_probability", collision_probability), ("level", level)):
-            if not 0 < value < 1:
-                raise ValueError(f"{name}={value} must lie between 0 and 1.")
-        if threshold is not None and threshold < 0:
-            raise ValueError(f"threshold={threshold} is a distance and must be 0 or more.")
         self.threshold, self.collision_probability, self.level = threshold, collision_probability, level
         self.max_real, self.chunk_size = max_real, chunk_size
         self._of_real: tuple[int, float, float] | None = None  # so that an unchanged reference is searched once
@@ -221,7 +225,8 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
             needed = math.ceil(math.sqrt(1 / self.collision_probability) + 0.5)
             raise ValueError(
                 f"collision_probability={self.collision_probability} of all pairs rounds to no pair of {num_real} real "
-                f"images: give at least {needed}, or a larger probability, or a fixed threshold."
+                f"images (max_real={self.max_real}): give at least {needed}, or a larger probability, or a fixed "
+                "threshold."
             )
         if num < _FEW_PAIRS:
             rank_zero_warn(

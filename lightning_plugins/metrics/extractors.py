@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3  # from torchmetrics.image it is missing without torch-fidelity
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.metrics.digits_classifier import trained_digits_classifier
 
 
@@ -33,20 +34,32 @@ def feature_extractor(feature: str | nn.Module) -> "FeatureExtractor":
         >>> extractor(torch.rand(4, 1, 28, 28)).shape
         torch.Size([4, 32])
     """
+    check_feature(feature)
     if isinstance(feature, FeatureExtractor):
         return feature
     if isinstance(feature, nn.Module):
-        if not isinstance(getattr(feature, "num_features", None), int):
-            raise ValueError(
-                f"feature={type(feature).__name__} needs the attribute num_features, the number of its features: "
-                "set it on the module, as in network.num_features = 512."
-            )
         return FeatureExtractor(deepcopy(feature), feature.num_features)
     if feature == "digits":
         return DigitsExtractor()
-    if feature == "inception":
-        return FeatureExtractor(_Inception(), 2048)
-    raise ValueError(f'feature={feature!r} must be "digits", "inception", or a module with num_features.')
+    return FeatureExtractor(_Inception(), 2048)
+
+
+def check_feature(feature: str | nn.Module) -> None:
+    """Refuse what :func:`feature_extractor` does not know, without building anything.
+
+    Raises:
+        ValueError: an unknown name, or a module without ``num_features``.
+    """
+    if not isinstance(feature, nn.Module):
+        if feature not in ("digits", "inception"):
+            raise ValueError(
+                f'feature={must.told(feature)} must be "digits", "inception", or a module with num_features.'
+            )
+    elif not must.count.holds(getattr(feature, "num_features", None)):
+        raise ValueError(
+            f"feature={type(feature).__name__} needs the attribute num_features, the number of its features: "
+            "set it on the module, as in network.num_features = 512."
+        )
 
 
 class FeatureExtractor(nn.Module):
@@ -159,6 +172,7 @@ class _Inception(nn.Module):
 
 def check_images(images: Tensor) -> None:
     """Refuse all but floating ``(B, C, H, W)`` in [0, 1] with one or three channels."""
+    must.tensor(dtype="any")("images", images)
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images must be (B, C, H, W) with one channel or three, got {tuple(images.shape)}.")
     if not images.is_floating_point():

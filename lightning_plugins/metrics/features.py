@@ -8,6 +8,7 @@ from torch import Tensor, nn, tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.metrics.extractors import feature_extractor
 
 
@@ -38,6 +39,7 @@ class FeatureMetric(Metric):
         Raises:
             ValueError: another shape, dtype or range.
         """
+        must.check(locals(), images=must.tensor(dtype="any"), real=must.flag)
         features = images.to(self.device)
         if self.extractor is None:
             _check_features(features)
@@ -81,6 +83,7 @@ class FeatureRows(Metric):
 
     def __init__(self, reset_real_features: bool = False) -> None:
         super().__init__()
+        must.flag("reset_real_features", reset_real_features)
         self.reset_real_features = reset_real_features
         self.add_state("real_features", [], dist_reduce_fx="cat")
         self.add_state("fake_features", [], dist_reduce_fx="cat")

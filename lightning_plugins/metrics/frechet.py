@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.new_file import new_file
 from lightning_plugins.metrics.extractors import feature_extractor
 from lightning_plugins.metrics.features import FeatureMetric
@@ -36,7 +37,7 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
         reset_real_features: whether ``reset()`` forgets the real images, loaded ones included.
 
     Raises:
-        ValueError: ``num_features`` without ``feature=None``, or the reverse.
+        ValueError: ``num_features`` without ``feature=None``, or the reverse; an argument that is none of its values.
 
     Example:
         >>> corners = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
@@ -55,8 +56,11 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
         num_features: int | None = None,
         reset_real_features: bool = False,
     ) -> None:
+        must.optional(must.count)("num_features", num_features)
+        must.flag("reset_real_features", reset_real_features)
         if (feature is None) != (num_features is not None):
-            raise ValueError(f"num_features={num_features} and feature={feature!r}: give one of them, the other None.")
+            told = must.told(feature)
+            raise ValueError(f"num_features={num_features} and feature={told}: give one of them, the other None.")
         extractor = None if feature is None else feature_extractor(feature)
         rows = nn.Identity()
         rows.num_features = num_features if extractor is None else extractor.num_features

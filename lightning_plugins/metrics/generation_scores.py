@@ -10,6 +10,8 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import SacreBLEUScore
 
+from lightning_plugins.core import arguments as must
+
 # Han, kana, their punctuation and full-width forms; not Hangul, which is written with spaces.
 _CJK = re.compile(
     "([\u2e80-\u312f\u31a0-\u4dbf\u4e00-\u9fff\uf900-\ufaff\ufe30-\ufe4f\uff00-\uffef\U00020000-\U000323af])"
@@ -53,6 +55,7 @@ class GenerationScores(MetricCollection):
     """
 
     def __init__(self, lowercase: bool = False) -> None:
+        must.flag("lowercase", lowercase)
         parts = {
             "rouge1": _Rouge("rouge1"),
             "rouge2": _Rouge("rouge2"),
@@ -73,8 +76,8 @@ class GenerationScores(MetricCollection):
         Raises:
             ValueError: not as many references as predictions, or one text in place of a list.
         """
-        if isinstance(predictions, str) or isinstance(references, str):
-            raise ValueError("predictions and references are lists of texts; put a single text into a list.")
+        texts = must.each(must.text, of="a list of texts", empty=True)
+        must.check(locals(), predictions=texts, references=texts)
         if len(predictions) != len(references):
             raise ValueError(f"Each prediction needs one reference: got {len(predictions)} and {len(references)}.")
         super().update(predictions, references)

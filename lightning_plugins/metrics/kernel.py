@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import poly_mmd
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.metrics.features import FeatureMetric, FeatureRows
 
 
@@ -27,7 +28,7 @@ class KernelDistance(FeatureMetric, FeatureRows):
         seed: of the subsets.
 
     Raises:
-        ValueError: ``num_subsets`` below 1 or ``subset_size`` below 2.
+        ValueError: ``num_subsets`` below 1, ``subset_size`` below 2, or another argument that is none of its values.
 
     Example:
         >>> distance = KernelDistance(feature=None)
@@ -49,8 +50,7 @@ class KernelDistance(FeatureMetric, FeatureRows):
         reset_real_features: bool = False,
         seed: int = 0,
     ) -> None:
-        if num_subsets < 1 or subset_size < 2:
-            raise ValueError(f"num_subsets={num_subsets} must be 1 or more and subset_size={subset_size} 2 or more.")
+        must.check(locals(), num_subsets=must.count, subset_size=must.whole(2), seed=must.seed)
         super().__init__(feature, reset_real_features=reset_real_features)
         self.num_subsets, self.subset_size, self.seed = num_subsets, subset_size, seed
 

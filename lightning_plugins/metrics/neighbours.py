@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.metrics.features import FeatureMetric, FeatureRows
 
 _CHUNK = 512  # rows whose distances to all others are in memory at a time
@@ -31,7 +32,7 @@ class PrecisionRecallDensityCoverage(FeatureMetric, FeatureRows):
         reset_real_features: whether ``reset()`` forgets the real images, too.
 
     Raises:
-        ValueError: ``k`` below 1.
+        ValueError: ``k`` below 1, or another argument that is none of its values.
 
     Example:
         >>> metric = PrecisionRecallDensityCoverage(feature=None, k=1)
@@ -49,8 +50,7 @@ class PrecisionRecallDensityCoverage(FeatureMetric, FeatureRows):
     def __init__(
         self, feature: str | nn.Module | None = "digits", k: int = 5, reset_real_features: bool = False
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k={k} must be 1 or more: which neighbour's distance is the radius.")
+        must.whole(1, why="which neighbour's distance is the radius")("k", k)
         super().__init__(feature, reset_real_features=reset_real_features)
         self.k = k
 

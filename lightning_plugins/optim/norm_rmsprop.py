@@ -1,7 +1,6 @@
 """RMSprop with one step size for a whole group of parameters, as error control of the gradient flow gives it."""
 
-from collections.abc import Callable, Sequence
-from math import inf
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.vectors import local, norm
 
 _MEAN, _BUFFER = "mean_square_norm", "momentum_buffer"
@@ -79,6 +79,9 @@ class NormRMSprop(Optimizer):
         maximize: bool = False,
     ) -> None:
         options = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
+        _PARAMETERS("params", params)
+        params = list(params)
+        must.each(_PARAMETER, of="parameters, or dicts of groups")("params", params)
         super().__init__(params, {**options, "foreach": foreach, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -185,6 +188,15 @@ class NormRMSprop(Optimizer):
         return [self.state[p][_BUFFER] for p in params]
 
 
+_PARAMETERS = must.Rule(
+    lambda value: isinstance(value, Iterable) and not isinstance(value, Tensor), "a list of parameters"
+)
+_PARAMETER = must.Rule(
+    lambda value: isinstance(value, Tensor | tuple) or (isinstance(value, dict) and "params" in value),
+    "a tensor or a dict with params",
+)
+
+
 def _move(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], scale: Tensor, lr: float, momentum: float
 ) -> None:
@@ -197,12 +209,16 @@ def _move(
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    limits = {"lr": inf, "alpha": 1, "eps": inf, "momentum": 1, "weight_decay": inf}
-    for name, limit in limits.items():
-        value = options[name]
-        if not isinstance(value, int | float) or not 0 <= value < limit or (name == "eps" and value == 0):
-            low = "above" if name == "eps" else "at least"
-            raise ValueError(f"NormRMSprop got {name}={value!r}; it must be a number, {low} 0 and below {limit}.")
+    must.check(
+        options,
+        lr=must.non_negative,
+        alpha=must.number(0, below=1),
+        eps=must.positive,
+        momentum=must.number(0, below=1),
+        weight_decay=must.non_negative,
+        foreach=must.optional(must.flag),
+        maximize=must.flag,
+    )
 
 
 def _check_parameters(params: Sequence[Tensor]) -> None:

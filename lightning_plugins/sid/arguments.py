@@ -1,20 +1,45 @@
 """What arguments of SiD must be: everything that can be said before the teacher is loaded."""
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.losses import Weighting
+from lightning_plugins.sid.noise_levels import check_times
 from lightning_plugins.sid.steps import Levels, Loss
 
-_LEAST = {
-    "fake_steps": 1,
-    "batch_size": 1,
-    "accumulate": 1,
-    "num_pictures": 0,
-    "updates_per_epoch": 1,
-    "teacher_steps": 1,
+_MOMENTUM = must.number(0, below=1)
+_RULES = {
+    "alpha": must.finite,
+    "sigma_init": must.positive,
+    "lr": must.positive,
+    "fake_lr": must.positive,
+    "betas": must.each(_MOMENTUM, 2, of="two numbers"),
+    "eps": must.positive,
+    "fake_steps": must.count,
+    "batch_size": must.count,
+    "accumulate": must.count,
+    "gradient_clip": must.optional(must.positive),
+    "decay_from": must.share,
+    "ema_halflife_images": must.non_negative,
+    "ema_ramp_up": must.positive,
+    "loss": must.one_of(Loss),
+    "weighting": must.one_of(Weighting),
+    "noise_levels": must.one_of(Levels),
+    "fake_noise_levels": must.optional(must.one_of(Levels)),
+    "guidance": must.non_negative,
+    "fake_guidance": must.optional(must.non_negative),
+    "condition_dropout": must.share,
+    "adversarial": must.flag,
+    "lora_rank": must.optional(must.count),
+    "clip_output": must.optional(must.flag),
+    "teacher_steps": must.count,
+    "num_pictures": must.whole(0, why="0 is for none"),
+    "updates_per_epoch": must.count,
+    "seed": must.seed,
+    "optimizer": must.optional(must.function),
+    "fake_optimizer": must.optional(must.function),
 }
-_CHOICES = {"loss": Loss, "noise_levels": Levels, "fake_noise_levels": Levels, "weighting": Weighting}
 
 
 def check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -26,30 +51,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     Raises:
         ValueError: one of them is.
     """
-    for name, minimum in _LEAST.items():
-        if arguments[name] < minimum:
-            raise ValueError(f"{name}={arguments[name]} must be {minimum} or more.")
-    for name in ("sigma_init", "lr", "fake_lr", "eps", "gradient_clip", "ema_ramp_up", "lora_rank"):
-        if (value := arguments[name]) is not None and not value > 0:
-            raise ValueError(f"{name}={value} must be positive.")
-    for name in ("ema_halflife_images", "guidance", "fake_guidance"):
-        if (value := arguments[name]) is not None and not value >= 0:
-            raise ValueError(f"{name}={value} must be 0 or more.")
-    for name in ("decay_from", "condition_dropout"):
-        if not 0 <= arguments[name] <= 1:
-            raise ValueError(f"{name}={arguments[name]} must lie in [0, 1].")
-    for name, kind in _CHOICES.items():
-        value = arguments[name]
-        if value not in get_args(kind) and not (value is None and name == "fake_noise_levels"):
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(get_args(kind))}.")
-    betas = arguments["betas"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas={betas} must be two numbers in [0, 1).")
-    if not 0 <= arguments["t_min"] < arguments["t_max"] <= 1000:
-        raise ValueError(
-            f"t_min={arguments['t_min']} and t_max={arguments['t_max']} must satisfy 0 <= t_min < t_max <= 1000 "
-            "(thousandths of the schedule)."
-        )
+    must.check(arguments, **_RULES)
+    check_times(arguments["t_min"], arguments["t_max"])
     if arguments["adversarial"] and (arguments["guidance"] != 1 or arguments["fake_guidance"] not in (None, 1)):
         raise ValueError("adversarial=True reads the fake score's network without guidance: set guidance to 1.")
     if arguments["batch_size"] < arguments["accumulate"]:

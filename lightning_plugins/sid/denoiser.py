@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.pipeline_folder import is_scheduler
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ class Denoiser(nn.Module):
 
     def __init__(self, network: nn.Module, scheduler: "SchedulerMixin | Mapping[str, Any]") -> None:
         super().__init__()
+        must.module("network", network)
         self._scheduler = _fresh(scheduler)
         self.scheduler_config: dict[str, Any] = json.loads(self._scheduler.to_json_string())
         self.kind: Kind
@@ -189,8 +191,8 @@ def _fresh(scheduler: "SchedulerMixin | Mapping[str, Any]") -> "SchedulerMixin":
         cls, config = type(scheduler), scheduler.config
     else:
         raise ValueError(
-            f"scheduler={scheduler!r} is neither a diffusers scheduler nor its config: give one, or the content of a "
-            "scheduler_config.json, whose _class_name says which it is."
+            f"scheduler={must.told(scheduler)} is neither a diffusers scheduler nor its config: give one, or the "
+            "content of a scheduler_config.json, whose _class_name says which it is."
         )
     with torch.device("cpu"):  # Lightning may be building on another device, or on none
         return cls.from_config(config)

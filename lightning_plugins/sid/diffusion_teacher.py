@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -13,12 +13,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
 from lightning_plugins.core.new_folder import new_folder
-from lightning_plugins.core.optimizers import linear_warmup_decay, with_scheduler
+from lightning_plugins.core.optimizers import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.sid.averaging import update_average
 from lightning_plugins.sid.denoiser import Denoiser
@@ -206,11 +207,7 @@ class DiffusionTeacher(LightningModule):
                     "labels were given, but this DiffusionTeacher is not conditional: train one with conditional=True."
                 )
             return {}
-        if labels.shape != (count,) or labels.is_floating_point():
-            found = f"{tuple(labels.shape)} {labels.dtype}"
-            raise ValueError(f"labels must be ({count},) int64, a class for each image, got {found}.")
-        if count and not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < self.num_classes:
-            raise ValueError(f"labels run from {low} to {high}; they must be 0 to {self.num_classes - 1}.")
+        must.class_labels(labels, count, self.num_classes)
         return {"class_labels": labels.to(self.device)}
 
     # Training.
@@ -395,23 +392,33 @@ def _checked_folder(folder: str | Path) -> Path:
     return folder
 
 
+_RULES = {
+    "image_shape": must.image_shape,
+    "num_classes": must.count,
+    "conditional": must.flag,
+    "block_out_channels": must.each(must.count, of="the channels of each level, multiples of 8"),
+    "layers_per_block": must.count,
+    "attention_levels": must.whole(0),
+    "prediction_type": must.one_of(Prediction),
+    "beta_schedule": must.one_of(BetaSchedule),
+    "num_train_timesteps": must.whole(50),
+    "lr": must.positive,
+    "warmup": WARMUP,
+    "weight_decay": must.non_negative,
+    "ema_decay": must.number(0, below=1, why="the share that stays in a step"),
+    "seed": must.seed,
+    "pictures_every_n_epochs": must.whole(0, why="0 is for none"),
+    "export_to": must.optional(must.path),
+    "optimizer": must.optional(must.function),
+    "scheduler": must.optional(must.function),
+}
+
+
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
     """Refuse what no other check sees, in one sentence."""
-    for name, least in {
-        "num_classes": 1,
-        "layers_per_block": 1,
-        "num_train_timesteps": 50,
-        "attention_levels": 0,
-        "weight_decay": 0,
-        "pictures_every_n_epochs": 0,
-    }.items():
-        if arguments[name] < least:
-            raise ValueError(f"{name}={arguments[name]} must be {least} or more.")
-    for name, kind in {"prediction_type": Prediction, "beta_schedule": BetaSchedule}.items():
-        if arguments[name] not in get_args(kind):
-            raise ValueError(f"{name}={arguments[name]!r} must be one of {', '.join(get_args(kind))}.")
+    must.check(arguments, **_RULES)
     channels, levels = list(arguments["block_out_channels"]), len(arguments["block_out_channels"])
-    if not channels or any(number < 8 or number % 8 for number in channels):
+    if any(number % 8 for number in channels):
         raise ValueError(f"block_out_channels={channels} must be multiples of 8, one number for each level.")
     if arguments["attention_levels"] > levels:
         raise ValueError(
@@ -430,10 +437,6 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
             f"image_shape={tuple(arguments['image_shape'])}: a conditional model needs square images, as the only "
             "pipeline that takes classes (diffusers' ConsistencyModelPipeline) draws no others."
         )
-    if arguments["lr"] <= 0:
-        raise ValueError(f"lr={arguments['lr']} must be positive.")
-    if not 0 <= arguments["ema_decay"] < 1:
-        raise ValueError(f"ema_decay={arguments['ema_decay']} must lie in [0, 1): the share that stays in a step.")
 
 
 _NUM_SHOWN = 64

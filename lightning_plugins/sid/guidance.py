@@ -6,7 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.denoiser import Denoiser
+
+_CONDITIONING = must.Rule(
+    lambda value: isinstance(value, Mapping) and not {"x", "sigma"} & value.keys(),
+    "a dict of the network's keyword arguments",
+)
 
 
 def guided(
@@ -36,16 +42,25 @@ def guided(
         ``(B, C, H, W)``, float32.
 
     Raises:
-        ValueError: a scale other than 1 without null_conditioning, or with other keys.
+        ValueError: a scale that is no number, or other than 1 without null_conditioning, or with other keys.
 
     Source: Ho & Salimans 2022 (arXiv 2207.12598); Zhou et al. 2024 (SiD-LSG, arXiv 2406.01561).
     """
+    must.check(
+        {"denoiser": denoiser, "x": x, "sigma": sigma, "conditioning": conditioning, "scale": scale},
+        denoiser=must.module,
+        x=must.tensor("(B, ...)"),
+        sigma=must.tensor("(B,)"),
+        conditioning=_CONDITIONING,
+        scale=must.finite,
+    )
+    must.optional(_CONDITIONING)("null_conditioning", null_conditioning)
     if scale == 1:
         return denoiser(x, sigma, **conditioning)
     if null_conditioning is None:
         raise ValueError(
-            f"guidance={scale} needs a condition that stands for none, and this teacher has none (such as a class "
-            "beyond its own, or the empty prompt): set guidance to 1."
+            f"guidance={scale} needs a condition that stands for none, and this teacher has none (null_conditioning, "
+            "such as a class beyond its own, or the empty prompt): set guidance to 1."
         )
     both = denoiser(torch.cat([x, x]), torch.cat([sigma, sigma]), **_stack(conditioning, null_conditioning))
     conditional, unconditional = both.chunk(2)

@@ -14,7 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from lightning_plugins.core import arguments as must
+
 Weighting = Literal["l1", "none"]
+
+_WEIGHTING, _TENSOR = must.one_of(Weighting), must.tensor(dtype="any")
 
 _LEAST_ERROR = 1e-5  # of mean|x_g - f_phi|, as in the authors' code
 _LOGIT_LIMIT = 10.0
@@ -75,6 +79,7 @@ def generator_loss(
     Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1; alpha = 0.5: kexue.fm/archives/10567.
     """
     _check_images(x_g=x_g, d_teacher=d_teacher, d_fake=d_fake)
+    must.finite("alpha", alpha)
     if torch.is_grad_enabled() and x_g.requires_grad and not (d_teacher.requires_grad and d_fake.requires_grad):
         raise ValueError(
             "generator_loss: d_teacher and d_fake must keep their gradient with respect to x_t, else another loss is "
@@ -98,8 +103,12 @@ def fisher_divergence(d_teacher: Tensor, d_fake: Tensor, weight: Tensor | None =
 
     Returns:
         ``(B,)``, at least 0.
+
+    Raises:
+        ValueError: shapes that differ, or half precision.
     """
     _check_images(d_teacher=d_teacher, d_fake=d_fake)
+    must.optional(_TENSOR)("weight", weight)
     delta = d_teacher - d_fake
     return _dot(delta, delta) if weight is None else weight * _dot(delta, delta)
 
@@ -165,6 +174,7 @@ def epsilon_generator_loss(
     Source: kexue.fm/archives/10085 and 10567.
     """
     _check_images(noise=noise, eps_teacher=eps_teacher, eps_fake=eps_fake)
+    must.finite("alpha", alpha)
     if torch.is_grad_enabled() and eps_teacher.requires_grad != eps_fake.requires_grad:
         raise ValueError(
             "epsilon_generator_loss: eps_teacher and eps_fake must both keep their gradient with respect to x_t, else "
@@ -273,19 +283,21 @@ def _mean(logits: Tensor) -> Tensor:
 
 
 def _edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
+    must.positive("sigma_data", sigma_data)
+    _TENSOR("sigma", sigma)
     if sigma.ndim != 1:
         raise ValueError(f"sigma must hold one noise level a sample, (B,), got {tuple(sigma.shape)}.")
     return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def _weighted(weighting: str) -> bool:
-    if weighting not in ("l1", "none"):
-        raise ValueError(f"weighting={weighting!r} is unknown: it is 'l1' (the paper's) or 'none'.")
+    _WEIGHTING("weighting", weighting)
     return weighting == "l1"
 
 
 def _check_images(**images: Tensor) -> None:
     """All of one shape, and precise enough to be subtracted."""
+    must.check(images, **dict.fromkeys(images, _TENSOR))
     shapes = {name: tuple(image.shape) for name, image in images.items()}
     if len(set(shapes.values())) > 1 or len(next(iter(shapes.values()))) < 2:
         told = ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_description
 from lightning_plugins.sid.sampling import clip, clips
@@ -232,12 +233,7 @@ class StudentNetworks(nn.Module):
         if labels is None:
             source = device if generator is None else generator.device
             return {"class_labels": torch.randint(classes, (n,), generator=generator, device=source).to(device)}
-        if labels.shape != (n,) or labels.is_floating_point():
-            found = f"{tuple(labels.shape)} {labels.dtype}"
-            raise ValueError(f"labels must be ({n},) int64, a class for each image, got {found}.")
-        low, high = (int(end) for end in labels.aminmax()) if n else (0, 0)
-        if low < 0 or high >= classes:  # a DiT would take the next for no class
-            raise ValueError(f"labels run from {low} to {high}; the teacher's classes are 0 to {classes - 1}.")
+        must.class_labels(labels, n, classes)  # a DiT would take the class beyond for none
         return {"class_labels": labels.to(device)}
 
     def null_conditioning(self) -> dict[str, Tensor] | None:

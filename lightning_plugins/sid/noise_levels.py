@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
+
 
 def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:
     r"""Noise levels along EDM's schedule, from 0 for the least noise to 1 for the most.
@@ -19,7 +21,7 @@ def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, 
         The shape of r, in [sigma_min, sigma_max].
 
     Raises:
-        ValueError: levels that are not positive and increasing.
+        ValueError: levels that are not positive and increasing, or another argument out of range.
 
     Source: Karras et al. 2022 (arXiv 2206.00364) eq. 5, counted from the other end.
 
@@ -27,7 +29,14 @@ def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, 
         >>> [round(sigma, 3) for sigma in karras_sigmas(torch.tensor([0.0, 0.4, 0.8, 1.0])).tolist()]
         [0.002, 0.965, 24.408, 80.0]
     """
-    if not 0 < sigma_min < sigma_max:
+    must.check(
+        {"r": r, "sigma_min": sigma_min, "sigma_max": sigma_max, "rho": rho},
+        r=must.tensor(),
+        sigma_min=must.positive,
+        sigma_max=must.positive,
+        rho=must.number(0.05, why="the levels overflow below"),
+    )
+    if not sigma_min < sigma_max:
         raise ValueError(f"sigma_min={sigma_min} must be positive and below sigma_max={sigma_max}.")
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     return (low + r * (high - low)) ** rho
@@ -62,7 +71,7 @@ def generator_sigmas(
 
     Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1 and the authors' code.
     """
-    _check_times(t_min, t_max)
+    check_times(t_min, t_max)
     r = (t_min + (t_max - t_min) * _uniform(n, generator, device)) / 1000
     return karras_sigmas(r, sigma_min, sigma_max)
 
@@ -94,7 +103,7 @@ def grid_sigmas(
         >>> grid_sigmas(3, torch.linspace(0.1, 1.0, 10), t_min=900)
         tensor([1., 1., 1.])
     """
-    _check_times(t_min, t_max)
+    check_times(t_min, t_max)
     low, high = round(t_min / 1000 * len(sigmas)), round(t_max / 1000 * len(sigmas))
     if low == high:
         raise ValueError(f"t_min={t_min} and t_max={t_max} leave none of {len(sigmas)} noise levels: widen them.")
@@ -133,6 +142,14 @@ def _uniform(n: int, generator: torch.Generator | None, device: torch.device | s
     return torch.rand(n, generator=generator, device=source).to(device or source)
 
 
-def _check_times(t_min: float, t_max: float) -> None:
+def check_times(t_min: float, t_max: float) -> None:
+    """Refuse what is no interval of thousandths.
+
+    Raises:
+        ValueError: so.
+    """
+    must.check({"t_min": t_min, "t_max": t_max}, t_min=must.finite, t_max=must.finite)
     if not 0 <= t_min < t_max <= 1000:
-        raise ValueError(f"t_min={t_min} and t_max={t_max} must satisfy 0 <= t_min < t_max <= 1000 (thousandths).")
+        raise ValueError(
+            f"t_min={t_min} and t_max={t_max} must satisfy 0 <= t_min < t_max <= 1000 (thousandths of the schedule)."
+        )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.guidance import guided
 
@@ -25,9 +26,9 @@ def step_levels(denoiser: Denoiser, num_steps: int) -> Tensor:
         ValueError: more steps than levels, or none.
     """
     most = len(denoiser.sigmas) if denoiser.kind == "vp" else None
-    if num_steps < 1 or (most is not None and num_steps > most):
-        rule = "1 or more" if most is None else f"1 to {most}, the teacher's noise levels"
-        raise ValueError(f"num_steps={num_steps} must be {rule}.")
+    must.count("num_steps", num_steps)
+    if most is not None and num_steps > most:
+        raise ValueError(f"num_steps={num_steps} must be 1 to {most}, the teacher's noise levels.")
     if most is not None:
         index = most - most / num_steps * torch.arange(num_steps, dtype=torch.float64)
         levels = denoiser.sigmas.cpu()[index.round().long() - 1]
@@ -76,7 +77,18 @@ def many_steps(
 
     Returns:
         ``(B, C, H, W)`` clean samples, not clamped further.
+
+    Raises:
+        ValueError: an argument is out of range, or guidance is asked of a teacher without a null condition.
     """
+    must.check(
+        locals(),
+        denoiser=must.module,
+        noise=must.tensor("(B, C, H, W)"),
+        conditioning=must.optional(must.mapping),
+        null_conditioning=must.optional(must.mapping),
+        guidance=must.finite,
+    )
     levels = step_levels(denoiser, num_steps).to(noise.device)
     x = noise * denoiser.input_scale(float(levels[0]))
     for sigma, following in itertools.pairwise(levels):

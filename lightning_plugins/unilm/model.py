@@ -1,11 +1,12 @@
 """A pretrained encoder, or one from a configuration, as a sequence-to-sequence model."""
 
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import pretrained_folder, reason_of
 from lightning_plugins.unilm.backbones import (
     Backbone,
@@ -62,8 +63,7 @@ def load_unilm(
     """
     if (model_name_or_path is None) == (config is None):
         raise ValueError("Give either model_name_or_path (weights) or config (random weights), not both or none.")
-    if decoding not in get_args(Decoding):
-        raise ValueError(f"decoding={decoding!r} must be 'next_token' or 'mask'.")
+    must.one_of(Decoding)("decoding", decoding)
     if decoding == "mask" and mask_token_id is None:
         raise ValueError("decoding='mask' appends [MASK] at every step: mask_token_id must not be None.")
     ids = {"pad": pad_token_id, "sep": sep_token_id, "mask": mask_token_id}

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
-from lightning_plugins.core.optimizers import linear_warmup_decay, with_scheduler
+from lightning_plugins.core.optimizers import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
@@ -48,6 +49,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _RECORD = "unilm"  # the checkpoint's own description of network and tokenizer
+_RULES = {
+    "model_name_or_path": must.optional(must.path),
+    "config": must.optional(must.mapping),
+    "tokenizer": must.optional(must.path),
+    "objective": must.one_of(Objective),
+    "segment": must.one_of(Segment),
+    "label_smoothing": must.number(0, below=1),
+    "target_noise": must.number(0, below=1),
+    "mask_probability": must.share,
+    "lr": must.non_negative,
+    "warmup_steps": WARMUP,
+    "weight_decay": must.non_negative,
+    "generation": must.optional(must.mapping),
+    "generate_every_n_epochs": must.whole(0, why="0 is for never"),
+    "num_generate": must.whole(0),
+    "keep_tokens": must.optional(must.each(must.text, of="a list of tokens")),
+    "max_positions": must.optional(must.count),
+    "attn_implementation": must.optional(must.word),
+    "optimizer": must.optional(must.function),
+    "scheduler": must.optional(must.function),
+}
 
 
 @read_as_data
@@ -144,6 +166,7 @@ class UniLMSeq2Seq(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
+        must.check(locals(), **_RULES)
         if (model_name_or_path is None) == (config is None):
             raise ValueError(
                 "Give one of model_name_or_path (a pretrained model) and config (a network from scratch), not "
@@ -152,13 +175,6 @@ class UniLMSeq2Seq(LightningModule):
         if config is not None:
             check_config(config)
         self.shares = check_objective(objective, mask)
-        for name, value, below in (
-            ("label_smoothing", label_smoothing, 1.0),
-            ("target_noise", target_noise, 1.0),
-            ("mask_probability", mask_probability, 1.0 + 1e-9),
-        ):
-            if not 0 <= value < below:
-                raise ValueError(f"{name}={value} must lie in [0, 1{']' if below > 1 else ')'}.")
         if target_noise and objective == "masked":
             raise ValueError(
                 f"target_noise={target_noise} is for objective 'lm' or 'pseudo'; 'masked' hides by itself."
@@ -167,8 +183,6 @@ class UniLMSeq2Seq(LightningModule):
             raise ValueError("keep_tokens cuts a pretrained vocabulary; without model_name_or_path there is none.")
         if max_positions is not None and model_name_or_path is None:
             raise ValueError("max_positions extends a pretrained model: write max_position_embeddings into config.")
-        if warmup_steps < 0 or generate_every_n_epochs < 0 or num_generate < 0:
-            raise ValueError("warmup_steps, generate_every_n_epochs and num_generate must be 0 or more.")
         self.model_name_or_path, self.config = model_name_or_path, config
         self._tokenizer_name = tokenizer or model_name_or_path
         self.objective, self.segment, self.label_smoothing = objective, segment, label_smoothing

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.unilm.masks import MASKS, permutation_mask, positions, pseudo_index, pseudo_mask
 
 Objective = Literal["lm", "masked", "pseudo"]
@@ -53,15 +54,15 @@ def check_objective(objective: str, mask: str | Mapping[str, float]) -> dict[str
     Raises:
         ValueError: an unknown name, shares that are no shares, or a mask that the objective cannot use.
     """
-    if objective not in ("lm", "masked", "pseudo"):
-        raise ValueError(f"objective={objective!r} must be 'lm' (next token), 'masked' (UniLM v1) or 'pseudo' (v2).")
-    shares = {mask: 1.0} if isinstance(mask, str) else {kind: float(share) for kind, share in mask.items()}
+    must.one_of(Objective, why="next token, UniLM v1 or v2")("objective", objective)
+    if not isinstance(mask, str | Mapping):
+        raise ValueError(f"mask={must.told(mask)} must be a kind of mask, or a dict with a share for each of several.")
+    shares = {mask: 1.0} if isinstance(mask, str) else dict(mask)
     known = (*MASKS, "permutation")
     for kind, share in shares.items():
         if kind not in known:
             raise ValueError(f"mask={kind!r} is unknown; the kinds are {', '.join(known)}.")
-        if share <= 0:
-            raise ValueError(f"mask: the share of {kind!r} must be above 0, got {share}; leave the kind out.")
+        must.number(above=0, why="leave the kind out if it is 0")(f"mask[{kind!r}]", share)
     if not shares:
         raise ValueError("mask={} names no kind of mask; give one such as 'seq2seq', or a share for each of several.")
     if objective == "pseudo" and set(shares) != {"seq2seq"}:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pictures import new_figure
 from lightning_plugins.unilm.masks import MASKS, SOURCE, TARGET, permutation_mask, pseudo_index, pseudo_mask
 
@@ -50,9 +51,9 @@ def plot_masks(
         >>> [axes.get_title() for axes in figure.axes]
         ['sequence to sequence']
     """
-    unknown = [kind for kind in kinds if kind not in TITLES]
-    if unknown or not kinds:
-        raise ValueError(f"kinds must be some of {', '.join(TITLES)}, not {', '.join(unknown) or 'empty'}.")
+    must.each(must.one_of(TITLES), of="a list of kinds")("kinds", kinds)
+    texts = must.each(must.text, of="a list of tokens", empty=True)
+    must.each(texts, 2, of="a source and a target")("tokens", tokens)
     if not tokens[0] and not tokens[1]:
         raise ValueError("tokens must hold a source and a target, of which one may be empty, not both.")
     panels = [_panel(kind, *tokens) for kind in kinds]

@@ -1,11 +1,12 @@
 """How a row's token types tell source and target apart. Shapes: B rows, T tokens of a row."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.unilm.masks import MASKS, PADDING, SOURCE, TARGET
 
 Segment = Literal["sep_as_bos", "su", "unilm_v1", "none"]
@@ -62,8 +63,7 @@ def fitting_segment(segment: Segment, model_type: str, num_types: int, can_exten
     Raises:
         ValueError: if the name is unknown, or there are too few types.
     """
-    if segment not in get_args(Segment):
-        raise ValueError(f"segment={segment!r} is unknown; the schemes are {', '.join(get_args(Segment))}.")
+    must.one_of(Segment)("segment", segment)
     if segment == "none" or (num_types >= 2 and segment != "unilm_v1"):
         return segment
     if segment == "sep_as_bos":

@@ -272,13 +272,13 @@ def test_suggested_rates():
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ({"every_n_steps": 0}, "every_n_steps must be at least 1, got 0"),
-        ({"sharpness_every_n_steps": 0}, "sharpness_every_n_steps must be at least 1, got 0"),
-        ({"sharpness_max_products": 0}, "sharpness_max_products must be at least 1"),
-        ({"tol": 0.0}, "tol must be above 0, got 0.0"),
-        ({"sharpness_rtol": -1.0}, "sharpness_rtol must be above 0, got -1.0"),
-        ({"on_edge": "raise"}, "on_edge must be one of log, warn, got 'raise'"),
-        ({"sharpness_engine": "fd"}, "sharpness_engine must be one of auto, exact, finite_difference, got 'fd'"),
+        ({"every_n_steps": 0}, "every_n_steps=0 must be 1 or more"),
+        ({"sharpness_every_n_steps": 0}, "sharpness_every_n_steps=0 must be 1 or more"),
+        ({"sharpness_max_products": 0}, "sharpness_max_products=0 must be 1 or more"),
+        ({"tol": 0.0}, "tol=0.0 must be positive"),
+        ({"sharpness_rtol": -1.0}, "sharpness_rtol=-1.0 must be positive"),
+        ({"on_edge": "raise"}, "on_edge='raise' must be one of log, warn"),
+        ({"sharpness_engine": "fd"}, "sharpness_engine='fd' must be one of auto, exact, finite_difference"),
     ],
 )
 def test_arguments_out_of_range(arguments, sentence):

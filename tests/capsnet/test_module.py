@@ -390,10 +390,13 @@ def test_validation_by_itself_draws(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: small(pictures_every_n_epochs=-1), "pictures_every_n_epochs=-1 must be 0 (none) or more."),
-        (lambda: small(image_shape=(14, 14)), "image_shape=(14, 14) must be (C, H, W)."),
+        (lambda: small(pictures_every_n_epochs=-1), "pictures_every_n_epochs=-1 must be 0 or more: 0 is for none."),
+        (
+            lambda: small(image_shape=(14, 14)),
+            "image_shape=(14, 14) must be (C, H, W), each a whole number of 1 or more.",
+        ),
         (lambda: small().training_step(WRONG_LABEL, 0), "num_classes=4 but a batch has labels from 0 to 12"),
-        (lambda: small(num_labels=4), "num_labels=4 must lie between 1 and num_classes - 1 = 3."),
+        (lambda: small(num_labels=4), "num_labels=4 must lie in [1, 3]: at most num_classes - 1 = 3"),
         (lambda: small(features=torch.nn.Flatten()), "features must give capsules of shape (B, N, D), got (1, 196)"),
         (lambda: small()(torch.rand(2, 1, 28, 28)), "built for image_shape=(1, 14, 14), got images (1, 28, 28)."),
         (lambda: small(reconstruction_weight=0.0).reconstruct(torch.rand(2, 1, 14, 14)), "has no decoder"),

@@ -73,7 +73,7 @@ def test_official_rate_has_a_floor():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"name": "sabour"}, "preset='sabour' is unknown; choose one of sabour2017_paper, sabour2017_official"),
+        ({"name": "sabour"}, "preset='sabour' must be one of sabour2017_paper, sabour2017_official"),
         ({"name": "efficient", "iterations": 3}, "iterations=3 with routing='self_attention', a single pass; use 1."),
         ({"name": "efficient", "leaky": True, "gradient": "last"}, "gradient, leaky has no meaning with routing="),
         ({"name": "su2018", "squash_scale": -1.0}, "squash_scale=-1.0 must be positive."),

@@ -221,9 +221,9 @@ def test_zero_inputs_have_finite_gradients(kind, form):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(routing="em"), "routing must be one of dynamic, kmeans, kmeans_squash, uniform, not 'em'."),
-        (dict(gradient="none"), "gradient must be 'full' or 'last', not 'none'."),
-        (dict(iterations=0), "iterations must be 1 or more, not 0: the first one is the uniform start."),
+        (dict(routing="em"), "routing='em' must be one of dynamic, kmeans, kmeans_squash, uniform."),
+        (dict(gradient="none"), "gradient='none' must be one of full, last."),
+        (dict(iterations=0), "iterations=0 must be 1 or more: the first one is the uniform start."),
         (dict(u=torch.zeros(6, D)), "u must have shape (B, N, D), not (6, 5)."),
         (dict(W=torch.zeros(D, J)), "W must have shape (N, D, J, K) or, shared, (D, J, K), not (5, 3)."),
         (

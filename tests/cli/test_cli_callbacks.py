@@ -85,9 +85,7 @@ def test_resumed_equals_uninterrupted(cli, project):
 
 MISTAKES = {
     "--trainer.callbacks+=GradientPenalty": "give either coefficient or match_lr, got coefficient=None and match_",
-    "--trainer.callbacks+=GradientPenalty --trainer.callbacks.coefficient=-1": (
-        "coefficient must be a finite number of at least 0, got -1.0."
-    ),
+    "--trainer.callbacks+=GradientPenalty --trainer.callbacks.coefficient=-1": ("coefficient=-1.0 must be 0 or more."),
     "--trainer.callbacks+=GradientPenalty --trainer.callbacks.coefficient=much": (
         "trainer.callbacks.coefficient takes float or null, not 'much'."
     ),
@@ -95,15 +93,17 @@ MISTAKES = {
     "--trainer.callbacks+=GradientPenality": "Did you mean GradientPenalty?",
     " ".join([*PENALTY, "--trainer.callbacks.scope=batch"]): "Choices: step, microbatch",
     " ".join([*PENALTY, "--trainer.callbacks.relative_step=2"]): (
-        "relative_step must be 'auto' or between 0 and 1, got 2.0."
+        "relative_step=2.0 must lie in (0, 1): 'auto' takes the best known."
     ),
     " ".join(
         [*PENALTY, "--trainer.callbacks.schedule=[[5,1],[5,2]]"]
-    ): "schedule must be pairs [step, value] with grow",
+    ): "schedule=[[5.0, 1.0], [5.0, 2.0]] must be pairs [step, value] with grow",
     " ".join([*PENALTY, *PENALTY]): "Only one GradientPenalty in a trainer: add their coefficients up in one.",
     " ".join([*PENALTY, "--trainer.precision=bf16-true"]): "use one of 32-true, 64-true, bf16-mixed, 16-mixed.",
-    "--trainer.callbacks+=Flooding": "Give either level or level_schedule, got None and None.",
-    " ".join([*FLOODING, "--trainer.callbacks.start=later"]): "start must be 'immediately', 'epoch N' or 'step N'",
+    "--trainer.callbacks+=Flooding": "Give either level or level_schedule, got level=None and",
+    " ".join(
+        [*FLOODING, "--trainer.callbacks.start=later"]
+    ): "start='later' must be 'immediately', 'epoch N' or 'step N'",
 }
 
 

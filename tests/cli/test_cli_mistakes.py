@@ -41,6 +41,11 @@ FILES = {
     "number.yaml": "model: CapsNet\ndata: Digits\ntrainer: 3\n",
     "nothing.yaml": "model: CapsNet\ndata: Digits\ntrainer:\n",
     "list.yaml": "- model\n- data\n",
+    "hollow_trainer.yaml": "model: CapsNet\ndata: Digits\ntrainer: {typo_key: {}}\n",
+    "hollow_root.yaml": "model: CapsNet\ndata: Digits\nmodle: {deep: {}}\n",
+    "hollow_key.yaml": "model: {class_path: CapsNet, init_args: {iteratons: {}}}\ndata: Digits\n",
+    "hollow_data.yaml": "model: CapsNet\ndata: {typo: {}}\n",
+    "hollow_callback.yaml": "trainer: {callbacks: [{class_path: Flooding, init_args: {level: 0.1, levl: {}}}]}\n",
     "empty.ckpt": "",
     "text.ckpt": "not a checkpoint",
 }
@@ -86,6 +91,48 @@ All options: lightning-plugins fit --help
 error: fit has no option 'trainer.max_epoch'.
 Did you mean --trainer.max_epochs?
 All options: lightning-plugins fit --help
+""",
+    "fit --config hollow_trainer.yaml": """\
+error: hollow_trainer.yaml: fit has no option 'trainer.typo_key'.
+All options: lightning-plugins fit --help
+""",
+    "fit --config hollow_root.yaml": """\
+error: hollow_root.yaml: fit has no option 'modle'.
+Did you mean --model?
+All options: lightning-plugins fit --help
+""",
+    "fit --config hollow_key.yaml": """\
+error: hollow_key.yaml: CapsNet has no argument 'iteratons' (model.iteratons).
+Did you mean iterations?
+All of them: --model.help CapsNet
+""",
+    "fit --config hollow_data.yaml": """\
+error: hollow_data.yaml: fit has no option 'data.typo'.
+Did you mean --data.pad?
+All options: lightning-plugins fit --help
+""",
+    "fit --config hollow_callback.yaml": """\
+error: hollow_callback.yaml: Flooding has no argument 'levl' (trainer.callbacks.levl).
+Did you mean level?
+All of them: level, scope, level_schedule, start
+""",
+    FIT + "--seed_everything -1": """\
+error: seed_everything takes a whole number from 0 to 4294967295, or true/false, not -1.
+""",
+    FIT + "--seed_everything 4294967296": """\
+error: seed_everything takes a whole number from 0 to 4294967295, or true/false, not 4294967296.
+""",
+    "fit --model EAE --data Digits --model.lr null": """\
+error: model.lr takes float, not null.
+Leave it out for its default, 0.0005.
+""",
+    TOY + "--model.lr null": """\
+error: model.lr takes float, not null.
+Leave it out for its default, 0.1.
+""",
+    "fit --model CapsNet --data Digits --data.batch_size null": """\
+error: data.batch_size takes int, not null.
+Leave it out for its default, 128.
 """,
     "fit --config forgot.yaml": """\
 error: forgot.yaml: model has class_path and init_args, not 'iterations'.

@@ -69,7 +69,7 @@ def test_a_misspelt_argument(mistake):
 
 def test_an_argument_out_of_range(mistake):
     told = mistake("fit", *CAPSNET, *OPTIMIZER, "--model.optimizer.alpha=1")
-    assert "NormRMSprop got alpha=1.0; it must be a number, at least 0 and below 1." in told
+    assert "alpha=1.0 must lie in [0, 1)." in told
 
 
 def test_lr_must_be_given(mistake):

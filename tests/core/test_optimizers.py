@@ -34,9 +34,9 @@ def test_a_floor_above_the_rate_keeps_the_rate():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rate": 0.0, "steps": 1}, "exponential_decay needs 0 < rate <= 1, got rate=0.0; use 1 for a constant rate."),
-        ({"rate": 1.5, "steps": 1}, "exponential_decay needs 0 < rate <= 1, got rate=1.5; use 1 for a constant rate."),
-        ({"rate": 0.9, "steps": 0}, "exponential_decay needs steps >= 1, got steps=0."),
+        ({"rate": 0.0, "steps": 1}, "rate=0.0 must lie in (0, 1]: 1 keeps the rate constant."),
+        ({"rate": 1.5, "steps": 1}, "rate=1.5 must lie in (0, 1]: 1 keeps the rate constant."),
+        ({"rate": 0.9, "steps": 0}, "steps=0 must be 1 or more."),
     ],
 )
 def test_bad_numbers_are_refused(arguments, message):

@@ -49,5 +49,5 @@ def test_none_is_no_schedule():
     ids=str,
 )
 def test_anything_else_is_refused_by_name_and_value(points):
-    with pytest.raises(ValueError, match=r"^level_schedule must be pairs \[step, value\] with growing steps.* got "):
+    with pytest.raises(ValueError, match=r"^level_schedule=.* must be pairs .* with growing steps, such as"):
         check_points("level_schedule", points)

@@ -173,6 +173,32 @@ def test_sizes_differ(tmp_path):
     assert str(error.value) == "Images differ in size: 6 x 5 and 9 x 12 px; give image_size."
 
 
+@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("content", ["cut", "no image"])
+def test_a_damaged_image_is_named(tmp_path, number, content):
+    path = make_folder(tmp_path)
+    file = tmp_path / "train" / ("cat", "dog")[number % 2] / f"{number:02d}.png"
+    file.write_bytes(file.read_bytes()[:60] if content == "cut" else b"no image")
+    with pytest.raises(ValueError) as error:
+        HFImages(path).train_dataloader()
+    assert str(file) in str(error.value) and str(error.value).endswith("Replace or remove it.")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("column", ["img", "fine"])
+def test_a_row_without_image_or_label_is_named(tmp_path, column):
+    import datasets
+
+    rows = datasets.load_dataset("parquet", data_files=make_parquet(tmp_path / "a.parquet"), split="train")
+    rows = rows.cast_column("img", datasets.Image(decode=False))
+    values = [None if n == 5 else value for n, value in enumerate(rows[column])]
+    rows = rows.remove_columns(column).add_column(column, values, feature=rows.features[column])
+    rows.to_parquet(tmp_path / "b.parquet")
+    path = str(tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match=f"b.parquet, train row 5 has no {'image' if column == 'img' else 'label'}"):
+        HFImages(path, val_size=0).train_dataloader()
+
+
 def test_two_label_columns(tmp_path):
     import datasets
 
@@ -204,7 +230,7 @@ def test_integers_are_labels_where_there_are_no_class_labels(tmp_path):
         ({"train_split": "trian"}, "PATH has no split 'trian'; its splits are train."),
         ({"val_split": "holdout"}, "PATH has no split 'holdout'; its splits are train."),
         ({"test_split": "tset"}, "PATH has no split 'tset'; its splits are train."),
-        ({"channels": 2}, "channels=2 must be 1 (grey) or 3 (colour), or left out."),
+        ({"channels": 2}, "channels=2 must be one of 1, 3: 1 is grey, 3 colour."),
         ({"image_size": 0}, "image_size=0 must be 1 or more."),
         ({"crop": 0}, "crop=0 must be 1 or more."),
         ({"crop": 6}, "An image has 6 x 5 px, less than crop=6."),

@@ -119,6 +119,23 @@ def test_damaged_labels(folder, arrays, change, sentence):
     assert _damage_error(folder, name, change(idx_bytes(arrays[name]))) == f"{name} {sentence}"
 
 
+@pytest.mark.parametrize("shape", [(0, 5, 6), (40, 0, 6)])
+def test_no_images(folder, arrays, shape):
+    name = "train-images-idx3-ubyte.gz"
+    content = gzip.compress(idx_bytes(np.zeros(shape, dtype=np.uint8)))
+    told = " x ".join(map(str, shape))
+    assert _damage_error(folder, name, content).startswith(f"{name} is empty: its header announces {told} bytes.")
+    with pytest.raises(ValueError, match="is empty"):
+        _ = IdxImages(str(folder)).image_shape
+
+
+def test_other_classes_in_the_test_images(folder):
+    labels = np.full(11, 9, dtype=np.uint8)
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    with pytest.raises(ValueError, match="has labels up to 9, but those of the training images are 0 to 6"):
+        IdxImages(str(folder), val_size=5).test_dataloader()
+
+
 def test_counts_differ(folder):
     name = "train-labels-idx1-ubyte"
     assert _damage_error(folder, name, idx_bytes(np.zeros(39, dtype=np.uint8))) == (

@@ -103,8 +103,8 @@ def test_pairs_are_made_of_the_noisy_labels_of_their_source():
     [
         ({"label_noise": -0.1}, "label_noise=-0.1 must lie in [0, 1]: the share of wrong labels."),
         ({"label_noise": 40}, "label_noise=40 must lie in [0, 1]: the share of wrong labels."),
-        ({"num_train": 0}, "num_train=0 must lie in 1..1259, the training images there are."),
-        ({"num_train": 1260}, "num_train=1260 must lie in 1..1259, the training images there are."),
+        ({"num_train": 0}, "num_train=0 must lie in [1, 1259]: so many training images there are."),
+        ({"num_train": 1260}, "num_train=1260 must lie in [1, 1259]: so many training images there are."),
     ],
 )
 def test_bad_arguments_in_one_sentence(argument, sentence):

@@ -127,7 +127,7 @@ def test_refusals(prompt_file, tmp_path):
     for arguments, error, words in (
         ({}, ValueError, "num_classes=None and prompt_file=None: give one of them"),
         ({"num_classes": 3, "prompt_file": prompt_file}, ValueError, "give one of them"),
-        ({"num_classes": 0}, ValueError, "num_classes=0 must be 1 or more"),
+        ({"num_classes": 0}, ValueError, r"num_classes=0 must lie in \[1, 2147483647\]"),
         ({"num_classes": 3, "batches_per_epoch": 0}, ValueError, "batches_per_epoch=0 must be 1 or more"),
         ({"prompt_file": str(tmp_path / "none.txt")}, FileNotFoundError, "there is no such file"),
         ({"prompt_file": str(empty)}, ValueError, "has no prompts: write one on each line"),

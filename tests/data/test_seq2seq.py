@@ -423,6 +423,7 @@ def test_bad_rows_are_a_sentence_with_file_and_line(tmp_path, lines, arguments, 
             "source_format='{source}' cannot be filled (a field is a list, not text)",
         ),
         ({"source": None, "target": "x"}, "source_format='{source}' cannot be filled (a field is null, not text)"),
+        ({"source": True, "target": "x"}, "source_format='{source}' cannot be filled (a field is a bool, not text)"),
         ({"source": "x", "target": "\ud800"}, "target_format='{target}' cannot be filled ('utf-8' codec can't encode"),
     ],
 )
@@ -444,7 +445,7 @@ def test_what_is_no_text_is_not_learnt_as_text(tmp_path, row, reason):
         ({"train_file": "x.txt", "text_column": "text", "source_format": "{a}"}, "text_column='text' is cut into"),
         ({"pairs": PAIRS, "max_source_length": 2}, "max_source_length=2 must be 3 or more."),
         ({"pairs": PAIRS, "batch_size": 0}, "batch_size=0 must be 1 or more."),
-        ({"pairs": PAIRS, "long_targets": "cut"}, "long_targets='cut' must be one of 'raise', 'drop'."),
+        ({"pairs": PAIRS, "long_targets": "cut"}, "long_targets='cut' must be one of raise, drop."),
     ],
 )
 def test_bad_arguments_are_a_sentence(arguments, sentence):
@@ -458,7 +459,7 @@ def test_missing_splits_and_bad_pairs():
         Seq2SeqData(pairs=PAIRS).test_dataloader()
     with pytest.raises(ValueError, match=r"Seq2SeqData has no val texts; set val_size above 0 or val_file\."):
         Seq2SeqData(pairs=PAIRS, val_size=0).val_dataloader()
-    with pytest.raises(ValueError, match=r"pairs\[1\]='ab' must be \[source, target\], two texts\."):
+    with pytest.raises(ValueError, match=r"pairs\[1\]='ab' must be \[source, target\], each a text\."):
         Seq2SeqData(pairs=[["a", "b"], "ab"]).texts("train")
     with pytest.raises(ValueError, match=r"pairs=\[\] holds no pairs\."):
         Seq2SeqData(pairs=[]).texts("train")

@@ -79,6 +79,11 @@ def test_documents_of_plain_text(tmp_path):
         ("a.csv", "source,target\n1,2,3\n", "line 2, has 3 fields, but there are 2 columns: source, target."),
         ("a.csv", 'source,target\n"x"y,2\n', "line 2, is not CSV: ',' expected after '\"'."),
         ("a.csv", 'source,target\nx,"y\n', "line 2, is not CSV: unexpected end of data."),
+        ("a.jsonl", '{"n": 1}\n{"n": ' + "1" * 5001 + "}\n", "line 2, cannot be read: Exceeds the limit (4300 digits)"),
+        ("a.jsonl", '{"n": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1, is nested too deeply to be read: flatten"),
+        ("a.jsonl", '{"source": NaN}', "line 1, cannot be read: NaN is no value of JSON. Write it as a text."),
+        ("a.jsonl", '{"source": -Infinity}', "line 1, cannot be read: -Infinity is no value of JSON."),
+        ("a.jsonl", b"\xff\xfe{\x00", "line 1, is not UTF-8: byte 0xff at place 0."),
     ],
 )
 def test_what_cannot_be_read_is_a_sentence_with_file_and_line(tmp_path, name, content, sentence):

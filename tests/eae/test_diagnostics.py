@@ -104,7 +104,7 @@ def test_bad_input_is_named():
         latent_diagnostics(normal(3, 2), k=3)
     with pytest.raises(ValueError, match="latent_dim=0 must be 1 or more"):
         LatentDiagnostics(0)
-    with pytest.raises(ValueError, match="max_codes=4 must be more than k=5"):
+    with pytest.raises(ValueError, match="max_codes=4 must be 6 or more: k=5"):
         LatentDiagnostics(2, k=[1, 5], max_codes=4)
     with pytest.raises(ValueError, match=r"z must be \(n, 2\), one code in each row, got \(5, 3\)\."):
         LatentDiagnostics(2).update(torch.zeros(5, 3))

@@ -130,8 +130,8 @@ def test_weights():
     [
         ("gan", None, "objective='gan' must be one of eae, ae, ae_bn, rae_l2, vae, wae, sigreg, mmd."),
         ("ae_bn", 0.1, "weight=0.1 weighs nothing: objective='ae_bn' is the reconstruction error alone."),
-        ("eae", -1.0, "weight=-1.0 must be 0 or more; the entropy is maximised by a positive one."),
-        ("eae", math.nan, "weight=nan must be 0 or more"),
+        ("eae", -1.0, "weight=-1.0 must be 0 or more: the entropy is maximised by a positive one."),
+        ("eae", math.nan, "weight=nan must be a finite number of 0 or more"),
     ],
 )
 def test_mistakes_in_one_sentence(name, weight, message):

@@ -31,7 +31,7 @@ def test_forward_gives_the_batch_and_keeps_the_sum():
 
 
 def test_wrong_arguments_are_refused():
-    with pytest.raises(ValueError, match="max_codes=5 must be more than k=5"):
+    with pytest.raises(ValueError, match="max_codes=5 must be 6 or more: k=5"):
         KNNEntropy(k=5, max_codes=5)
     metric = KNNEntropy(k=2)
     metric.update(torch.ones(2, 3))

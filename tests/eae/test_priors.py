@@ -324,7 +324,7 @@ def test_refusals(fitted):
     for use in (lambda kind: prior.sample(3, kind), lambda kind: prior.log_prob(torch.zeros(3, 2), kind)):
         with pytest.raises(ValueError, match=r"fitted to 5 codes or more, .* left 4: .* fit_prior\(dataloader\)"):
             use("mixture")
-        with pytest.raises(ValueError, match="prior='gmm' is unknown; choose one of normal, gaussian, mixture"):
+        with pytest.raises(ValueError, match="prior='gmm' must be one of normal, gaussian, mixture"):
             use("gmm")
     for use in (prior.remember, prior.fit, prior.log_prob):
         with pytest.raises(ValueError, match=r"z must have shape \(codes, 2\), got \(3, 4\)"):

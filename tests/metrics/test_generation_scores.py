@@ -128,5 +128,5 @@ def test_batches_add_up_and_reset():
 def test_bad_input_is_a_sentence():
     with pytest.raises(ValueError, match="Each prediction needs one reference: got 2 and 1"):
         GenerationScores().update(["a", "b"], ["a"])
-    with pytest.raises(ValueError, match="lists of texts"):
+    with pytest.raises(ValueError, match="predictions='a' must be a list of texts"):
         GenerationScores().update("a", ["a"])

@@ -67,7 +67,7 @@ def test_images_and_resets():
 
 
 def test_wrong_use_gets_a_sentence():
-    with pytest.raises(ValueError, match="subset_size=1 2 or more"):
+    with pytest.raises(ValueError, match="subset_size=1 must be 2 or more"):
         KernelDistance(subset_size=1)
     with pytest.raises(ValueError, match="num_subsets=0 must be 1 or more"):
         KernelDistance(num_subsets=0)

@@ -171,7 +171,7 @@ def test_samples_pictures_and_predictions(tmp_path):
 
     for labels, words in (
         (torch.zeros(4, dtype=torch.int64), r"labels must be \(5,\) int64"),
-        (torch.full((5,), 10), "labels run from 10 to 10; they must be 0 to 9"),
+        (torch.full((5,), 10), "labels run from 10 to 10: they must be 0 to 9"),
     ):
         with pytest.raises(ValueError, match=words):
             model.sample(5, labels=labels)
@@ -249,7 +249,7 @@ def test_export_is_all_or_nothing(tmp_path, monkeypatch):
         ({"image_shape": (1, 7, 8)}, r"\(1, 7, 8\) cannot be halved 1 times, .* multiples of 2 px"),
         ({"image_shape": (1, 28, 28), "block_out_channels": (8, 8, 8, 8)}, "multiples of 8 px"),
         ({"block_out_channels": (8, 12)}, r"block_out_channels=\[8, 12\] must be multiples of 8"),
-        ({"block_out_channels": ()}, r"block_out_channels=\[\] must be"),
+        ({"block_out_channels": ()}, r"block_out_channels=\(\) must be"),
         ({"attention_levels": 3}, "attention_levels=3 is more than the 2 levels"),
         ({"prediction_type": "sample"}, "'sample' must be one of epsilon, v_prediction"),
         ({"beta_schedule": "cosine"}, "'cosine' must be one of linear, squaredcos_cap_v2"),

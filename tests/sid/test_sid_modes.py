@@ -128,7 +128,7 @@ def test_classes_are_drawn_or_come_with_the_data(teacher_folder):
     given = build(teacher_folder("labelled"), Told)
     fit(given, PromptData(num_classes=4, batch_size=5, batches_per_epoch=2))
     assert {told["class_labels"].shape for told in given.told} == {(5,)}
-    with pytest.raises(ValueError, match=r"^labels run from \d to [4-9]; the teacher's classes are 0 to 3\.$"):
+    with pytest.raises(ValueError, match=r"^labels run from \d to [4-9]: they must be 0 to 3\.$"):
         fit(build(teacher_folder("labelled")), Digits(8, batch_size=64))
     with pytest.raises(ValueError, match=r"^Batches are dicts with 'prompt' \(a list of texts\).*got a list: SiD must"):
         fit(build(teacher_folder("labelled")), batches([torch.zeros(4, 3, 8, 8)], [torch.zeros(4, 3, 8, 8)]))
@@ -149,7 +149,7 @@ def test_a_transformer_sees_the_classes_it_is_given(teacher_folder):
     dropped = torch.tensor([True, False] * 32)
     found = module._dropped(labels, dropped)["class_labels"]
     assert torch.equal(found, torch.where(dropped, 10, labels["class_labels"]))
-    with pytest.raises(ValueError, match=r"^labels run from 10 to 10; the teacher's classes are 0 to 9\.$"):
+    with pytest.raises(ValueError, match=r"^labels run from 10 to 10: they must be 0 to 9\.$"):
         module.sample(1, labels=torch.tensor([10]))  # what it takes for no class
 
 

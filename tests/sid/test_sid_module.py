@@ -380,9 +380,9 @@ def test_a_broken_teacher_is_refused(teacher_folder, tmp_path):
     [
         ({"sigma_init": 0.0}, "sigma_init=0.0 must be positive."),
         ({"lr": -1e-5}, "lr=-1e-05 must be positive."),
-        ({"eps": float("nan")}, "eps=nan must be positive."),
-        ({"betas": (0.0,)}, "betas=(0.0,) must be two numbers in [0, 1)."),
-        ({"betas": (0.0, 1.0)}, "betas=(0.0, 1.0) must be two numbers in [0, 1)."),
+        ({"eps": float("nan")}, "eps=nan must be a finite number above 0."),
+        ({"betas": (0.0,)}, "betas=(0.0,) must be two numbers, each a finite number in [0, 1)."),
+        ({"betas": (0.0, 1.0)}, "betas=(0.0, 1.0) must be two numbers, each a finite number in [0, 1)."),
         ({"fake_steps": 0}, "fake_steps=0 must be 1 or more."),
         ({"accumulate": 6}, "accumulate=6 must not exceed batch_size=5."),
         ({"gradient_clip": 0}, "gradient_clip=0 must be positive."),

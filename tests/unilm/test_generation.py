@@ -302,7 +302,7 @@ def test_a_checkpoint_saved_in_half_after_another_task(tmp_path, tiny_config):
     [
         (dict(model_name_or_path="x"), "not both or none"),
         (dict(config={"hidden_size": 32}), "config has no model_type"),
-        (dict(segment="both"), "segment='both' is unknown; the schemes are sep_as_bos"),
+        (dict(segment="both"), "segment='both' must be one of sep_as_bos"),
         (dict(decoding="fast"), "decoding='fast' must be"),
         (dict(decoding="mask", mask_token_id=None), "mask_token_id must not be None"),
         (

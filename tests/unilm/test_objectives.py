@@ -151,13 +151,13 @@ def test_noise_falls_on_target_inputs_in_training_only_and_never_on_labels():
 @pytest.mark.parametrize(
     ("objective", "mask", "words"),
     [
-        ("clm", "seq2seq", "objective='clm' must be 'lm'"),
+        ("clm", "seq2seq", "objective='clm' must be one of lm, masked, pseudo"),
         ("lm", "prefix", "mask='prefix' is unknown; the kinds are"),
         ("lm", "bidirectional", "mask='bidirectional' shows"),
         ("lm", {"seq2seq": 1, "permutation": 1}, "use objective='masked'"),
         ("pseudo", "l2r", "mask must be 'seq2seq', got 'l2r'"),
         ("masked", {}, "names no kind of mask"),
-        ("masked", {"l2r": 0.0}, "share of 'l2r' must be above 0"),
+        ("masked", {"l2r": 0.0}, r"mask\['l2r'\]=0.0 must be positive: leave the kind out"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(objective, mask, words):
