@@ -1,11 +1,14 @@
 """Runs that stop and go on, compared with runs that do not: what was trained, counted, logged, and every last bit."""
 
+import os
 import random
+import signal
 import zlib
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_plugins.callbacks import RandomState, SaveOnSigterm
 from lightning_plugins.core.lightning_internals import fit_progress, read_place
@@ -58,7 +61,8 @@ class Recorder(Callback):
 
     def on_validation_end(self, trainer, module):
         batches = trainer.fit_loop.epoch_loop.batch_progress
-        due = batches.is_last_batch or batches.current.completed % trainer.val_check_batch == 0
+        count = batches.total if trainer.check_val_every_n_epoch is None else batches.current
+        due = count.ready % trainer.val_check_batch == 0
         if due and not trainer.sanity_checking:  # a stop makes one more, which is nobody's business
             logged = trainer.fit_loop.epoch_loop._batches_that_stepped
             seen = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
@@ -78,12 +82,18 @@ class SaveAnywhere(Checkpoint):
     def save(self, trainer, place):
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.folder is None:
             return
+        if place == "on_train_end" and not trainer.should_stop:  # modules write down more here than a resume repeats
+            return
         self.paths.append(self.folder / f"{len(self.paths):03}-{place}.ckpt")
         trainer.save_checkpoint(self.paths[-1])
         if self.last is not None and len(self.paths) > self.last:
+            self.last = None
             if self.stop == "crash":
                 raise Stopped
-            trainer.should_stop = True
+            if self.stop == "signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+            else:
+                trainer.should_stop = True
 
 
 for _place in PLACES:
@@ -98,7 +108,7 @@ def fit(module, data, folder=None, ckpt_path=None, callbacks=(), last=None, stop
     run = Trainer(callbacks=[RandomState(), SaveOnSigterm(), *callbacks, recorder, saver], **settings)
     try:
         run.fit(module, data, ckpt_path=ckpt_path)
-    except Stopped:
+    except (Stopped, SIGTERMException):
         pass
     return run, recorder, saver.paths
 
@@ -168,7 +178,7 @@ class Runs:
         """Stops and resumes at random until the end."""
         choose, story, path = random.Random(seed), [], None
         for _ in range(4):
-            stop, last = choose.choice(["crash", "stop"]), choose.randrange(max(1, self.length // 2))
+            stop, last = choose.choice(["crash", "stop", "signal"]), choose.randrange(max(1, self.length // 2))
             _, _, paths = self.run(path, seed=1 if path is None else choose.randrange(99), last=last, stop=stop)
             if not paths:  # it had come to its end before
                 break
