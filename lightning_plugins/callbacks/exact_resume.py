@@ -19,7 +19,7 @@ from lightning_plugins.core.lightning_internals import (
     write_place,
 )
 
-_GRADIENTS = "accumulated_gradients"
+_GRADIENTS, _MONITORED = "accumulated_gradients", "monitored_metrics"
 
 
 class ExactResume(Callback):
@@ -33,45 +33,58 @@ class ExactResume(Callback):
     - What had not happened when the checkpoint was written happens now: the validation that was due, the hooks of the
       epoch's end, the rest of the accumulated batches (one process).
     - Not exact, and said: a checkpoint written in the middle of a step (by an exception), or of accumulated batches
-      that several processes or another callback keep count of; an epoch's rest from a loader without ``state_dict``.
+      that several processes or another callback keep count of; an epoch's rest from a loader without ``state_dict``;
+      numbers drawn by persistent workers.
 
     The command line adds this callback to every run, and ``RandomState`` contains it.
     """
 
+    _place: Place | None
+    _gradients: dict[str, torch.Tensor]
+    _monitored: dict[str, torch.Tensor]
+
     def __init__(self) -> None:
-        self._place: Place | None = None
-        self._gradients: dict[str, torch.Tensor] = {}
+        self._forget()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the trainer's precision before a checkpoint is read."""
+        """Take the trainer's precision before a checkpoint is read, and forget the one before."""
         widen(pl_module, trainer)
+        if stage == "fit":
+            self._forget()
+
+    def _forget(self) -> None:
+        self._place, self._gradients, self._monitored = None, {}, {}
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the gradients of accumulated batches, if there are any."""
-        if self._acts(trainer) and trainer.world_size == 1 and not between_steps(trainer):
-            named = pl_module.named_parameters()
-            checkpoint[_GRADIENTS] = {name: p.grad.detach() for name, p in named if p.grad is not None}
+        """Add the gradients of accumulated batches, and the metrics that schedulers are yet to look at, if any."""
+        if not self._acts(trainer):
+            return
+        gradients, monitored = self._gradients, self._monitored
+        if self._place is None:  # else the run had nothing left to do
+            gradients, monitored = _accumulated(trainer, pl_module), _monitored(trainer)
+        checkpoint |= {_GRADIENTS: gradients} if gradients else {}
+        checkpoint |= {_MONITORED: monitored} if monitored else {}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the counters right."""
-        self._place, self._gradients = None, {}
         progress = fit_progress(checkpoint)
         if trainer.state.fn != TrainerFn.FITTING or progress is None or not self._acts(trainer):
             return
         self._place = read_place(progress)
-        self._gradients = checkpoint.get(_GRADIENTS, {})
+        self._gradients, self._monitored = checkpoint.get(_GRADIENTS, {}), checkpoint.get(_MONITORED, {})
         write_place(progress, self._place)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go to the place, and say what cannot be as it was."""
         if self._place is None:
             return
+        trainer.callback_metrics.update(self._monitored)
         start_at(trainer, self._place)
         self._warn(trainer, self._place)
         for name, parameter in pl_module.named_parameters():
             if name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter)
-        self._place, self._gradients = None, {}
+        self._forget()
 
     def _acts(self, trainer: Trainer) -> bool:
         """Whether this is the first of its kind: ``RandomState`` beside the command line's own does it alone."""
@@ -89,17 +102,35 @@ class ExactResume(Callback):
                 f"{where}, in the middle of {trainer.accumulate_grad_batches} accumulated batches, {reason}: the next "
                 "step is not that of a run that never stopped. For that take a checkpoint from between two steps."
             )
-        if place.batches and not place.is_last:
-            for loader in train_loaders(trainer):
-                if not isinstance(loader, _Stateful):
-                    rank_zero_warn(
-                        f"{where}, and a {type(loader).__name__} cannot go on there: the rest of the epoch is "
-                        f"{trainer.num_training_batches - place.batches} batches of a new order. Resume from an "
-                        "epoch's end, or give a loader with state_dict and load_state_dict."
-                    )
+        for loader in train_loaders(trainer):
+            if isinstance(loader, _Stateful):
+                continue
+            if place.batches and not place.is_last:
+                rank_zero_warn(
+                    f"{where}, and a {type(loader).__name__} cannot go on there: the rest of the epoch is of a new "
+                    "order. Resume from an epoch's end, or give a loader with state_dict and load_state_dict."
+                )
+            if getattr(loader, "persistent_workers", False):
+                rank_zero_warn(
+                    "The workers of a DataLoader(persistent_workers=True) carry random numbers from epoch to epoch, "
+                    "which no checkpoint holds: what they draw differs from here on. Set persistent_workers=False."
+                )
 
     def _lost_window(self, trainer: Trainer) -> str | None:
         if not self._gradients:
             return "without their gradients"
         keeps = [type(c).__name__ for c in trainer.callbacks if hasattr(c, "gradient_order")]
         return f"which {' and '.join(keeps)} must see together" if keeps else None
+
+
+def _accumulated(trainer: Trainer, module: LightningModule) -> dict[str, torch.Tensor]:
+    """The gradients of batches whose step is yet to come."""
+    if trainer.world_size > 1 or between_steps(trainer):
+        return {}
+    return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
+
+
+def _monitored(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """The metrics that ``ReduceLROnPlateau`` looks at."""
+    names = {config.monitor for config in trainer.lr_scheduler_configs if config.reduce_on_plateau}
+    return {name: value for name, value in trainer.callback_metrics.items() if name in names}

@@ -1,5 +1,8 @@
 """Random states in the checkpoint, so that a resumed run draws the numbers that the interrupted one would have."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch.distributed
@@ -8,7 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_plugins.callbacks.exact_resume import ExactResume
-from lightning_plugins.core.lightning_internals import train_loaders
+from lightning_plugins.core.lightning_internals import around_validation, train_loaders
 from lightning_plugins.core.random_state import get_random_state, set_random_state
 
 _KEY, _LOADERS = "random_state", "loaders"
@@ -26,8 +29,7 @@ class RandomState(ExactResume):
       does not move those of training. So does the end of an epoch that a stop has cut.
     - Numbers that a module draws in ``on_train_start`` come after the restoring, so that they move those of an epoch
       resumed in its middle: draw them from a ``torch.Generator`` of their own.
-    - A torch ``DataLoader`` goes on at an epoch's end as if nothing had happened, also one with a ``generator``; its
-      ``persistent_workers`` do not: what they draw themselves in later epochs differs, which is said.
+    - A torch ``DataLoader`` goes on at an epoch's end as if nothing had happened, also one with a ``generator``.
 
     Raises:
         ValueError: on resuming with another number of processes.
@@ -42,6 +44,12 @@ class RandomState(ExactResume):
         self._to_restore: dict[str, Any] | None = None
         self._before_validation: dict[str, Any] | None = None
         self._at_end: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the precision, and forget the checkpoint before."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self._to_restore = None
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of all processes, as plain data and tensors."""
@@ -73,6 +81,7 @@ class RandomState(ExactResume):
         super().on_train_start(trainer, pl_module)
         self._before_validation = self._at_end = None
         self._restore(trainer)
+        around_validation(trainer, partial(self._put_aside, trainer))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore again in an epoch that begins: other ``on_train_start`` hooks may have drawn."""
@@ -98,15 +107,13 @@ class RandomState(ExactResume):
         """What is drawn from here on belongs to no run that goes on."""
         self._at_end = self._at_end or _states(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember the states of training."""
+    @contextmanager
+    def _put_aside(self, trainer: Trainer) -> Iterator[None]:
+        """The states of training during a validation; an error leaves them here, for the checkpoint it may cause."""
         self._before_validation = _states(trainer)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give them back, before a checkpoint is written."""
-        if self._before_validation is not None:
-            set_random_state(self._before_validation, trainer.strategy.root_device)
-            self._before_validation = None
+        yield
+        set_random_state(self._before_validation, trainer.strategy.root_device)
+        self._before_validation = None
 
 
 def _states(trainer: Trainer) -> dict[str, Any]:

@@ -4,6 +4,8 @@ A canary test in ``tests/core/test_lightning_internals.py`` asks for each name, 
 fails there and not in somebody's resumed run.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +23,7 @@ class Place:
         is_last: whether these are all batches of that epoch, so that only its end is left.
         validated: whether the validation that may be due after the last of these batches has been.
         in_step: whether a batch more was under way (an exception stopped it).
+        closing: whether ``ReduceLROnPlateau`` is yet to look at the epoch that was finished last.
     """
 
     epochs: int
@@ -28,6 +31,7 @@ class Place:
     is_last: bool
     validated: bool
     in_step: bool
+    closing: bool = False
 
 
 # The counters of trainer.fit_loop as a checkpoint holds them. When their names go: print checkpoint["loops"] of the new
@@ -59,7 +63,7 @@ def read_place(progress: dict[str, Any]) -> Place:
     not_begun = all_equal and done > 0 and finished in _loader_epochs(progress)
     stopped = all_equal and done > 0 and not is_last and not not_begun
     if not (epochs["started"] > finished or not_begun or stopped) or not (done or in_step):
-        return Place(finished, 0, False, True, False)
+        return Place(finished, 0, False, True, False, closing=is_last and epochs["completed"] < finished)
     validation = progress[_VALIDATION]
     whole = validation["is_last_batch"] and validation["current"]["ready"] == validation["current"]["completed"]
     validated = stopped or (batches["completed"] == done and whole)
@@ -83,6 +87,8 @@ def write_place(progress: dict[str, Any], place: Place) -> None:
     if not place.validated:  # a validation that was broken off begins anew
         validation = progress[_VALIDATION]
         validation.update(total=_all(validation["total"]["completed"]), current=_all(0), is_last_batch=False)
+    if place.is_last or not place.batches:  # the next epoch has its own start
+        progress.get("state_dict", {}).pop(_LOADERS, None)
     for state in progress.get("state_dict", {}).get(_LOADERS, []):
         if place.in_step and "batches" in state:  # one of this package's loaders has handed out the batch already
             state["batches"] = place.batches
@@ -114,6 +120,10 @@ def start_at(trainer: Trainer, place: Place) -> None:
         # An epoch that begins like any other: max_steps would make Lightning "restart" it, at its end.
         fit_loop._restarting = epoch_loop.restarting = False
         fit_loop._resuming_from_checkpoint = False  # iter(loader) again, from the random numbers restored by now
+        if place.closing:
+            fit_loop.epoch_progress.current.completed -= 1  # schedulers count epochs by it
+            epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            fit_loop.epoch_progress.current.completed += 1
         return
     due = epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
     if due:
@@ -123,8 +133,22 @@ def start_at(trainer: Trainer, place: Place) -> None:
             epoch_loop._batches_that_stepped -= 1  # is raised again when the validation is over
     elif place.is_last:
         fit_loop._data_fetcher.done = True  # no batch more, whatever the loader still has
-    # A loop that restarts leaves out ReduceLROnPlateau at the epoch's end; the metrics will be there but in one case.
-    fit_loop._restarting = place.is_last and (place.validated or not due)
+    fit_loop._restarting = False  # else ReduceLROnPlateau does not look at this epoch
+
+
+def around_validation(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run each validation of the training within a context, from before its loaders' iterators are made.
+
+    Without the private name: ``on_validation_start`` comes after a ``DataLoader`` has drawn the seed of its workers.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    run = type(loop).run
+
+    def run_in_context() -> Any:
+        with context():
+            return run(loop)
+
+    loop.run = run_in_context
 
 
 def between_steps(trainer: Trainer) -> bool:

@@ -1,5 +1,6 @@
 """Runs that stop and go on, compared with runs that do not: what was trained, counted, logged, and every last bit."""
 
+import logging
 import os
 import random
 import signal
@@ -122,7 +123,7 @@ def final(run, folder):
     loops, place = content["loops"]["fit_loop"], read_place(fit_progress(content))
     content["epoch"], content["loops"] = place.epochs, (place.batches, place.is_last, loops["epoch_loop.state_dict"])
     content["loops"] += (loops["epoch_loop.batch_progress"]["total"]["processed"],)
-    if place.batches:  # else the loader's next epoch has its own start
+    if place.batches and not place.is_last:  # else the loader's next epoch has its own start
         content["loaders"] = loops["state_dict"]
     return content
 
@@ -186,3 +187,8 @@ class Runs:
             story.append((stop, last, str(path)))
         run, recorder, _ = self.run(path, seed=99, saves=False)
         self.assert_same_end(run, recorder, story)
+
+
+def quiet():
+    """Say nothing of each trainer that starts: there are hundreds."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
