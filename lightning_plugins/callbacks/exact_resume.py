@@ -119,7 +119,8 @@ class ExactResume(Callback):
     def _lost_window(self, trainer: Trainer) -> str | None:
         if not self._gradients:
             return "without their gradients"
-        keeps = [type(c).__name__ for c in trainer.callbacks if hasattr(c, "gradient_order")]
+        readers = [c for c in trainer.callbacks if hasattr(c, "gradient_order") and not getattr(c, "any_scale", False)]
+        keeps = [type(c).__name__ for c in readers]
         return f"which {' and '.join(keeps)} must see together" if keeps else None
 
 

@@ -78,11 +78,11 @@ def _loader_epochs(progress: dict[str, Any]) -> set[int]:
 
 def write_place(progress: dict[str, Any], place: Place) -> None:
     """Write counters from which Lightning resumes at the place, after :func:`start_at`."""
+    progress[_LOOP_STATE][_LOGGED] = _logged_batches(progress, place)
     begun = place.epochs + (place.batches > 0)
     epochs = {"ready": begun, "started": begun, "processed": place.epochs, "completed": place.epochs}
     progress[_EPOCHS].update(total=epochs, current=dict(epochs))
     counts = progress[_BATCHES]
-    progress[_LOOP_STATE][_LOGGED] = _logged_batches(progress, place)
     counts.update(total=_all(counts["total"]["processed"]), current=_all(place.batches), is_last_batch=place.is_last)
     if not place.validated:  # a validation that was broken off begins anew
         validation = progress[_VALIDATION]

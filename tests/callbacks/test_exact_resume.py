@@ -103,8 +103,19 @@ def test_every_place_and_chains_of_them(tmp_path, name):
 def test_schedulers_that_watch_a_metric(tmp_path, settings):
     """Lightning leaves out their look at an epoch that was resumed, and at the one before."""
     runs = Runs(lambda: (OnPlateau(), digits()), tmp_path, max_epochs=4, **settings)
-    for path in runs.paths[:-1:3]:  # nothing is left to do after the last
+    for path in runs.paths[::3]:
         runs.assert_resumes(path)
+
+
+def test_a_run_that_has_nothing_to_do_loses_nothing(tmp_path):
+    """Resumed where it is to end, between accumulated batches, saved again, and resumed to the end."""
+    runs = Runs(noisy, tmp_path, accumulate_grad_batches=2, max_epochs=2)
+    (path,) = tmp_path.glob("001/002-*")  # after three batches
+    runs.settings["max_steps"] = 1
+    run, _, _ = runs.run(path, seed=98, saves=False)
+    run.save_checkpoint(tmp_path / "again.ckpt")
+    del runs.settings["max_steps"]
+    runs.assert_resumes(tmp_path / "again.ckpt")
 
 
 # Who writes the checkpoint.
@@ -326,7 +337,7 @@ def test_workers_that_live_on_are_named():
 def test_a_loader_with_a_state_of_its_own(tmp_path):
     """Its state is of the middle of an epoch: given at the end of one, the next would be empty."""
     runs = Runs(lambda: (Noisy(), Loaders(Lazy)), tmp_path, max_steps=14, max_epochs=-1)
-    for path in runs.paths[:-3:2]:
+    for path in runs.paths[::2]:
         runs.assert_resumes(path)
 
 

@@ -31,7 +31,7 @@ class Stopped(Exception):
 def checksum(value):
     """Of a batch: all its tensors and texts."""
     if isinstance(value, torch.Tensor):
-        return zlib.crc32(value.contiguous().numpy().tobytes())
+        return zlib.crc32(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     if isinstance(value, dict):
         value = sorted(value.items())
     if isinstance(value, (list, tuple)):
@@ -83,8 +83,9 @@ class SaveAnywhere(Checkpoint):
     def save(self, trainer, place):
         if trainer.sanity_checking or trainer.state.fn != "fit" or self.folder is None:
             return
-        if place == "on_train_end" and not trainer.should_stop:  # modules write down more here than a resume repeats
-            return
+        finished = trainer.current_epoch + (place == "on_train_epoch_end" and trainer.is_last_batch)
+        if finished == trainer.max_epochs or trainer.global_step == trainer.max_steps:
+            return  # nothing is left to do: Lightning then calls no hook, not even on_train_end
         self.paths.append(self.folder / f"{len(self.paths):03}-{place}.ckpt")
         trainer.save_checkpoint(self.paths[-1])
         if self.last is not None and len(self.paths) > self.last:
