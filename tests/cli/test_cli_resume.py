@@ -33,7 +33,7 @@ def fit(*words):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 def test_from_an_epochs_end_and_from_the_middle_of_the_next():
-    """Plain Lightning trains the second epoch's first batches twice, and ends with 15 steps."""
+    """Plain Lightning trains the second epoch's first batches twice."""
     fit("--trainer.max_steps=6")
     second = fit("--trainer.max_steps=8", "--ckpt_path=saved/last.ckpt")
     assert second["global_step"] == 8

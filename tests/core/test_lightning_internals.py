@@ -1,4 +1,4 @@
-"""The private names of Lightning that the package reads and sets: one assertion each, so that a new version fails here."""
+"""The private names of Lightning that the package reads and sets: one assertion each; a new version fails here."""
 
 import inspect
 

@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import zlib
+from contextlib import suppress
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -24,7 +25,7 @@ PLACES = (
 )
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """The run was broken off."""
 
 
@@ -91,7 +92,7 @@ class SaveAnywhere(Checkpoint):
         if self.last is not None and len(self.paths) > self.last:
             self.last = None
             if self.stop == "crash":
-                raise Stopped
+                raise StoppedError
             if self.stop == "signal":
                 os.kill(os.getpid(), signal.SIGTERM)
             else:
@@ -108,10 +109,8 @@ def fit(module, data, folder=None, ckpt_path=None, callbacks=(), last=None, stop
     settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0, **trainer}
     run = Trainer(callbacks=[RandomState(), SaveOnSigterm(), *callbacks, recorder, saver], **settings)
-    try:
+    with suppress(StoppedError, SIGTERMException):
         run.fit(module, data, ckpt_path=ckpt_path)
-    except (Stopped, SIGTERMException):
-        pass
     return run, recorder, saver.paths
 
 
