@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-settings test-faults test-oldest clean
+.PHONY: help demo test test-settings test-faults test-chains test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: half an hour"
+	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
 	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
 	@echo "                   that are slow or start several processes"
 	@echo "make clean   remove $(VENV), $(OLDEST) and caches; runs under lightning_logs stay"
@@ -31,6 +32,10 @@ test-faults: $(VENV)/installed-test
 
 test-oldest: $(OLDEST)/installed-test
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not ddp" $(PYTEST_ARGS)
+
+CHAINS ?= 20
+test-chains: $(VENV)/installed-test
+	CHAINS=$(CHAINS) $(VENV)/bin/python -m pytest -n 2 tests/callbacks/test_exact_resume.py tests/robustness/test_chains.py
 
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python

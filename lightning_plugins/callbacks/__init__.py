@@ -1,5 +1,6 @@
 """Callbacks that work with any LightningModule."""
 
+from lightning_plugins.callbacks.exact_resume import ExactResume
 from lightning_plugins.callbacks.flood_loss import flood
 from lightning_plugins.callbacks.flooding import Flooding
 from lightning_plugins.callbacks.generative_evaluation import GenerativeEvaluation
@@ -12,6 +13,7 @@ from lightning_plugins.callbacks.random_state import RandomState
 from lightning_plugins.callbacks.save_on_sigterm import SaveOnSigterm
 
 __all__ = [
+    "ExactResume",
     "Flooding",
     "GenerativeEvaluation",
     "GradientPenalty",

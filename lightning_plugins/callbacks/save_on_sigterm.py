@@ -15,7 +15,7 @@ class SaveOnSigterm(Callback):
     - Only a state between two optimizer steps is written. A signal in the middle of accumulated batches or of a
       validation leaves the newest checkpoint as it is, to be resumed as exactly.
     - So does Ctrl-C, which stops in the middle of a step. ``ModelCheckpoint(save_on_exception=True)`` would write that
-      state, and a run resumed from it leaves out a batch.
+      state, and a run resumed from it is no longer that of a run which never stopped.
     - With several processes, and with ``save_last="link"``, nothing is written either.
 
     Example:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
 import lightning_plugins
-from lightning_plugins.callbacks import NonFiniteGuard, SaveOnSigterm
+from lightning_plugins.callbacks import ExactResume, NonFiniteGuard, SaveOnSigterm
 from lightning_plugins.cli import checkpoint
 from lightning_plugins.cli.checkpoint_rules import check_sharded
 from lightning_plugins.cli.commands import command_parsers
@@ -67,7 +67,7 @@ class PluginsCLI(LightningCLI):
                 "allow_abbrev": False,
                 "dump_header": [f"lightning_plugins=={lightning_plugins.__version__} lightning=={lightning_version}"],
             },
-            trainer_defaults={"callbacks": [SaveOnSigterm()]},
+            trainer_defaults={"callbacks": [SaveOnSigterm(), ExactResume()]},
             save_config_kwargs={"overwrite": True},  # without a logger all runs share one folder
             seed_everything_default=0,
             auto_configure_optimizers=False,

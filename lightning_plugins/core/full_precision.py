@@ -1,8 +1,9 @@
-"""Metrics that stay exact in a module of half precision."""
+"""Numbers that no precision plugin narrows: metrics in a module of half precision, weights of a double one."""
 
 from collections.abc import Callable, Sequence
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
@@ -50,3 +51,13 @@ class FullPrecisionMean(FullPrecision, MeanMetric):
         # Not in place: a state that validate() has reset in inference mode is read by fit() outside of it.
         self.mean_value = self.mean_value + (value * weight).sum()
         self.weight = self.weight + weight.sum()
+
+
+def widen(module: LightningModule, trainer: Trainer | None) -> None:
+    """Cast a module to the float64 of ``precision="64-true"``; call it before a checkpoint is read.
+
+    Lightning reads the checkpoint first and casts then: float64 weights would pass through float32 and lose half their
+    digits in each resume. Half precision passes through float32 unharmed.
+    """
+    if trainer is not None and trainer.precision == "64-true":
+        module.double()

@@ -241,6 +241,8 @@ class KeyLoader:
 
     def state_dict(self) -> dict[str, int]:
         """Epoch, batches handed out, and what must be equal for them to mean the same."""
+        if self._resume is not None:  # a run that has nothing left to do is where it was
+            return dict(self._resume)
         return {"epoch": self.batch_sampler.epoch, "batches": self._done, **self.batch_sampler.identity}
 
     def load_state_dict(self, state: dict[str, int]) -> None:

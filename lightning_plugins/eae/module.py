@@ -15,7 +15,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows, shard_parts
-from lightning_plugins.core.full_precision import FullPrecisionMean
+from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.core.optimizers import with_scheduler
@@ -168,6 +168,7 @@ class EAE(LightningModule):
         Raises:
             ValueError: the strategy asks for tensor parallelism, which the networks are not written for.
         """
+        widen(self, self._trainer)
         if shard_parts(self, self.encoder, self.decoder):
             for name in ("encode", "codes", "decode", "sample", "interpolate", "reconstruct"):
                 register_fsdp_forward_method(self, name)

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.full_precision import FullPrecisionMean
+from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
 from lightning_plugins.core.new_folder import new_folder
@@ -157,6 +157,7 @@ class DiffusionTeacher(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the networks under ``ModelParallelStrategy`` (FSDP2); no effect otherwise."""
+        widen(self, self._trainer)
         if self.device_mesh is not None:
             shard_networks(self, self.denoiser, self.average)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.curvature import loss_scale
+from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.sid import losses, plots
@@ -211,6 +212,7 @@ class SiD(LightningModule):
         if not nets.is_built:
             with torch.device("cpu"):  # the trainer makes new tensors on its device, and moves the networks there later
                 nets.build(self.build_network)
+        widen(self, self._trainer)
         if self.lora_rank is not None and self.device_mesh is not None:
             raise ValueError(f"lora_rank={self.lora_rank} shares the teacher's weights, which FSDP2 cannot shard.")
         if self.device_mesh is not None:

@@ -20,6 +20,7 @@ from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
 from lightning_plugins.core.optimizers import WARMUP, linear_warmup_decay, with_scheduler
@@ -198,6 +199,7 @@ class UniLMSeq2Seq(LightningModule):
         self.weights, self.speed = TokenWeights(), TokenSpeed()
         self.evaluation: Evaluation | None = None
         self._results: dict[str, float] = {}  # of the last evaluation, for the model card
+        self._window: tuple[Any, ...] = ()  # of accumulated batches in which the checkpoint to resume was written
 
     # Network and tokenizer: override these two in a subclass.
 
@@ -263,6 +265,7 @@ class UniLMSeq2Seq(LightningModule):
         if self.net is None:
             self._refuse_early_copy()
         network = self.network
+        widen(self, self._trainer)
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
         if shard_parts(self, *layers) and "loss" not in vars(self):
@@ -323,6 +326,7 @@ class UniLMSeq2Seq(LightningModule):
             "config": self.network.config.to_dict(),
             "tokenizer": self._packed,
             "results": self._results,
+            "window": self.weights.window,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -331,6 +335,8 @@ class UniLMSeq2Seq(LightningModule):
         if self.net is None:
             self._build(record)
         self._results = record["results"]
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._window = record.get("window", ())
 
     # What the network computes.
 
@@ -411,7 +417,8 @@ class UniLMSeq2Seq(LightningModule):
 
     def on_train_start(self) -> None:
         """Draw who may attend to whom."""
-        self.weights.reset()
+        self.weights.reset(*self._window)
+        self._window = ()
         if self.trainer.is_global_zero:
             figure = plot_masks([*self.shares] if self.objective != "pseudo" else ["pseudo"])
             log_image(self.trainer, "masks", figure_to_image(figure), self.global_step)

@@ -25,9 +25,14 @@ class TokenWeights:
         self._unit: float | None = None  # N_1 of the window under way
         self._total = 0.0
 
-    def reset(self) -> None:
-        """Begin a new window."""
-        self._unit, self._total = None, 0.0
+    def reset(self, unit: float | None = None, total: float = 0.0) -> None:
+        """Begin a new window, or go on with the one that :attr:`window` described."""
+        self._unit, self._total = unit, total
+
+    @property
+    def window(self) -> tuple[float | None, float]:
+        """Of the window under way, N_1 (``None`` before its first batch) and the tokens until now, for a checkpoint."""
+        return self._unit, self._total
 
     def weight(self, tokens: int, device: torch.device) -> float:
         """The factor of a batch with ``tokens`` predicted tokens on this rank; every rank must ask."""

@@ -1,0 +1,162 @@
+"""Every private name of Lightning that the package uses, each with what to do when it goes.
+
+A canary test in ``tests/core/test_lightning_internals.py`` asks for each name, so that a new Lightning that renames one
+fails there and not in somebody's resumed run.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a run a checkpoint was written, and with it what the run has to do next.
+
+    Args:
+        epochs: finished epochs, their ``on_train_epoch_end`` included.
+        batches: batches trained in the epoch that was begun; 0 before the first one, and between two epochs.
+        is_last: whether these are all batches of that epoch, so that only its end is left.
+        validated: whether the validation that may be due after the last of these batches has been.
+        in_step: whether a batch more was under way (an exception stopped it).
+        closing: whether ``ReduceLROnPlateau`` is yet to look at the epoch that was finished last.
+    """
+
+    epochs: int
+    batches: int
+    is_last: bool
+    validated: bool
+    in_step: bool
+    closing: bool = False
+
+
+# The counters of trainer.fit_loop as a checkpoint holds them. When their names go: print checkpoint["loops"] of the new
+# version for each place that tests/callbacks/test_exact_resume.py stops at, and find the five facts of Place in it.
+_EPOCHS, _BATCHES = "epoch_progress", "epoch_loop.batch_progress"
+_VALIDATION, _STEPS = "epoch_loop.val_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress"
+_MANUAL_STEPS = "epoch_loop.manual_optimization.optim_step_progress"
+_LOOP_STATE, _LOADERS = "epoch_loop.state_dict", "combined_loader"
+_LOGGED = "_batches_that_stepped"
+
+
+def fit_progress(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+    """The counters of a checkpoint's training, for the functions below; ``None`` where there are none."""
+    progress = (checkpoint.get("loops") or {}).get("fit_loop") or {}
+    return progress if {_EPOCHS, _BATCHES, _VALIDATION, _STEPS, _MANUAL_STEPS, _LOOP_STATE} <= progress.keys() else None
+
+
+def read_place(progress: dict[str, Any]) -> Place:
+    """Read the place from the counters, also from counters that Lightning itself would read wrongly.
+
+    A run that stops in the middle of an epoch (``max_steps``, ``should_stop``) counts that epoch as finished. A run
+    resumed by Lightning 2.6 from an epoch's last batch never counts the next epoch as begun.
+    """
+    epochs, batches = progress[_EPOCHS]["current"], progress[_BATCHES]["current"]
+    finished, done = epochs["processed"], batches["processed"]
+    in_step = batches["ready"] > done
+    is_last = progress[_BATCHES]["is_last_batch"] and not in_step
+    all_equal = epochs["ready"] == epochs["started"] == finished
+    not_begun = all_equal and done > 0 and finished in _loader_epochs(progress)
+    stopped = all_equal and done > 0 and not is_last and not not_begun
+    if not (epochs["started"] > finished or not_begun or stopped) or not (done or in_step):
+        return Place(finished, 0, False, True, False, closing=is_last and epochs["completed"] < finished)
+    validation = progress[_VALIDATION]
+    whole = validation["is_last_batch"] and validation["current"]["ready"] == validation["current"]["completed"]
+    validated = stopped or (batches["completed"] == done and whole)
+    return Place(finished - stopped, done, is_last, validated, in_step)
+
+
+def _loader_epochs(progress: dict[str, Any]) -> set[int]:
+    """The epochs that this package's loaders were in."""
+    states = progress.get("state_dict", {}).get(_LOADERS, [])
+    return {state["epoch"] for state in states if isinstance(state.get("epoch"), int)}
+
+
+def write_place(progress: dict[str, Any], place: Place) -> None:
+    """Write counters from which Lightning resumes at the place, after :func:`start_at`."""
+    progress[_LOOP_STATE][_LOGGED] = _logged_batches(progress, place)
+    begun = place.epochs + (place.batches > 0)
+    epochs = {"ready": begun, "started": begun, "processed": place.epochs, "completed": place.epochs}
+    progress[_EPOCHS].update(total=epochs, current=dict(epochs))
+    counts = progress[_BATCHES]
+    counts.update(total=_all(counts["total"]["processed"]), current=_all(place.batches), is_last_batch=place.is_last)
+    if not place.validated:  # a validation that was broken off begins anew
+        validation = progress[_VALIDATION]
+        validation.update(total=_all(validation["total"]["completed"]), current=_all(0), is_last_batch=False)
+    if place.is_last or not place.batches:  # the next epoch has its own start
+        progress.get("state_dict", {}).pop(_LOADERS, None)
+    for state in progress.get("state_dict", {}).get(_LOADERS, []):
+        if place.in_step and "batches" in state:  # one of this package's loaders has handed out the batch already
+            state["batches"] = place.batches
+
+
+def _all(count: int) -> dict[str, int]:
+    return dict.fromkeys(("ready", "started", "processed", "completed"), count)
+
+
+def _logged_batches(progress: dict[str, Any], place: Place) -> int:
+    """The step number under which a logger is to find the next batch."""
+    if not progress[_MANUAL_STEPS]["total"]["completed"]:
+        return progress[_STEPS]["optimizer"]["step"]["total"]["completed"]
+    # Manual optimization: the number is raised when a batch is over, validation included.
+    epochs = progress[_EPOCHS]["current"]
+    in_batch = place.batches > 0 and not place.in_step and epochs["processed"] == place.epochs
+    return progress[_LOOP_STATE][_LOGGED] + in_batch
+
+
+def start_at(trainer: Trainer, place: Place) -> None:
+    """What no counter says; call it in ``on_train_start`` of a run resumed from counters of :func:`write_place`.
+
+    When one of these names goes: read ``run``, ``reset`` and ``advance`` of Lightning's ``fit_loop.py`` and
+    ``training_epoch_loop.py`` for what decides between a validation, an epoch's end and a batch.
+    """
+    fit_loop = trainer.fit_loop
+    epoch_loop = fit_loop.epoch_loop
+    if not place.batches:
+        # An epoch that begins like any other: max_steps would make Lightning "restart" it, at its end.
+        fit_loop._restarting = epoch_loop.restarting = False
+        fit_loop._resuming_from_checkpoint = False  # iter(loader) again, from the random numbers restored by now
+        if place.closing:
+            fit_loop.epoch_progress.current.completed -= 1  # schedulers count epochs by it
+            epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+            fit_loop.epoch_progress.current.completed += 1
+        return
+    due = epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
+    if due:
+        if not place.validated:
+            epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+        if not epoch_loop._should_accumulate():
+            epoch_loop._batches_that_stepped -= 1  # is raised again when the validation is over
+    elif place.is_last:
+        fit_loop._data_fetcher.done = True  # no batch more, whatever the loader still has
+    fit_loop._restarting = False  # else ReduceLROnPlateau does not look at this epoch
+
+
+def around_validation(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run each validation of the training within a context, from before its loaders' iterators are made.
+
+    Without the private name: ``on_validation_start`` comes after a ``DataLoader`` has drawn the seed of its workers.
+    """
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    run = type(loop).run
+
+    def run_in_context() -> Any:
+        with context():
+            return run(loop)
+
+    loop.run = run_in_context
+
+
+def between_steps(trainer: Trainer) -> bool:
+    """Whether the last batch ended with a step of the optimizer, or none was begun (``False``: it accumulates)."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def train_loaders(trainer: Trainer) -> list[Any]:
+    """The run's training loaders; without the private name: ``trainer.train_dataloader``, a collection of them."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined.flattened
