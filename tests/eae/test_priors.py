@@ -128,6 +128,18 @@ def test_log_densities_are_scipys(fitted):
             np.testing.assert_allclose(fitted.log_prob(z, kind), expected[kind], rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_neither_densities_nor_samples(fitted, kind):
+    """In float32, which is what it would lower: float64 it leaves alone."""
+    prior = LatentPrior(2, num_components=3)
+    prior.load_state_dict(fitted.state_dict())
+    z = 4 * torch.randn(200, 2, generator=seeded())
+    expected = prior.log_prob(z, kind), prior.sample(50, kind, generator=seeded(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = prior.log_prob(z, kind), prior.sample(50, kind, generator=seeded(1))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def moments(z):
     return z.mean(0), z.T.cov()
 
