@@ -3,13 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-settings clean
+.PHONY: help demo test test-settings test-mutants clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), train a capsule network on handwritten digits, print accuracy and pictures"
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
+	@echo "make test-mutants    show which wrong products the suite notices: a kept list, or random ones of FILE=... (slow)"
 	@echo "make clean   remove $(VENV) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
@@ -22,6 +23,10 @@ test: $(VENV)/installed-test
 test-settings: $(VENV)/installed-test
 	$(VENV)/bin/python tests/helpers/machine_settings.py $(SETTINGS_ARGS)
 
+# For maintainers: tests/helpers/mutants says how, docs/mutants.md what came of it. MUTANTS_ARGS=--help names the options.
+test-mutants: $(VENV)/installed-mutants
+	PYTHONPATH=tests/helpers nice $(VENV)/bin/python -m mutants $(FILE) $(MUTANTS_ARGS)
+
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .
@@ -29,6 +34,10 @@ $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
 
 $(VENV)/installed-test: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/installed-mutants: $(DESCRIPTION) | $(VENV)/python
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,mutants]"
 	@touch $@
 
 $(VENV)/python:
