@@ -9,7 +9,7 @@ from pathlib import Path
 from mutants import kept
 from mutants.judge import Judge
 from mutants.operators import Mutant, sample
-from mutants.rates import load, record
+from mutants.rates import load, record, write_page
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,8 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--survivors", action="store_true", help="only those that survived the last time")
     parser.add_argument("--match", default="", help="only mutants whose text holds this")
     parser.add_argument("--write", action="store_true", help="write rates.json and docs/mutants.md")
+    parser.add_argument("--page", action="store_true", help="only make docs/mutants.md anew, of rates.json")
     parser.add_argument("--root", type=Path, default=Path(__file__).parents[3])
     options = parser.parse_args(argv)
+    if options.page:
+        write_page(options.root)
+        return 0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that no fork is left
     options.kind = options.kind or ("random" if options.files else "plausible")
     found = _mutants(options)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from mutants.kept import FOLDER, entries
+from mutants.kept import FOLDER, equivalent
 
 _PAGE = """# What the suite notices
 
@@ -37,12 +37,22 @@ def record(root: Path, file: str, kind: str, total: int, survivors: list[str]) -
     rates.setdefault(file, {})[kind] = {"total": total, "survivors": survivors}
     text = json.dumps(dict(sorted(rates.items())), indent=1, ensure_ascii=False) + "\n"
     (root / FOLDER / "rates.json").write_text(text, encoding="utf-8")
+    write_page(root)
+
+
+def write_page(root: Path) -> None:
+    """Make ``docs/mutants.md`` anew."""
     (root / "docs/mutants.md").write_text(page(root), encoding="utf-8")
 
 
 def page(root: Path) -> str:
     """The text of ``docs/mutants.md``."""
-    rates = load(root)
+    rates, same = load(root), equivalent(root)
+    for file, kinds in rates.items():
+        for outcome in kinds.values():  # what was found to be the same since does not count
+            survivors = [label for label in outcome["survivors"] if (file, label) not in same]
+            outcome["total"] -= len(outcome["survivors"]) - len(survivors)
+            outcome["survivors"] = survivors
     rows = [f"| `{file.removeprefix('lightning_plugins/')}` |" + _cells([kinds]) for file, kinds in rates.items()]
     head = "| file | random killed | % | plausible killed | % |\n|:--|--:|--:|--:|--:|"
     table = "\n".join([head, *rows, "| **all** |" + _cells(list(rates.values()))])
@@ -52,9 +62,7 @@ def page(root: Path) -> str:
         for kind, outcome in kinds.items()
         for label in outcome["survivors"]
     ]
-    return _PAGE.format(
-        table=table, survivors="".join(survivors) + "\n", equivalent=len(entries(root, "equivalent.yaml"))
-    )
+    return _PAGE.format(table=table, survivors="".join(survivors) + "\n", equivalent=len(same))
 
 
 def _cells(files: list[dict[str, dict]]) -> str:
