@@ -56,24 +56,28 @@ class Judge:
     def judge(self, mutant: Mutant) -> str:
         """``killed by`` a test, ``timed out``, ``survived`` or ``not covered``."""
         tests = self.covering.tests_of(mutant, self.candidates[mutant.file], self.budget)
-        if not tests:
+        if not tests and not mutant.also:
             return "not covered"
         path = self.copy / mutant.file
         original = path.read_text(encoding="utf-8")
         _write(path, mutant.source)
         try:
             files = list(dict.fromkeys(test.split("::")[0] for test in tests))
+            verdict = "survived"
             for some in filter(None, (files[:2], files[2:])):  # few files are collected sooner, and mostly enough
-                verdict = self._run(some, [test for test in tests if test.split("::")[0] in some])
-                if verdict != "survived":
-                    return verdict
-            return "survived"
+                if verdict == "survived":
+                    verdict = self._run(some, [test for test in tests if test.split("::")[0] in some])
+            if verdict == "survived" and mutant.also:
+                verdict = self._verdict(_fork(self.copy, list(mutant.also), None, 900, "-x", "-m", ""))
+            return verdict
         finally:
             _write(path, original)
 
     def _run(self, files: list[str], tests: list[str]) -> str:
         limit = 60 + 5 * sum(self.covering.seconds[test] for test in tests)
-        status = _fork(self.copy, files, _Chosen(tests), limit, "-x")
+        return self._verdict(_fork(self.copy, files, _Chosen(tests), limit, "-x"))
+
+    def _verdict(self, status: int) -> str:
         if status < 0:
             return "timed out"
         return "survived" if status == 0 else f"killed by {_first_failure(self.copy)}"
@@ -90,7 +94,7 @@ class _Chosen:
         items[:] = sorted((i for i in items if i.nodeid in self.order), key=lambda item: self.order[item.nodeid])
 
 
-def _fork(copy: Path, arguments: list[str], plugin: object, limit: float, *options: str) -> int:
+def _fork(copy: Path, arguments: list[str], plugin: object | None, limit: float, *options: str) -> int:
     """Pytest's exit status in a fork; negative if it took more than ``limit`` seconds, or the process died."""
     child = os.fork()
     if child == 0:
@@ -121,7 +125,7 @@ def _run(copy, arguments, plugin, limit):
         os.dup2(log, 2)
         os.chdir(copy)
         sys.path.insert(0, str(copy))
-        status = pytest.main(arguments, plugins=[plugin])
+        status = pytest.main(arguments, plugins=[plugin] if plugin else [])
         sys.stdout.flush()
     except BaseException:  # a fork must not go on as its parent
         traceback.print_exc()

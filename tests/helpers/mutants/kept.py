@@ -30,7 +30,8 @@ def _mutant(root, entry):
     if source.count(old) != 1:
         raise ValueError(f"plausible.yaml: {old!r} stands {source.count(old)} times in {file}: bring it up to date.")
     mutated = source.replace(old, new)
-    return Mutant(file, first_change(source, mutated), " ".join(f"{old} -> {new}".split()), mutated)
+    label = " ".join(f"{old} -> {new}".split())
+    return Mutant(file, first_change(source, mutated), label, mutated, tuple(entry.get("tests", ())))
 
 
 def equivalent(root: Path) -> set[tuple[str, str]]:

@@ -8,12 +8,16 @@ SILLY = ("Mod", "RShift", "LShift", "BitXor", "FloorDiv")  # what nobody types i
 
 
 class Mutant(NamedTuple):
-    """A wrong product: ``source`` in the place of the file's, which differs from ``line`` on; ``label`` says how."""
+    """A wrong product: ``source`` in the place of the file's, which differs from ``line`` on; ``label`` says how.
+
+    ``also``: test files that run in processes of their own, for what only several of them notice.
+    """
 
     file: str
     line: int
     label: str
     source: str
+    also: tuple[str, ...] = ()
 
 
 def sample(file: str, source: str, num: int, seed: int = 0) -> list[Mutant]:
