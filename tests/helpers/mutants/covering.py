@@ -14,18 +14,28 @@ import pytest
 PACKAGE = "lightning_plugins"
 
 
-def candidates(root: Path, file: str) -> list[str]:
-    """The file's own doctests, and test files worth a look, those first that name its module themselves."""
-    module, name = _module(file), f"{Path(file).parent.name}/test_{Path(file).stem}"
-    users = {module} | {_module(path) for path, text in _texts(root, PACKAGE) if _names(text, module)}
-    found = {
-        path: not _names(text, module)
-        for path, text in _texts(root, "tests")
-        if Path(path).name.startswith("test_")
-        and not path.startswith("tests/gates")
-        and (name in path or any(_names(text, user) for user in users))
-    }
-    return [file, *sorted(found, key=lambda path: (name not in path, found[path], path))]
+def candidates(root: Path, file: str, near: bool = False) -> list[str]:
+    """The file's own doctests, and test files worth a look, those first that name its module themselves.
+
+    Args:
+        root: of the tree.
+        file: of the package.
+        near: only those that name it or are named like it, and those of its part's folder that name what is public in
+            it or in a module using it.
+    """
+    module, part = _module(file), Path(file).parent.relative_to(PACKAGE)
+    texts = dict(_texts(root, PACKAGE))
+    users = [path for path, text in texts.items() if _names(text, module) and path != f"{PACKAGE}/__init__.py"]
+    inner = [path for path in users if not path.endswith("__init__.py")]
+    public = re.compile(rf"\b({'|'.join(name for path in (file, *inner) for name in _public(texts[path])) or ' '})\b")
+    found: dict[str, tuple[bool, bool]] = {}
+    for path, text in _texts(root, "tests"):
+        far, like = not _names(text, module), f"{part}/test_{Path(file).stem}" in path
+        here = Path(path).parent == Path("tests") / part and public.search(text)
+        wanted = like or not far or here or (not near and any(_names(text, _module(user)) for user in users))
+        if wanted and Path(path).name.startswith("test_") and not path.startswith("tests/gates"):
+            found[path] = not like, far
+    return [file, *sorted(found, key=lambda path: (found[path], path))]
 
 
 def _texts(root, folder):
@@ -34,6 +44,11 @@ def _texts(root, folder):
 
 def _module(path):
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def _public(text):
+    """The public classes and functions of a module."""
+    return re.findall(r"^(?:class|def) ([A-Za-z]\w*)", text, re.MULTILINE)
 
 
 def _names(text, module):

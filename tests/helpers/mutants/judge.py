@@ -32,15 +32,16 @@ class Judge:
         root: of the repository.
         files: of the package, that will be mutated.
         budget: seconds of tests for a mutant.
+        near: see :func:`~mutants.covering.candidates`.
     """
 
-    def __init__(self, root: Path, files: list[str], budget: float = math.inf) -> None:
+    def __init__(self, root: Path, files: list[str], budget: float = math.inf, near: bool = False) -> None:
         self.budget = budget
         self._folder = tempfile.TemporaryDirectory(prefix="mutants_")
         self.copy = Path(self._folder.name).resolve() / "tree"
         _copy_tree(root, self.copy)
         os.environ.update(_QUIET, HF_HOME=str(self.copy.parent / "hf"), PYTHONPATH=str(self.copy))
-        self.candidates = {file: candidates(self.copy, file) for file in files}
+        self.candidates = {file: candidates(self.copy, file, near) for file in files}
         self.covering = self._cover(files)
         for module in self.covering.modules:  # so that no fork has to import them again
             _import(module)
