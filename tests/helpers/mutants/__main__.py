@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--num", type=int, default=25, help="random mutants of a file")
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
     parser.add_argument("--budget", type=float, default=60.0, help="seconds of tests for a mutant, the quicker ones")
+    parser.add_argument("--limit", type=float, default=20.0, help="seconds of a test that is worth running")
     parser.add_argument("--near", action="store_true", help="only test files that name the file mutated, if any do")
     parser.add_argument("--survivors", action="store_true", help="only those that survived the last time")
     parser.add_argument("--match", default="", help="only mutants whose text holds this")
@@ -37,10 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     found = {key: [m for m in mutants if _wanted(m, *key, options)] for key, mutants in found.items()}
     found = {key: mutants for key, mutants in found.items() if mutants}
     start = time.monotonic()
-    judge = Judge(options.root, list(dict.fromkeys(file for file, _ in found)), options.budget, options.near)
+    files = list(dict.fromkeys(file for file, _ in found))
+    judge = Judge(options.root, files, options.budget, options.near, options.limit)
     print(f"{len(judge.covering.seconds)} tests, unchanged, in {time.monotonic() - start:.0f} s", flush=True)
     for test in judge.covering.failed:
-        print(f"left out, as it does not pass unchanged: {test}")
+        print(f"left out, as it does not pass unchanged, or in time: {test}")
     alive = 0
     for (file, kind), mutants in found.items():
         survivors = [mutant.label for mutant in mutants if _survives(judge, mutant)]

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import signal
 import sys
 import time
 from collections import defaultdict
@@ -96,10 +97,11 @@ class Tracer:
         root: of the tree.
         files: of the package, that are traced.
         output: JSON file.
+        limit: seconds of processor time after which a test is given up, and judges nothing.
     """
 
-    def __init__(self, root: Path, files: list[str], output: Path) -> None:
-        self.names, self.output = {str(root / file): file for file in files}, output
+    def __init__(self, root: Path, files: list[str], output: Path, limit: float) -> None:
+        self.names, self.output, self.limit = {str(root / file): file for file in files}, output, limit
         self.seconds: dict[str, float] = {}
         self.failed: set[str] = set()
         self.lines: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
@@ -131,6 +133,16 @@ class Tracer:
             for name in getattr(item, "fixturenames", ()):
                 for file, lines in self.shared[item.nodeid.split("::")[0], name].items():
                     self.lines[item.nodeid][file] |= lines
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item):
+        """Give up a test that is too slow to be run for each mutant."""
+        signal.signal(signal.SIGVTALRM, lambda *_: pytest.fail("too slow for mutants"))
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.limit)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef, request):

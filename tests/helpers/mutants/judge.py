@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -23,6 +22,7 @@ _OPTIONS = ["-q", "--no-header", "-p", "no:cacheprovider", "-m", "not ddp and no
 _OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # libraries are imported already
 _QUIET = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "agg", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 _QUIET |= {"TRANSFORMERS_VERBOSITY": "error"}
+_BROKEN = 70  # exit status of a fork whose pytest raised
 
 
 class Judge:
@@ -33,10 +33,11 @@ class Judge:
         files: of the package, that will be mutated.
         budget: seconds of tests for a mutant.
         near: see :func:`~mutants.covering.candidates`.
+        limit: see :class:`~mutants.covering.Tracer`.
     """
 
-    def __init__(self, root: Path, files: list[str], budget: float = math.inf, near: bool = False) -> None:
-        self.budget = budget
+    def __init__(self, root: Path, files: list[str], budget: float, near: bool, limit: float) -> None:
+        self.budget, self.limit = budget, limit
         self._folder = tempfile.TemporaryDirectory(prefix="mutants_")
         self.copy = Path(self._folder.name).resolve() / "tree"
         _copy_tree(root, self.copy)
@@ -45,14 +46,23 @@ class Judge:
         self.covering = self._cover(files)
         for module in self.covering.modules:  # so that no fork has to import them again
             _import(module)
+        for file in files:
+            self._control(file)
 
     def _cover(self, files: list[str]) -> Covering:
         output = self.copy.parent / "covering.json"
         tests = list(dict.fromkeys(test for file in files for test in self.candidates[file]))
-        _fork(self.copy, tests, Tracer(self.copy, files, output), limit=3600)
+        _fork(self.copy, tests, Tracer(self.copy, files, output, self.limit), limit=3600)
         if not output.exists():
             raise RuntimeError(f"The unchanged tests did not run:\n{_tail(self.copy)}")
         return Covering(*json.loads(output.read_text()))
+
+    def _control(self, file: str) -> None:
+        """What changes nothing must survive; a few quick tests say so."""
+        unchanged = Mutant(file, 0, "", "")
+        tests = self.covering.tests_of(unchanged, self.candidates[file], min(self.budget, 3.0))
+        if tests and (verdict := self._run(list(dict.fromkeys(map(_file, tests))), tests)) != "survived":
+            raise RuntimeError(f"{file} does not pass in a fork, unchanged: {verdict}\n{_tail(self.copy)}")
 
     def judge(self, mutant: Mutant) -> str:
         """``killed by`` a test, ``timed out``, ``survived`` or ``not covered``."""
@@ -63,11 +73,11 @@ class Judge:
         original = path.read_text(encoding="utf-8")
         _write(path, mutant.source)
         try:
-            files = list(dict.fromkeys(test.split("::")[0] for test in tests))
+            files = list(dict.fromkeys(map(_file, tests)))
             verdict = "survived"
             for some in filter(None, (files[:2], files[2:])):  # few files are collected sooner, and mostly enough
                 if verdict == "survived":
-                    verdict = self._run(some, [test for test in tests if test.split("::")[0] in some])
+                    verdict = self._run(some, [test for test in tests if _file(test) in some])
             if verdict == "survived" and mutant.also:
                 verdict = self._verdict(_fork(self.copy, list(mutant.also), None, 900, "-x", "-m", ""))
             return verdict
@@ -79,6 +89,8 @@ class Judge:
         return self._verdict(_fork(self.copy, files, _Chosen(tests), limit, "-x"))
 
     def _verdict(self, status: int) -> str:
+        if status == _BROKEN:
+            raise RuntimeError(f"pytest did not run:\n{_tail(self.copy)}")
         if status < 0:
             return "timed out"
         return "survived" if status == 0 else f"killed by {_first_failure(self.copy)}"
@@ -117,7 +129,7 @@ def _fork(copy: Path, arguments: list[str], plugin: object | None, limit: float,
 def _run(copy, arguments, plugin, limit):
     import pytest
 
-    status = 3
+    status = _BROKEN
     try:
         os.setsid()
         resource.setrlimit(resource.RLIMIT_CPU, (int(limit), int(limit) + 5))
@@ -166,6 +178,10 @@ def _import(module: str) -> None:
             importlib.import_module(module)
         except Exception as error:  # a fork then imports it, or not
             print(f"{module} is not imported ahead: {error}", file=sys.stderr)
+
+
+def _file(test):
+    return test.split("::")[0]
 
 
 def _log(copy):
