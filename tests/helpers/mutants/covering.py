@@ -63,7 +63,7 @@ def _names(text, module):
 class Covering(NamedTuple):
     """What one unchanged run of the candidates shows.
 
-    ``seconds`` of every test that passed; ``lines`` it runs of each file; ``failed`` ones, which judge nothing;
+    ``seconds`` of processor time of every test that passed; ``lines`` it runs of each file; ``failed`` ones, which judge nothing;
     ``modules`` of others that were imported.
     """
 
@@ -123,13 +123,13 @@ class Tracer:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item, nextitem):
         """Trace a test with what is set up for it."""
-        self.now, start = self.lines[item.nodeid], time.monotonic()
+        self.now, start = self.lines[item.nodeid], time.process_time()
         sys.settrace(self._call)
         try:
             return (yield)
         finally:
             sys.settrace(None)
-            self.seconds[item.nodeid] = time.monotonic() - start
+            self.seconds[item.nodeid] = time.process_time() - start
             for name in getattr(item, "fixturenames", ()):
                 for file, lines in self.shared[item.nodeid.split("::")[0], name].items():
                     self.lines[item.nodeid][file] |= lines
