@@ -63,8 +63,8 @@ def _names(text, module):
 class Covering(NamedTuple):
     """What one unchanged run of the candidates shows.
 
-    ``seconds`` of processor time of every test that passed; ``lines`` it runs of each file; ``failed`` ones, which judge nothing;
-    ``modules`` of others that were imported.
+    ``seconds`` of processor time of every test that passed; ``lines`` it runs of each file; ``failed`` ones, which
+    judge nothing; ``modules`` of others that were imported.
     """
 
     seconds: dict[str, float]
