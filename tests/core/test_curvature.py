@@ -159,13 +159,13 @@ def test_gradients_that_share_memory_are_not_changed_twice():
         vectors = [torch.zeros_like(param) for param in window.params]
         for vector, param in zip(vectors, window.params, strict=True):
             vector += param is module.shift
-        found = window.product(vectors, 1e-4, "central")
+        found = window.product(vectors, 1e-6, "forward", window.gradient()[1])
         product.update({name: value for (name, _), value in zip(module.named_parameters(), found, strict=True)})
 
     fit(look, 1, Shared(), strategy="ddp_find_unused_parameters_true", devices=1, max_steps=1)
     second = 12 * 0.8**2  # of the fourth power
-    assert product["shift"].item() == pytest.approx(second, rel=1e-6)
-    assert product["other"].item() == pytest.approx(second, rel=1e-6)
+    assert product["shift"].item() == pytest.approx(second, rel=1e-4)
+    assert product["other"].item() == pytest.approx(second, rel=1e-4)
 
 
 def test_second_derivative_leaves_out_what_does_not_depend():
