@@ -163,6 +163,10 @@ def test_the_interval_counts_what_is_uncertain_of_generated_and_of_real_images()
     assert values["support_size_upper"] == pytest.approx(size * m / lower, rel=1e-5)
 
 
+def test_pairs_that_share_no_item_vary_as_a_poisson_count_at_least():
+    assert near_duplicates(grouped(10, pairs=2, triples=0), 0.15).dispersion == 1
+
+
 @pytest.mark.parametrize("max_real", [10_000, 150])
 def test_the_threshold_follows_real_images_that_come_later(max_real):
     """Closer ones, more of them: after a first answer as if all had come at once."""
