@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-settings test-faults test-chains test-oldest clean
+.PHONY: help demo test test-settings test-faults test-chains test-mutants test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
 	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
 	@echo "                   that are slow or start several processes"
+	@echo "make test-mutants   show which wrong products the suite notices: a kept list, or random ones of FILE=... (slow)"
 	@echo "make clean   remove $(VENV), $(OLDEST) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
 
@@ -37,6 +38,10 @@ CHAINS ?= 20
 test-chains: $(VENV)/installed-test
 	CHAINS=$(CHAINS) $(VENV)/bin/python -m pytest -n 2 tests/callbacks/test_exact_resume.py tests/robustness/test_chains.py
 
+# For maintainers: tests/helpers/mutants says how, docs/mutants.md what came of it. MUTANTS_ARGS=--help names the options.
+test-mutants: $(VENV)/installed-mutants
+	PYTHONPATH=tests/helpers nice $(VENV)/bin/python -m mutants $(FILE) $(MUTANTS_ARGS)
+
 # A stamp is written only after pip has succeeded, so an interrupted installation is taken up again.
 $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e .
@@ -44,6 +49,10 @@ $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
 
 $(VENV)/installed-test: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/installed-mutants: $(DESCRIPTION) | $(VENV)/python
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,mutants]"
 	@touch $@
 
 $(OLDEST)/installed-test: setup.cfg pyproject.toml constraints-oldest.txt | $(OLDEST)/python

@@ -95,6 +95,18 @@ def test_couplings_sum_to_one_over_outputs(kind):
     assert (leaky.entropy <= 1 + 1e-12).all()
 
 
+def test_the_orphan_class_has_its_share_of_the_entropy():
+    """By hand; and where the others leave it nothing, or less by rounding, which has no logarithm."""
+    u, W = draw(scale=0.3)
+    trace = routing_trace(u, W, "kmeans", 3, leaky=True)
+    shares = torch.cat([trace.couplings, 1 - trace.couplings.sum(-1, keepdim=True)], -1)
+    expected = -(shares * shares.log()).sum(-1).mean(-1) / log(J + 1)
+    torch.testing.assert_close(trace.entropy, expected)
+    sharp = routing_trace(*draw(batch=40, inputs=40, scale=9.0, dtype=torch.float32), "kmeans", 4, leaky=True)
+    assert bool((sharp.couplings.sum(-1) > 1).any())
+    assert bool((sharp.entropy >= 0).all())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_do_not_see_their_neighbours(kind):
     u, W = draw(batch=5, dtype=torch.float32)

@@ -139,6 +139,35 @@ def test_a_loss_scale_does_not_show():
         assert close(found, [x.double() for x in expected], 5e-2)
 
 
+class Shared(Net):
+    """Two parameters whose gradients autograd keeps in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift, self.other = (nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (0.3, 0.5))
+
+    def loss(self, batch):
+        return super().loss(batch) + ((self.shift + self.other) ** 4).sum()
+
+
+def test_gradients_that_share_memory_are_not_changed_twice():
+    """Where DDP counts gradients they come from autograd.grad, and are divided in place."""
+    product = {}
+
+    def look(window, module):
+        assert window._watched
+        vectors = [torch.zeros_like(param) for param in window.params]
+        for vector, param in zip(vectors, window.params, strict=True):
+            vector += param is module.shift
+        found = window.product(vectors, 1e-6, "forward", window.gradient()[1])
+        product.update({name: value for (name, _), value in zip(module.named_parameters(), found, strict=True)})
+
+    fit(look, 1, Shared(), strategy="ddp_find_unused_parameters_true", devices=1, max_steps=1)
+    second = 12 * 0.8**2  # of the fourth power
+    assert product["shift"].item() == pytest.approx(second, rel=1e-4)
+    assert product["other"].item() == pytest.approx(second, rel=1e-4)
+
+
 def test_second_derivative_leaves_out_what_does_not_depend():
     x, y = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
     first = torch.autograd.grad(x**3 + y, [x, y], create_graph=True)

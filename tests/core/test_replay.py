@@ -287,6 +287,29 @@ def test_a_window_holds_the_calls_since_the_last_step(k, sizes):
     assert trainer.callback_metrics["mean"] == pytest.approx(np.mean(np.concatenate(keeps.losses)), rel=1e-6)
 
 
+class Peeks(Callback):
+    """Looks at the loss of each batch before and after it is trained on, without gradients."""
+
+    def peek(self, pl_module, batch, batch_idx):
+        with torch.no_grad():
+            pl_module.training_step(batch + 1, batch_idx)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.peek(pl_module, batch, batch_idx)
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self.peek(pl_module, torch.zeros(3, 4), 0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_a_step_that_is_only_looked_at_is_not_of_the_window(k):
+    alone, watched = Keeps(), Keeps()
+    fit(Plain(), alone, k=k)
+    fit(Plain(), watched, Peeks(), k=k)
+    assert watched.losses == alone.losses
+    assert watched.replayed == alone.replayed
+
+
 def test_losses_are_always_there_and_calls_as_long_as_one_owner_wants_them():
     module, never, always = Plain(), Keeps(wanted=False), Keeps()
     fit(module, never)

@@ -128,6 +128,22 @@ def test_log_densities_are_scipys(fitted):
             np.testing.assert_allclose(fitted.log_prob(z, kind), expected[kind], rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_changes_neither_densities_nor_samples(fitted, kind):
+    """In float32, which is what it would lower: float64 it leaves alone."""
+    prior = LatentPrior(2, num_components=3)
+    prior.load_state_dict(fitted.state_dict())
+    z = 4 * torch.randn(200, 2, generator=seeded())
+    exact = fitted.log_prob(z.double(), kind).float()
+    outside = prior.sample(50, kind, generator=seeded(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(prior.log_prob(z, kind), exact, rtol=1e-4, atol=1e-4)
+        assert torch.equal(prior.sample(50, kind, generator=seeded(1)), outside)
+    if kind == "gaussian":
+        noise = torch.randn(50, 2, generator=seeded(1))
+        torch.testing.assert_close(outside, prior.mean + noise @ prior.factor.mT, rtol=1e-5, atol=1e-5)
+
+
 def moments(z):
     return z.mean(0), z.T.cov()
 

@@ -12,7 +12,8 @@ OLD = "default SSE41 1 -m numerics"
 
 
 def run(command, folder):
-    ours = ("MAKE", "MFLAGS", "PYTEST_ARGS", "PYTHON")  # what the `make test` that runs this has set
+    # what the `make test` that runs this has set
+    ours = ("MAKE", "MFLAGS", "PYTEST_ARGS", "PYTHON", "FILE", "MUTANTS_ARGS")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -78,6 +79,15 @@ def test_demo_and_test_install_once_and_run(checkout, fake_python):
     os.utime(checkout / "constraints.txt", (later, later))
     assert make(checkout, "test", python).returncode == 0
     assert "pip install" in log.read_text()
+
+
+def test_mutants_are_installed_apart_and_take_a_file(checkout, fake_python):
+    python, log = fake_python
+    assert make(checkout, "test-mutants", python, "FILE=a.py", "MUTANTS_ARGS=--num 3").returncode == 0
+    assert log.read_text().splitlines()[-2:] == [
+        "-m pip install --disable-pip-version-check -c constraints.txt -e .[test,mutants]",
+        "-m mutants a.py --num 3",
+    ]
 
 
 def test_an_interrupted_installation_is_taken_up_again(checkout, fake_python):

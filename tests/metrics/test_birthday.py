@@ -136,6 +136,50 @@ def test_collapse_and_real_images_are_told_apart_by_the_automatic_threshold():
     assert values["threshold"] == pytest.approx(float(distances[199]), rel=1e-5)  # 1e-4 of 1,999,000 pairs
 
 
+def grouped(num_items, pairs, triples):
+    """Items ten apart, of which some have one or two others within 0.2 (of triples all three, of pairs both)."""
+    offsets = [(0.0, 0.1)] * pairs + [(0.0, 0.1, 0.2)] * triples
+    groups = offsets + [(0.0,)] * (num_items - sum(map(len, offsets)))
+    return torch.tensor([[10.0 * place + offset] for place, group in enumerate(groups) for offset in group])
+
+
+def test_the_interval_counts_what_is_uncertain_of_generated_and_of_real_images():
+    """By hand: 1/m of both from Hoeffding's variance, and the ends from scipy's chi-squared with 2 m degrees."""
+    real, fake = grouped(60, pairs=5, triples=4), grouped(30, pairs=2, triples=3)
+    real_pairs, fake_pairs = 5 + 4 * 3, 2 + 3 * 3
+    shares = []
+    for n, c, triples in ((60, real_pairs, 4), (30, fake_pairs, 3)):
+        p = c / math.comb(n, 2)
+        shared = triples * 3 * 2 * 1 - n * (n - 1) * (n - 2) * p**2  # three items of a triple, each with two near it
+        assert shared > 0
+        shares.append(max(1.0, 1 + shared / c) / c)
+    m = 1 / sum(shares)
+    lower, upper = scipy.stats.chi2.ppf(0.025, 2 * m) / 2, scipy.stats.chi2.ppf(0.975, 2 * (m + 1)) / 2
+    size = math.comb(30, 2) / fake_pairs
+    values = evaluate(fake, real, collision_probability=real_pairs / math.comb(60, 2))
+    assert values["threshold"] == pytest.approx(0.2, rel=1e-4)
+    assert (values["pairs"], values["support_size"]) == (fake_pairs, pytest.approx(size))
+    assert values["support_size_lower"] == pytest.approx(size * m / upper, rel=1e-5)
+    assert values["support_size_upper"] == pytest.approx(size * m / lower, rel=1e-5)
+
+
+def test_pairs_that_share_no_item_vary_as_a_poisson_count_at_least():
+    assert near_duplicates(grouped(10, pairs=2, triples=0), 0.15).dispersion == 1
+
+
+@pytest.mark.parametrize("max_real", [10_000, 150])
+def test_the_threshold_follows_real_images_that_come_later(max_real):
+    """Closer ones, more of them: after a first answer as if all had come at once."""
+    real, fake = torch.randn(2, 400, 2, generator=generator()).unbind()
+    options = {"collision_probability": 2e-3, "max_real": max_real}
+    birthday = BirthdayParadox(feature=None, **options)
+    birthday.update(fake, real=False)
+    for rows, seen in ((real[:200], 200), (real[200:] / 3, 400)):
+        birthday.update(rows, real=True)
+        together = evaluate(fake, torch.cat([real[:200], real[200:] / 3])[:seen], **options)
+        assert {name: value.item() for name, value in birthday.compute().items()} == together
+
+
 def test_no_pair_gives_a_bound_and_says_so():
     samples = torch.arange(500.0)[:, None]
     with pytest.warns(UserWarning, match="no two of 500 samples are near each other"):

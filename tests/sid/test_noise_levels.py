@@ -48,6 +48,15 @@ def test_levels_of_a_grid_are_its_own_and_equally_likely():
     assert stats.chisquare(counts.numpy()).pvalue > 0.01
     sigma = grid_sigmas(50_000, grid, generator=seeded(), t_min=20, t_max=980)
     assert (sigma.min(), sigma.max()) == (grid[20], grid[979])  # t from 20 to 979, as SiD-LSG
+    few = torch.arange(1.0, 5.0)  # where the ends weigh enough to show
+    counts = torch.bincount(grid_sigmas(8_000, few, generator=seeded()).long())[1:]
+    assert stats.chisquare(counts.numpy()).pvalue > 0.01
+
+
+def test_levels_are_drawn_where_the_generator_is_and_stand_where_they_are_wanted():
+    for draw in (generator_sigmas, fake_score_sigmas):
+        assert draw(3, generator=seeded(), device="meta").device.type == "meta"
+        assert draw(3, generator=seeded()).device.type == "cpu"
 
 
 @pytest.mark.parametrize(

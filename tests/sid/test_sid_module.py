@@ -207,9 +207,10 @@ def test_rates_fall_to_zero_over_the_last_share(teacher_folder):
         def _log_step(self, n, logs):
             rates.append([group["lr"] for optimizer in self.optimizers() for group in optimizer.param_groups])
 
-    rates = []
-    trainer(max_steps=4).fit(Rates(teacher=str(teacher_folder("ddpm")), decay_from=0.5, **BASE))
-    assert rates == [pytest.approx([share * 1e-3, share * 2e-3]) for share in (1, 1, 0.5, 0)]
+    for begin, shares in ((0.5, (1, 1, 0.5, 0)), (0.25, (1, 2 / 3, 1 / 3, 0))):
+        rates = []
+        trainer(max_steps=4).fit(Rates(teacher=str(teacher_folder("ddpm")), decay_from=begin, **BASE))
+        assert rates == [pytest.approx([share * 1e-3, share * 2e-3]) for share in shares]
 
 
 def test_betas_are_floats_and_settings_arrive(teacher_folder):

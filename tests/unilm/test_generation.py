@@ -108,6 +108,22 @@ def test_each_step_equals_encoding_its_sample_anew(tiny_model, family, kind):
         assert_steps_are_right(model, model.generate(sources(), cache_implementation="static", **STEPS))
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_an_explicit_mask_says_what_is_read_not_the_padding_token(tiny_model, use_cache):
+    """A hidden token is as if it were not there, and a padding token that is not hidden is read."""
+    model, source = tiny_model("bert"), sources(lengths=(7, 7))
+    source[:, 2] = PAD
+    mask = torch.ones_like(source)
+    mask[1, 4] = 0
+    out = model.generate(source, attention_mask=mask, use_cache=use_cache, **STEPS)
+    reference, logits = Reference(model), torch.stack(out.logits, 1)
+    for i, read in enumerate((source[0], torch.cat([source[1, :4], source[1, 5:]]))):
+        target = out.sequences[i, 7:].tolist()
+        for t in range(NEW):
+            expected = reference.next_logits(read.tolist(), target[:t])
+            torch.testing.assert_close(logits[i, t], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("segment", ["su", "unilm_v1", "none"])
 def test_segment_schemes_hold_in_every_step(tiny_config, segment):
     torch.manual_seed(0)

@@ -162,6 +162,19 @@ def test_a_packed_row_is_its_samples_masks_one_by_one(batch):
                 assert torch.equal(packed[b][own][:, own], alone[0])
 
 
+def test_what_sample_ids_say_at_padding_does_not_matter():
+    """A loader may number a whole row through, its padding with it."""
+    segments = torch.tensor([[0, 1, 1, 2, 0, 1, 2, 2, 0], [1, 2, 0, 0, 1, 2, 2, 0, 0]])
+    clean = torch.tensor([[0, 1, 1, 1, 0, 2, 2, 2, 0], [1, 1, 0, 0, 2, 2, 2, 0, 0]])
+    through = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 2, 2], [1, 1, 1, 2, 2, 2, 2, 2, 3]])
+    order = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
+    for kind in KINDS:
+        assert torch.equal(make(kind, segments, through, order), make(kind, segments, clean, order)), kind
+    assert torch.equal(positions(segments, through), positions(segments, clean))
+    index = pseudo_index(segments)
+    assert torch.equal(pseudo_mask(segments, index, through), pseudo_mask(segments, index, clean))
+
+
 def test_a_packed_pseudo_mask_is_its_samples_masks_one_by_one():
     segment_ids = torch.tensor([[0, 1, 1, 2, 2, 1, 2, 2, 2, 0]])
     sample_ids = torch.tensor([[0, 1, 1, 1, 1, 2, 2, 2, 2, 0]])
