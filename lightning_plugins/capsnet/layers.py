@@ -333,7 +333,8 @@ def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
     """
     must.tensor("(B, ...)", dtype="integer")("labels", labels)
     must.count("num_classes", num_classes)
-    if labels.device.type == "cpu" and labels.numel():  # an accelerator would be waited for
+    seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # an accelerator would be waited for
+    if seen and labels.numel():
         must.whole(int(labels.max()) + 1, why="labels are 0 to num_classes - 1")("num_classes", num_classes)
     rows = labels.reshape(len(labels), -1)
     return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)
