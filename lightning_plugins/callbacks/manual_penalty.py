@@ -31,7 +31,9 @@ from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.core.vectors import norm as length_of
 
 _NAME = "gradient_penalty_backward"
-_PARAMETERS = must.Rule(lambda value: isinstance(value, Iterable) and not isinstance(value, Tensor), "parameters")
+_PARAMETERS = must.Rule(
+    lambda value: isinstance(value, Iterable) and not (isinstance(value, Tensor) and not value.ndim), "parameters"
+)
 _repeatable: WeakSet[LightningModule] = WeakSet()  # those whose first loss was run twice, with the same gradient
 
 

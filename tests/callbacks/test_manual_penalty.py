@@ -362,11 +362,11 @@ def compiled():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "sentence"),
     [
-        ({"coefficient": -1.0}, {}, ValueError, "coefficient must be a finite number of at least 0, got -1.0"),
-        ({"norm": "l1"}, {}, ValueError, "norm must be one of squared, norm, got 'l1'"),
-        ({"engine": "fd"}, {}, ValueError, "engine must be one of finite_difference, exact"),
-        ({"difference": "backward"}, {}, ValueError, "difference must be one of forward, central, got 'backward'"),
-        ({"relative_step": 0}, {}, ValueError, "relative_step must be 'auto' or between 0 and 1, got 0"),
+        ({"coefficient": -1.0}, {}, ValueError, "coefficient=-1.0 must be 0 or more"),
+        ({"norm": "l1"}, {}, ValueError, "norm='l1' must be one of squared, norm"),
+        ({"engine": "fd"}, {}, ValueError, "engine='fd' must be one of finite_difference, exact"),
+        ({"difference": "backward"}, {}, ValueError, "difference='backward' must be one of forward, central"),
+        ({"relative_step": 0}, {}, ValueError, r"relative_step=0 must lie in \(0, 1\): 'auto' takes"),
         (
             {},
             {"precision": "bf16-true"},
