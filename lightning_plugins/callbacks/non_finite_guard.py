@@ -1,6 +1,6 @@
 """Losses and gradients that are not finite: the run ends, stops or leaves the step out before any weight is NaN."""
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,6 +20,7 @@ from lightning_plugins.callbacks.non_finite_verdict import (
     spoilt,
 )
 from lightning_plugins.callbacks.requirements import put_in_order, require_plain_optimizers, skips_backward
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.replay import is_replaying
 from lightning_plugins.core.undo import StateOfRun
 
@@ -88,10 +89,7 @@ class NonFiniteGuard(Callback):
     any_scale = True  # gradients are only asked whether they are finite
 
     def __init__(self, policy: Policy = "raise", patience: int = 16) -> None:
-        if policy not in get_args(Policy):
-            raise ValueError(f"policy must be 'raise', 'skip' or 'stop', got {policy!r}.")
-        if not isinstance(patience, int) or isinstance(patience, bool) or patience < 0:
-            raise ValueError(f"patience must be a whole number of steps, 0 or more, got {patience!r}.")
+        must.check(locals(), policy=must.one_of(Policy), patience=must.whole(0, why="it is counted in steps"))
         self.policy, self.patience = policy, patience
         self.skipped = 0
         self._row = Row()

@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
+from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_folders import replace_folders
 from lightning_plugins.core.replacing import is_address, replacing, write_error
@@ -99,7 +100,11 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
 
     Args:
         trainer: before it is run.
+
+    Raises:
+        ValueError: it is no trainer.
     """
+    must.instance(Trainer, "a Trainer")("trainer", trainer)
     strategy = trainer.strategy
     given = strategy._checkpoint_io
     if isinstance(given, AsyncCheckpointIO) and given.checkpoint_io is None:

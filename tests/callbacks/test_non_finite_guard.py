@@ -380,8 +380,8 @@ def test_beside_diagnostics_in_any_order():
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        ({"policy": "ignore"}, "policy must be 'raise', 'skip' or 'stop', got 'ignore'"),
-        ({"patience": -1}, "patience must be a whole number of steps, 0 or more, got -1"),
+        ({"policy": "ignore"}, "policy='ignore' must be one of raise, skip, stop"),
+        ({"patience": -1}, "patience=-1 must be 0 or more"),
         ({"patience": 2.5}, "got 2.5"),
         ({"patience": float("nan")}, "got nan"),
         ({"patience": True}, "got True"),
