@@ -382,9 +382,9 @@ def test_beside_diagnostics_in_any_order():
     [
         ({"policy": "ignore"}, "policy='ignore' must be one of raise, skip, stop"),
         ({"patience": -1}, "patience=-1 must be 0 or more"),
-        ({"patience": 2.5}, "got 2.5"),
-        ({"patience": float("nan")}, "got nan"),
-        ({"patience": True}, "got True"),
+        ({"patience": 2.5}, "patience=2.5 must be a whole number"),
+        ({"patience": float("nan")}, "patience=nan must be a whole number"),
+        ({"patience": True}, "patience=True must be a whole number"),
     ],
 )
 def test_arguments(arguments, sentence):
