@@ -56,6 +56,8 @@ class NonFiniteGuard(Callback):
     Under manual optimization only the one optimizer's step is left out; buffers and metrics are put back at the end of
     that batch, attributes of the module are not.
 
+    ``"raise"`` keeps no copies: weights and optimizer states are as before the step, buffers and metrics may hold NaN.
+
     **On a GPU** ``"raise"`` never waits: the verdict is read when the next step's gradients are there, so that the
     weights may hold NaN by then, but no checkpoint, no validation and no end of a run comes before it is read.
     ``"skip"`` and ``"stop"`` wait for it in every step, as a GradScaler does. On a CPU every verdict is immediate.
