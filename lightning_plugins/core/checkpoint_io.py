@@ -27,7 +27,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     as Lightning does. The command line uses this class unless another ``CheckpointIO`` is named.
 
     - ``AsyncCheckpointIO(AtomicCheckpointIO())`` writes in the background. ``ModelCheckpoint`` then removes the last
-      file before the new one is there: keep two (``save_top_k=2``) or ``save_last=True``.
+      file before the new one is there: keep two (``save_top_k=2``) or ``save_last=True``. On a slow disk a file may be
+      left that was to be removed before it was written.
     - Folders of sharded checkpoints (FSDP) are written by the strategy: see :func:`keep_checkpoints_whole`.
 
     Example:
