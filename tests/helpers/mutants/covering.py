@@ -16,7 +16,7 @@ PACKAGE = "lightning_plugins"
 
 
 def candidates(root: Path, file: str, near: bool = False) -> list[str]:
-    """The file's own doctests, and test files worth a look, those first that name its module themselves.
+    """Test files worth a look, those first that name the file's module themselves, and the file's own doctests.
 
     Args:
         root: of the tree.
@@ -36,7 +36,8 @@ def candidates(root: Path, file: str, near: bool = False) -> list[str]:
         wanted = like or not far or here or (not near and any(_names(text, _module(user)) for user in users))
         if wanted and Path(path).name.startswith("test_") and not path.startswith("tests/gates"):
             found[path] = not like, far
-    return [file, *sorted(found, key=lambda path: (found[path], path))]
+    # the doctests last: collected first they would import the file a second time
+    return [*sorted(found, key=lambda path: (found[path], path)), file]
 
 
 def _texts(root, folder):
