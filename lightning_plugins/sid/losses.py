@@ -19,6 +19,7 @@ from lightning_plugins.core import arguments as must
 Weighting = Literal["l1", "none"]
 
 _WEIGHTING, _TENSOR = must.one_of(Weighting), must.tensor(dtype="any")
+_SIGMA_DATA = must.number(1e-6, why="its inverse square is a factor of the weight, which overflows in fp32")
 
 _LEAST_ERROR = 1e-5  # of mean|x_g - f_phi|, as in the authors' code
 _LOGIT_LIMIT = 10.0
@@ -283,7 +284,7 @@ def _mean(logits: Tensor) -> Tensor:
 
 
 def _edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    must.positive("sigma_data", sigma_data)
+    _SIGMA_DATA("sigma_data", sigma_data)
     _TENSOR("sigma", sigma)
     if sigma.ndim != 1:
         raise ValueError(f"sigma must hold one noise level a sample, (B,), got {tuple(sigma.shape)}.")

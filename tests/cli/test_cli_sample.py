@@ -184,12 +184,12 @@ def test_a_run_that_is_cut_off_or_finds_no_room_takes_its_files_away(save, proje
     assert [path.name for path in (project / "kept").iterdir()] == ["mine.txt"] and not (project / "new").exists()
     save()
     (project / "page.png").write_text("mine")
-    monkeypatch.setattr("pathlib.Path.replace", no_room)
+    monkeypatch.setattr("os.replace", no_room)
     with pytest.raises(SystemExit) as stop:
         sample("--output=page.png")
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: --output 'page.png': No space left on device.\n"
-    assert (project / "page.png").read_text() == "mine" and not list(project.rglob("*.part"))
+    assert (project / "page.png").read_text() == "mine" and not list(project.rglob(".saving-*"))
 
 
 def no_room(path, target):

@@ -61,8 +61,8 @@ def test_without_a_maker_names_are_texts(beside, tmp_path):
     content = eae({"optimizer": "evil_module.make"})
     for key in ("_class_path", *BY_COMMAND_LINE):
         del content["hyper_parameters"][key]
-    with pytest.raises(TypeError, match="'str' object is not callable"):
-        EAE.load_from_checkpoint(write(content, "path", tmp_path)).configure_optimizers()
+    with pytest.raises(ValueError, match=r"optimizer='evil_module.make' must be a function or a class"):
+        EAE.load_from_checkpoint(write(content, "path", tmp_path))
     assert "evil_module" not in sys.modules
 
 

@@ -37,6 +37,7 @@ KEPT = [
     ("IdxImages", "val_size", math.nan),
     ("HFImages", "val_size", math.nan),
     ("Seq2SeqData", "val_size", math.nan),
+    ("fake_score_loss", "sigma_data", 2.7e-20),
 ]
 
 
