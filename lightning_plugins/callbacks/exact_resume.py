@@ -13,13 +13,15 @@ from lightning_plugins.core.lightning_internals import (
     Place,
     between_steps,
     fit_progress,
+    is_cut,
     read_place,
     start_at,
     train_loaders,
     write_place,
 )
 
-_GRADIENTS, _MONITORED = "accumulated_gradients", "monitored_metrics"
+_GRADIENTS, _MONITORED, _CUT = "accumulated_gradients", "monitored_metrics", "epoch_is_cut"
+_WINDOW = "accumulated_batches"  # in a step
 
 
 class ExactResume(Callback):
@@ -54,6 +56,7 @@ class ExactResume(Callback):
 
     def _forget(self) -> None:
         self._place, self._gradients, self._monitored = None, {}, {}
+        self._lenient: list[Any] = []
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the gradients of accumulated batches, and the metrics that schedulers are yet to look at, if any."""
@@ -62,16 +65,19 @@ class ExactResume(Callback):
         gradients, monitored = self._gradients, self._monitored
         if self._place is None:  # else the run had nothing left to do
             gradients, monitored = _accumulated(trainer, pl_module), _monitored(trainer)
-        checkpoint |= {_GRADIENTS: gradients} if gradients else {}
+        checkpoint |= {_GRADIENTS: gradients, _WINDOW: trainer.accumulate_grad_batches} if gradients else {}
         checkpoint |= {_MONITORED: monitored} if monitored else {}
+        checkpoint[_CUT] = is_cut(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the counters right."""
         progress = fit_progress(checkpoint)
         if trainer.state.fn != TrainerFn.FITTING or progress is None or not self._acts(trainer):
             return
-        self._place = read_place(progress)
-        self._gradients, self._monitored = checkpoint.get(_GRADIENTS, {}), checkpoint.get(_MONITORED, {})
+        self._place = read_place(progress, checkpoint.get(_CUT, True))
+        same_window = checkpoint.get(_WINDOW) == trainer.accumulate_grad_batches  # else they are shares of another
+        self._gradients = checkpoint.get(_GRADIENTS, {}) if same_window else {}
+        self._monitored = checkpoint.get(_MONITORED, {})
         write_place(progress, self._place)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -79,12 +85,24 @@ class ExactResume(Callback):
         if self._place is None:
             return
         trainer.callback_metrics.update(self._monitored)
+        # A checkpoint of others has no metrics: that epoch's step is left out, as Lightning does.
+        plateaus = [c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau and c.strict]
+        lenient = [c for c in plateaus if c.monitor not in self._monitored]
+        for config in lenient:
+            config.strict = False
         start_at(trainer, self._place)
         self._warn(trainer, self._place)
         for name, parameter in pl_module.named_parameters():
             if name in self._gradients:
                 parameter.grad = self._gradients[name].to(parameter)
         self._forget()
+        self._lenient = lenient
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A whole epoch has its metrics."""
+        for config in self._lenient:
+            config.strict = True
+        self._lenient = []
 
     def _acts(self, trainer: Trainer) -> bool:
         """Whether this is the first of its kind: ``RandomState`` beside the command line's own does it alone."""
@@ -126,7 +144,7 @@ class ExactResume(Callback):
 
 def _accumulated(trainer: Trainer, module: LightningModule) -> dict[str, torch.Tensor]:
     """The gradients of batches whose step is yet to come."""
-    if trainer.world_size > 1 or between_steps(trainer):
+    if trainer.world_size > 1 or (module.automatic_optimization and between_steps(trainer)):
         return {}
     return {name: p.grad.detach() for name, p in module.named_parameters() if p.grad is not None}
 

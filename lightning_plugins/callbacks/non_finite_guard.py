@@ -16,6 +16,7 @@ from lightning_plugins.callbacks.non_finite_verdict import (
     flags_of,
     nan_buffers,
     norms_of,
+    not_finite,
     over_ranks,
     spoilt,
 )
@@ -54,14 +55,16 @@ class NonFiniteGuard(Callback):
     were. ``global_step``, the learning-rate schedule and random numbers go on, as after a step that a GradScaler skips;
     a GradScaler halves its scale. Callbacks see the batch in ``on_train_batch_end``.
     Under manual optimization only the one optimizer's step is left out; buffers and metrics are put back at the end of
-    that batch, attributes of the module are not.
+    that batch, attributes of the module are not. Hooks of the module that read gradients find ``None`` in such a step.
 
     ``"raise"`` keeps no copies: weights and optimizer states are as before the step, buffers and metrics may hold NaN.
 
     **On a GPU** ``"raise"`` never waits: the verdict is read when the next step's gradients are there, so that the
     weights may hold NaN by then, but no checkpoint, no validation and no end of a run comes before it is read.
     ``"skip"`` and ``"stop"`` wait for it in every step, as a GradScaler does. On a CPU every verdict is immediate.
-    Whatever the policy, no checkpoint is written whose trained weights, or buffers, have become NaN.
+    Whatever the policy, no checkpoint is written whose trained weights, or buffers, have become NaN after the first
+    batch came (with ``save_weights_only=True`` Lightning asks no callback). On a CPU a finite gradient of any size is
+    taken for what it is; on a GPU one whose norm overflows its precision, 1e19 in fp32, counts as infinite.
 
     **Beside others.** With accumulation the verdict is that of the whole window. A GradScaler (``16-mixed``) skips
     overflows by itself: they count only towards ``patience``, unless the loss itself is not finite. A module that
@@ -96,7 +99,7 @@ class NonFiniteGuard(Callback):
         self.skipped = 0
         self._row = Row()
         self._forget()
-        self._nan_at_start: set[str] = set()
+        self._nan_at_start: set[str] | None = None
 
     def _forget(self) -> None:
         self._open = False  # a window has begun
@@ -105,6 +108,8 @@ class NonFiniteGuard(Callback):
         self._before: StateOfRun | None = None
         self._pending: Verdict | None = None
         self._undo_at_end = False
+        self._evaluated: tuple[int, int] | None = None
+        self._alone = True  # until training starts, and from an exception on
 
     # Before training
 
@@ -117,18 +122,22 @@ class NonFiniteGuard(Callback):
         """Refuse steps that cannot be left out."""
         if self.policy != "raise":
             require_plain_optimizers(f"NonFiniteGuard(policy={self.policy!r})", trainer)
-        self._late = self.policy == "raise" and trainer.strategy.root_device.type == "cuda"
+        on_gpu = trainer.strategy.root_device.type == "cuda"
+        unasked = any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks)
+        self._late = self.policy == "raise" and on_gpu and not unasked
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._forget()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remember which buffers are NaN by intention."""
-        self._nan_at_start = nan_buffers(pl_module)
+        """What is not finite by intention is asked for when the first batch comes: on_train_start may fill buffers."""
+        self._nan_at_start, self._alone = None, False
 
     # During training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins with the first batch of an accumulation window."""
+        if self._nan_at_start is None:
+            self._nan_at_start = nan_buffers(pl_module) | not_finite(pl_module)
         self._batch = batch_idx, batch
         if self._open and pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches:
             return
@@ -140,7 +149,10 @@ class NonFiniteGuard(Callback):
         """Remember the loss of each micro-batch."""
         if is_replaying():
             return
-        self._losses.append(loss.detach())
+        loss = loss.detach()
+        if self._scaler is not None:  # it is scaled: an infinity may be the scale's, and shows in the gradients
+            loss = torch.where(loss.isinf(), 0.0, loss)
+        self._losses.append(loss)
         if self._suspect is None and loss.device.type == "cpu" and not loss.isfinite().all():
             self._suspect = self._batch
 
@@ -149,12 +161,19 @@ class NonFiniteGuard(Callback):
         self._settle(trainer, pl_module)
         if skips_backward(trainer) or hasattr(pl_module, "left_out_all"):
             return
+        if isinstance(optimizer, torch.optim.LBFGS):  # its line search may try what is not finite
+            key = trainer.global_step, self._batch[0]
+            if self._evaluated == key:
+                self._losses = []
+                return
+            self._evaluated = key
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not params and not self._losses:  # training_step returned None
             return
         norms = norms_of([param.grad for param in params])
         flags = over_ranks(trainer, flags_of(self._losses, norms, trainer.strategy.root_device))
         verdict = Verdict(self._step(trainer, params, norms), flags, self._late)
+        self._open = False
         if not pl_module.automatic_optimization:  # each optimizer's step has losses of its own
             self._losses = []
         if self._late:
@@ -169,8 +188,12 @@ class NonFiniteGuard(Callback):
         if self._undo_at_end:
             self._before.restore()
             self._undo_at_end = False
-        if (all_lost := getattr(pl_module, "left_out_all", None)) is None:
-            return
+        all_lost = getattr(pl_module, "left_out_all", None)
+        if all_lost is not None:
+            self._ask_module(trainer, pl_module, all_lost)
+        self._batch = batch_idx, None  # else a batch stays on the device beside the next one
+
+    def _ask_module(self, trainer: Trainer, pl_module: LightningModule, all_lost: Tensor) -> None:
         self._settle(trainer, pl_module)
         lost = over_ranks(trainer, all_lost.float().reshape(1), everywhere=True)
         verdict = Verdict(self._step(trainer, [], []), torch.cat([lost, torch.zeros_like(lost)]), self._late, own=True)
@@ -244,7 +267,9 @@ class NonFiniteGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to write weights that are NaN; all processes do."""
         self._settle(trainer, pl_module)
-        if trainer.state.fn == TrainerFn.FITTING and (name := spoilt(trainer, pl_module, self._nan_at_start)):
+        if trainer.state.fn != TrainerFn.FITTING or self._nan_at_start is None:
+            return
+        if name := spoilt(trainer, pl_module, self._nan_at_start, self._alone):
             raise FloatingPointError(
                 f"NonFiniteGuard: {name} is NaN or infinite, so that this checkpoint is not written: go on from the "
                 "last one."

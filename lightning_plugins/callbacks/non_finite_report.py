@@ -133,6 +133,8 @@ def _keys(trainer: Trainer, batch_idx: int) -> list[Any]:
 
 def _bad_rows(batch: Any) -> Iterator[tuple[str, list[int]]]:
     for name, tensor in _tensors(batch):
+        if tensor.layout != torch.strided:
+            continue
         bad = ~tensor.isfinite()
         if bad.any():
             yield name, bad.reshape(len(bad), -1).any(1).nonzero().flatten().tolist() if bad.ndim else [0]

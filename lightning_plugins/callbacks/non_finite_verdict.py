@@ -4,6 +4,7 @@ import torch
 import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_plugins.callbacks.non_finite_report import Step
 from lightning_plugins.core.vectors import local
@@ -83,9 +84,13 @@ def norms_of(tensors: list[Tensor]) -> list[Tensor]:
     for index, tensor in enumerate(dense):
         kinds.setdefault((tensor.device, tensor.dtype), []).append(index)
     found: dict[int, Tensor] = {}
-    for (_, dtype), indices in kinds.items():
+    for (device, dtype), indices in kinds.items():
         wide = torch.float32 if dtype.itemsize < 4 else None  # a norm overflows fp16 before its entries do
-        found.update(zip(indices, torch._foreach_norm([dense[i] for i in indices], dtype=wide), strict=True))
+        group = [dense[i] for i in indices]
+        norms = torch._foreach_norm(group, dtype=wide)
+        if device.type == "cpu" and not torch.stack(norms).isfinite().all():  # squares overflow before entries do
+            norms = torch._foreach_norm(group, dtype=torch.float64)
+        found.update(zip(indices, norms, strict=True))
     return [found[index] for index in range(len(dense))]
 
 
@@ -93,20 +98,33 @@ def nan_buffers(module: LightningModule) -> set[str]:
     """Names of the buffers with a NaN in them; infinities are common there, as in masks."""
     return {
         name
-        for name, buffer in module.named_buffers()
-        if buffer.is_floating_point() and bool(local([buffer])[0].isnan().any())
+        for at, part in module.named_modules()
+        for name, buffer in part.named_buffers(at, recurse=False)
+        if name.rpartition(".")[2] not in part._non_persistent_buffers_set  # those are in no checkpoint
+        if buffer.is_floating_point() and not is_lazy(buffer) and bool(_entries(local([buffer])[0]).isnan().any())
     }
 
 
-def spoilt(trainer: Trainer, module: LightningModule, passed_over: set[str]) -> str:
-    """What a checkpoint would hold that is not finite: a name, or nothing; alike on all processes but for the name."""
-    bad = sorted(nan_buffers(module) - passed_over)
+def not_finite(module: LightningModule) -> set[str]:
+    """Names of trained parameters with an entry that is not finite."""
     trained = {name: param for name, param in module.named_parameters() if _is_trained(param)}
-    norms = zip(trained, norms_of(list(trained.values())), strict=True)
-    bad = [name for name, norm in norms if not norm.isfinite()] + bad
+    return {n for n, norm in zip(trained, norms_of(list(trained.values())), strict=True) if not norm.isfinite()}
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    if tensor.layout == torch.strided:
+        return tensor
+    return tensor._values() if tensor.layout == torch.sparse_coo else tensor.values()
+
+
+def spoilt(trainer: Trainer, module: LightningModule, passed_over: set[str], alone: bool = False) -> str:
+    """What a checkpoint would hold that is not finite: a name, or nothing; alike on all processes but for the name."""
+    bad = sorted(not_finite(module) - passed_over) + sorted(nan_buffers(module) - passed_over)
+    if alone:
+        return bad[0] if bad else ""
     flag = torch.tensor(float(bool(bad)), device=trainer.strategy.root_device)
     return (bad or ["a weight of another process"])[0] if over_ranks(trainer, flag) > 0 else ""
 
 
 def _is_trained(param: nn.Parameter) -> bool:
-    return param.requires_grad and not isinstance(param, nn.parameter.UninitializedParameter)
+    return param.requires_grad and not is_lazy(param)

@@ -85,6 +85,7 @@ class RandomState(ExactResume):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore again in an epoch that begins: other ``on_train_start`` hooks may have drawn."""
+        super().on_train_epoch_start(trainer, pl_module)
         self._restore(trainer)
 
     def _restore(self, trainer: Trainer) -> None:
@@ -95,7 +96,7 @@ class RandomState(ExactResume):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """From here on the run has its own states."""
-        self._to_restore = None
+        self._to_restore = self._at_end = None
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """As for a batch; and an epoch that was cut has no end: what other hooks draw now is not of the whole run."""

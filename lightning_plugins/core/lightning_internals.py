@@ -49,7 +49,7 @@ def fit_progress(checkpoint: dict[str, Any]) -> dict[str, Any] | None:
     return progress if {_EPOCHS, _BATCHES, _VALIDATION, _STEPS, _MANUAL_STEPS, _LOOP_STATE} <= progress.keys() else None
 
 
-def read_place(progress: dict[str, Any]) -> Place:
+def read_place(progress: dict[str, Any], cut: bool = True) -> Place:
     """Read the place from the counters, also from counters that Lightning itself would read wrongly.
 
     A run that stops in the middle of an epoch (``max_steps``, ``should_stop``) counts that epoch as finished. A run
@@ -61,7 +61,7 @@ def read_place(progress: dict[str, Any]) -> Place:
     is_last = progress[_BATCHES]["is_last_batch"] and not in_step
     all_equal = epochs["ready"] == epochs["started"] == finished
     not_begun = all_equal and done > 0 and finished in _loader_epochs(progress)
-    stopped = all_equal and done > 0 and not is_last and not not_begun
+    stopped = all_equal and done > 0 and not is_last and not not_begun and cut
     if not (epochs["started"] > finished or not_begun or stopped) or not (done or in_step):
         return Place(finished, 0, False, True, False, closing=is_last and epochs["completed"] < finished)
     validation = progress[_VALIDATION]
@@ -73,7 +73,7 @@ def read_place(progress: dict[str, Any]) -> Place:
 def _loader_epochs(progress: dict[str, Any]) -> set[int]:
     """The epochs that this package's loaders were in."""
     states = progress.get("state_dict", {}).get(_LOADERS, [])
-    return {state["epoch"] for state in states if isinstance(state.get("epoch"), int)}
+    return {state["epoch"] for state in states if isinstance(state, dict) and {"epoch", "batches"} <= state.keys()}
 
 
 def write_place(progress: dict[str, Any], place: Place) -> None:
@@ -154,6 +154,11 @@ def around_validation(trainer: Trainer, context: Callable[[], AbstractContextMan
 def between_steps(trainer: Trainer) -> bool:
     """Whether the last batch ended with a step of the optimizer, or none was begun (``False``: it accumulates)."""
     return not trainer.fit_loop._should_accumulate()
+
+
+def is_cut(trainer: Trainer) -> bool:
+    """Whether the trainer ends this epoch before its loader does; a loader may also give less than its length."""
+    return trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:

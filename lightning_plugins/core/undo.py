@@ -37,21 +37,21 @@ class StateOfRun:
 
 
 class _MetricState:
-    """One torchmetric's states: tensors as copies, lists by their length, since updates append."""
+    """One torchmetric's states: tensors as copies, lists by their entries."""
 
     def __init__(self, metric: Metric) -> None:
         self._metric = metric
         states = {name: getattr(metric, name) for name in metric._defaults}
         self._tensors = {name: state.clone() for name, state in states.items() if isinstance(state, Tensor)}
-        self._lists = {name: (state, len(state)) for name, state in states.items() if isinstance(state, list)}
+        self._lists = {name: (state, list(state)) for name, state in states.items() if isinstance(state, list)}
         self._counts = metric._update_count, metric._computed
 
     def restore(self) -> None:
         metric = self._metric
         for name, tensor in self._tensors.items():
             setattr(metric, name, tensor)
-        for name, (entries, length) in self._lists.items():
-            del entries[length:]
+        for name, (entries, kept) in self._lists.items():
+            entries[:] = kept  # Metric.forward clears them
             setattr(metric, name, entries)
         metric._update_count, metric._computed = self._counts
 

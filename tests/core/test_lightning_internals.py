@@ -35,6 +35,7 @@ ATTRIBUTES = [
     "epoch_loop.restarting",
     "epoch_loop._batches_that_stepped",
     "epoch_loop._should_check_val_fx",
+    "epoch_loop._is_training_done",
     "epoch_loop.update_lr_schedulers",
     "epoch_loop.val_loop._restart_stage",
     "epoch_loop.val_loop.run",

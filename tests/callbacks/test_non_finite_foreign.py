@@ -1,0 +1,195 @@
+"""What is not finite by intention, or harms nothing, does not stop a run under NonFiniteGuard."""
+
+import math
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics import MetricCollection
+from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+
+from lightning_plugins import NonFiniteGuard
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*does not have many workers",
+    "ignore:.training_step. returned .None.",
+    "ignore:Sparse CSR tensor support is in beta state",
+    "ignore:Lazy modules are a new feature",
+)
+
+
+class Net(LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.05)
+
+
+def fit(model, *callbacks, data=None, **settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "max_epochs": 1}
+    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **(quiet | settings))
+    rows = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
+    trainer.fit(model, DataLoader(list(rows.split(2)) if data is None else data, batch_size=None))
+    return trainer
+
+
+class Banned(Net):
+    """A weight that is minus infinity by intention, as of a token that is never to be drawn."""
+
+    def __init__(self, value=-math.inf):
+        super().__init__()
+        self.bias = nn.Parameter(torch.tensor([0.0, 0.0, value]))
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.bias.softmax(0).square().sum()
+
+
+class Huge(Banned):
+    """A weight whose square overflows."""
+
+    def __init__(self):
+        super().__init__(-1e30)
+
+
+class FilledAtStart(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(3))
+
+    def on_train_start(self):
+        self.seen.fill_(math.nan)
+
+
+class InNoCheckpoint(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("last", torch.zeros(3), persistent=False)
+
+    def on_train_batch_end(self, *_):
+        self.last.fill_(math.nan)
+
+
+class SparseBuffer(Net):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("neighbours", torch.eye(3).to_sparse_csr())
+
+
+class Lazy(Net):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(4, 1))
+
+
+@pytest.mark.parametrize("make", [Banned, Huge, FilledAtStart, InNoCheckpoint, SparseBuffer, Lazy])
+def test_checkpoints_of_healthy_modules_are_written(make, tmp_path):
+    trainer = fit(make(), NonFiniteGuard())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert trainer.global_step == 6 and (tmp_path / "a.ckpt").exists()
+
+
+def test_gradients_whose_squares_overflow_are_finite():
+    class Large(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 1e20
+
+    clipped = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
+    assert fit(Large(), NonFiniteGuard(), **clipped).global_step == 6
+
+
+def test_a_line_search_may_try_what_is_not_finite():
+    """f = exp(100 p) + exp(-p) from p = -5: the search's first point has an infinite value."""
+
+    class Steep(Net):
+        values: list
+
+        def __init__(self):
+            super().__init__()
+            self.values = []
+            self.point = nn.Parameter(torch.tensor(-5.0))
+
+        def training_step(self, batch, batch_idx):
+            loss = (100 * self.point).exp() + (-self.point).exp()
+            self.values.append(loss.item())
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.LBFGS([self.point], lr=10, max_iter=6, line_search_fn="strong_wolfe")
+
+    model = Steep()
+    fit(model, NonFiniteGuard(), data=[torch.ones(2, 4)])
+    assert math.inf in model.values and model.point.isfinite()
+
+
+class Listing(Net):
+    """Metrics that keep every prediction in a list, called as functions."""
+
+    def __init__(self, bad):
+        super().__init__()
+        self.bad = bad
+        self.scores = MetricCollection([BinaryAUROC(), BinaryAveragePrecision()])
+
+    def training_step(self, batch, batch_idx):
+        out = self.layer(batch).flatten()
+        self.scores(out.detach().sigmoid(), torch.tensor([0, 1]))
+        return out.square().mean() * (math.nan if batch_idx == self.bad else 1)
+
+    def on_train_epoch_end(self):
+        self.counts = [sum(map(len, score.preds)) for score in self.scores.values()]
+        self.scores.reset()
+
+
+@pytest.mark.parametrize("bad", [0, 3, 5])
+@pytest.mark.filterwarnings("ignore:NonFiniteGuard")
+def test_lists_of_metrics_keep_the_other_batches(bad):
+    model = Listing(bad)
+    fit(model, NonFiniteGuard(policy="skip"))
+    assert model.counts == [10, 10]
+
+
+@pytest.mark.filterwarnings("ignore:NonFiniteGuard has left out")
+def test_a_window_begins_anew_after_a_verdict():
+    """The first batch of the second window gives no loss: that of the bad window is not looked at again."""
+
+    class Gaps(Net):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 2:
+                return None
+            return super().training_step(batch, batch_idx) * (math.nan if batch_idx == 0 else 1)
+
+    guard = NonFiniteGuard(policy="skip")
+    with pytest.warns(UserWarning, match="NonFiniteGuard: in step 0"):
+        fit(Gaps(), guard, accumulate_grad_batches=2)
+    assert guard.skipped == 1
+
+
+def test_no_batch_is_held_between_steps():
+    guard = NonFiniteGuard()
+
+    class Held(Net):
+        def on_train_batch_start(self, batch, batch_idx):
+            held.append(guard._batch[1] is batch)
+
+    held = []
+    fit(Held(), guard)
+    assert held == [True] * 6 and guard._batch == (5, None)
+
+
+@pytest.mark.filterwarnings("ignore:NonFiniteGuard")
+def test_sparse_batches_can_be_reported():
+    class Sparse(Net):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch.to_dense(), batch_idx) * (math.nan if batch_idx == 1 else 1)
+
+    guard = NonFiniteGuard(policy="skip")
+    fit(Sparse(), guard, data=[torch.eye(4).to_sparse() for _ in range(4)])
+    assert guard.skipped == 1
