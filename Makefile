@@ -11,7 +11,7 @@ help:
 	@echo "make demo    install into $(VENV), train a capsule network on handwritten digits, print accuracy and pictures"
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
-	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: half an hour"
+	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: six minutes"
 	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
 	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
 	@echo "                   that are slow or start several processes"

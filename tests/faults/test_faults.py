@@ -15,7 +15,7 @@ STATUS = dict.fromkeys(fault_runs.KILLS, -signal.SIGKILL)
 STATUS |= {"SIGTERM": 143, "SIGINT": 130, "worker": 1, "checkpoint": 1, "csv": 1, "pictures": 1}
 TOLD = {
     "SIGTERM": "\nInterrupted. ",
-    "SIGINT": "\nInterrupted. ",
+    "SIGINT": "\nInterrupted.",  # there may be no checkpoint yet
     "worker": "error: a worker process of the data loader is gone: ",
     "checkpoint": ".ckpt' cannot be written: File too large. What had its name before is as it was.\n",
     "csv": "error: a file of the run cannot be written: File too large.\n",
