@@ -155,7 +155,7 @@ class PluginsCLI(LightningCLI):
         path = Path(ckpt)
         if path.is_dir():
             return check_sharded(path)
-        hparams = checkpoint.read_hyperparameters(path)
+        hparams = checkpoint.read_hyperparameters(path, resumes=command == "fit")
         given = config.get("model")
         if not hparams and given is None:
             raise UsageError(f"{ckpt!r} holds no hyperparameters: add --model with the arguments it was made with.")

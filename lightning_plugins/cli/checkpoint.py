@@ -11,7 +11,13 @@ import torch
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_plugins.cli.checkpoint_rules import arguments_of, class_of, refuse_no_file, refuse_other_names
+from lightning_plugins.cli.checkpoint_rules import (
+    arguments_of,
+    class_of,
+    refuse_deletions,
+    refuse_no_file,
+    refuse_other_names,
+)
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.core.checkpoint_damage import damage
@@ -80,8 +86,12 @@ def _tell(lines: Iterable[str]) -> None:
     sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
-def read_hyperparameters(path: Path) -> dict[str, Any]:
+def read_hyperparameters(path: Path, resumes: bool = False) -> dict[str, Any]:
     """The constructor's arguments in a checkpoint; empty if it was saved without.
+
+    Args:
+        path: the checkpoint.
+        resumes: whether training goes on, whose callbacks delete old checkpoints.
 
     Raises:
         UsageError: the file is missing, empty, truncated, damaged, or not a whole Lightning checkpoint.
@@ -104,6 +114,8 @@ def read_hyperparameters(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
         keys = f" (it holds {', '.join(map(str, list(content)[:5]))})" if isinstance(content, dict) and content else ""
         raise UsageError(f"{str(path)!r} is not a Lightning checkpoint{keys}.")
+    if resumes:
+        refuse_deletions(path, content)
     return arguments_of(path, content)
 
 
@@ -140,7 +152,7 @@ def model_config(
     cls = class_of(path, class_path)
     if asked is not None and import_object(asked) is not cls:
         raise UsageError(f"--model {_short(asked)} was given, but {str(path)!r} holds a {_short(class_path)}.")
-    refuse_other_names(path, hparams, cls)
+    refuse_other_names(path, hparams, cls, plain(given.get("init_args")) if given is not None else None)
     names = argument_names(class_path)
     hparams = {key: value for key, value in hparams.items() if key not in ("_instantiator", "_class_path")}
     hparams = {key: value for key, value in hparams.items() if key in names or key not in linked}

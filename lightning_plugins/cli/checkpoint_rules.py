@@ -1,10 +1,11 @@
 """What a checkpoint from elsewhere may hold and name. It is data: nothing is imported or run because it says so."""
 
+import io
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path, PurePath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,9 @@ from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.core.checkpoint_data import arguments_in
 from lightning_plugins.core.named_parts import check_named_parts, imported_object
 
-_TRUST = "If you trust it, name what imports it: --model and your class by its path, or a --config."
+_TRUST = "If you trust it, import it in the module of your --model class, or name it in a --config."
+_OTHERS = "If you trust it, name it in a --config, too, or define it in the package of your --model class."
+_NAMED = {"last_model_path", "best_k_models", "kth_best_model_path", "best_model_path"}  # by a ModelCheckpoint
 _INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
 _SHARDS = "torch.distributed.checkpoint."
 _SHARD_VALUES = {
@@ -54,24 +57,52 @@ def arguments_of(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(f"{told} its state_dict holds no weights by name.")
     if not isinstance(version, str) or not re.match(r"\d+\.\d+", version):
         raise UsageError(f"{told} it was written by Lightning {version!r}, which is no version.")
-    for text in _texts(content.get("callbacks")):
-        if ".." in PurePath(text).parts or text.startswith(("file:", "local:")):  # Lightning deletes old checkpoints
-            raise UsageError(f"{str(path)!r}: its callbacks name {text!r}, which may lie outside of the run.")
     try:
         return arguments_in(content)
     except ValueError as error:
         raise UsageError(f"{told} {error}.") from error
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in nested values, keys included."""
-    if isinstance(value, Mapping):
-        value = [*value.keys(), *value.values()]
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
-    elif isinstance(value, str):
-        yield value
+def refuse_deletions(path: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose ModelCheckpoint would delete, as an old checkpoint, what may be none of the run's.
+
+    Raises:
+        UsageError: what it names.
+    """
+    states = content.get("callbacks")
+    for state in states.values() if isinstance(states, Mapping) else ():
+        if not isinstance(state, Mapping) or not _NAMED & state.keys():
+            continue  # of another callback
+        best = state.get("best_k_models")
+        kept = [
+            *(best if isinstance(best, Mapping) else ()),
+            *map(state.get, ("last_model_path", "kth_best_model_path")),
+        ]
+        for text in map(str, filter(None, [*kept, state.get("best_model_path")])):
+            if _is_address(text):
+                raise UsageError(
+                    f"{str(path)!r}: its callbacks name {text!r}, which a resumed run may delete.",
+                    "If it is your own run's, resume from its address: --ckpt_path and the address.",
+                )
+            if not _is_in(text, str(state.get("dirpath")), strict=text in kept):
+                raise UsageError(f"{str(path)!r}: its callbacks name {text!r}, which may lie outside of the run.")
+
+
+def _is_address(text: str) -> bool:
+    return "://" in text or "::" in text or text.startswith(("file:", "local:"))
+
+
+def _is_in(text: str, folder: str, strict: bool) -> bool:
+    """Whether it lies in the folder, with no step out of it by ``..`` or a link; else, if not strict, by no ``..``.
+
+    The best checkpoint may be of the run before; Lightning deletes it only where the new run lies.
+    """
+    if os.path.normpath(text).count("..") < text.count(".."):
+        return False
+    if not text.startswith(os.path.join(folder, "")):
+        return not strict
+    inner = os.path.relpath(os.path.dirname(text), folder)
+    return os.path.realpath(os.path.dirname(text)) == os.path.normpath(os.path.join(os.path.realpath(folder), inner))
 
 
 def class_of(path: Path, class_path: Any) -> type[LightningModule]:
@@ -97,7 +128,7 @@ def class_of(path: Path, class_path: Any) -> type[LightningModule]:
     return cls
 
 
-def refuse_other_names(path: Path, arguments: Mapping[str, Any], cls: type) -> None:
+def refuse_other_names(path: Path, arguments: Mapping[str, Any], cls: type, given: Any = None) -> None:
     """Refuse arguments that name what is not imported, or is no part of a model.
 
     Raises:
@@ -106,9 +137,11 @@ def refuse_other_names(path: Path, arguments: Mapping[str, Any], cls: type) -> N
     if (maker := arguments.get("_instantiator")) not in _INSTANTIATORS:
         raise UsageError(f"{str(path)!r}: it wants to be made by {maker!r}, which is not Lightning's.")
     try:
-        check_named_parts(arguments, cls)
+        check_named_parts(arguments, cls, given)
     except ValueError as error:
-        raise UsageError(f"{str(path)!r}: {error}.", _TRUST if "not imported" in str(error) else "") from error
+        cures = {"not imported": _TRUST, "no part of a model": _OTHERS}
+        cure = next((cure for words, cure in cures.items() if words in str(error)), "")
+        raise UsageError(f"{str(path)!r}: {error}.", cure) from error
 
 
 class _ShardIndex(pickle.Unpickler):
@@ -131,18 +164,45 @@ def _module(name: str) -> Any:
     return sys.modules.get(name)
 
 
+def _check_objects(folder: Path, metadata: Any) -> None:
+    """Read as data, each by itself, what torch would unpickle without asking: all that is no tensor."""
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    for index, place in metadata.storage_data.items():
+        if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
+            continue
+        file = (folder / place.relative_path).resolve()
+        if not (file.is_relative_to(folder.resolve()) and file.is_file()):
+            raise ValueError(f"{place.relative_path!r} is no file in it")
+        with file.open("rb") as content:
+            content.seek(place.offset)
+            torch.load(io.BytesIO(content.read(place.length)), weights_only=True)
+
+
 def check_sharded(folder: Path) -> None:
-    """Refuse a folder that is no sharded checkpoint, or whose index would run code.
+    """Refuse a folder that is no sharded checkpoint, or that would run code when it is read.
 
     Raises:
         UsageError: in that case.
     """
     index = folder / ".metadata"
+    if not index.is_file() and (folder / "latest").is_file():
+        raise UsageError(
+            f"--ckpt_path {str(folder)!r} is a folder of DeepSpeed's, whose files are pickles; it is not opened.",
+            "Make a checkpoint file of it: lightning.pytorch.utilities.deepspeed has a function for it.",
+        )
     if not index.is_file():
         raise UsageError(f"--ckpt_path {str(folder)!r} is a folder without a sharded checkpoint; give a file.")
     try:
         with index.open("rb") as file:
-            _ShardIndex(file).load()
+            metadata = _ShardIndex(file).load()
+        _check_objects(folder, metadata)
     except Exception as error:  # a damaged pickle raises anything
-        reason = f"an object of {error}" if isinstance(error, pickle.UnpicklingError) else "no index"
+        reason = _reason(error) if isinstance(error, pickle.UnpicklingError) else "no index of what is there"
         raise UsageError(f"sharded checkpoint {str(folder)!r} holds {reason}; it is not opened.") from error
+
+
+def _reason(error: Exception) -> str:
+    """What is no data: torch tells it in a page, among other things."""
+    found = re.search(r"GLOBAL (\S+)", text) if "\n" in (text := str(error)) else re.fullmatch(r"(\S+)", text)
+    return f"an object of {found[1]}" if found else "an object that is no plain value"

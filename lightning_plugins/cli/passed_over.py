@@ -86,12 +86,14 @@ def refuse_nulls(config: Namespace, linked: Sequence[str]) -> None:
         if part is None or not part.get("init_args"):
             continue
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(import_object(part.class_path), fail_untyped=False)
+        made = import_object(part.class_path)  # a class, or a function that returns its object
+        add = parser.add_class_arguments if isinstance(made, type) else parser.add_function_arguments
+        add(made, fail_untyped=False)
         for action in parser._actions:
             kind = getattr(action, "_typehint", action.type)
-            if action.dest in linked or action.default is None or kind is None or kind is Any:
+            if action.dest in linked or action.default is None or kind in (None, Any, object):
                 continue
-            if part.init_args.get(action.dest, "") is None and type(None) not in get_args(kind):
+            if part.init_args.get(action.dest, "") is None and not {None, type(None)} & {*get_args(kind)}:
                 raise UsageError(
                     f"{key}.{action.dest} takes {getattr(kind, '__name__', kind)}, not null.",
                     f"Leave it out for its default, {action.default!r}.",

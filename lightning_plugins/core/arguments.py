@@ -73,6 +73,8 @@ def told(value: Any) -> str:
     'a whole number of 16610 bits'
     """
     if isinstance(value, Tensor):
+        if value.numel() == 1 and value.device.type != "meta":
+            return f"{tuple(value.shape)} {value.dtype} of {value.item()}"
         return f"{tuple(value.shape)} {value.dtype}"
     if isinstance(value, nn.Module) or callable(value):
         return getattr(value, "__qualname__", type(value).__qualname__)
@@ -187,8 +189,15 @@ def one_of(choices: Any, *, why: str = "") -> Rule:
     """
     known = tuple(choices) if isinstance(choices, Collection) else get_args(choices)
     listed = ", ".join(map(str, known))
-    return Rule(lambda value: any(type(value) is type(one) and value == one for one in known), f"one of {listed}",
-                why=why)  # fmt: skip
+
+    def holds(value: Any) -> bool:
+        return any((type(value) is type(one) or _are_texts(value, one)) and value == one for one in known)
+
+    return Rule(holds, f"one of {listed}", why=why)
+
+
+def _are_texts(*values: Any) -> bool:
+    return all(isinstance(value, str) for value in values)  # of numpy and of an Enum, too
 
 
 def optional(rule: Rule) -> Rule:

@@ -26,6 +26,11 @@ def arguments_in(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     arguments: dict[str, Any] = {}
     for key in (*_OLD_KEYS, "hyper_parameters"):
         found = checkpoint.get(key) or {}
+        if key in _OLD_KEYS and not isinstance(found, Mapping):
+            try:
+                found = dict(found)  # Lightning takes pairs, too
+            except (TypeError, ValueError):
+                continue  # a module's own
         if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
             raise ValueError(f"its {key} are no arguments by name")
         arguments.update(found)
@@ -40,7 +45,13 @@ def read_as_data(cls: Module) -> Module:
     """
 
     def load_from_checkpoint(
-        cls: Any, checkpoint_path: Any, *args: Any, weights_only: bool | None = None, **kwargs: Any
+        cls: Any,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
     ) -> Any:
         """As Lightning's, for files from elsewhere: nothing that they name is imported.
 
@@ -55,13 +66,20 @@ def read_as_data(cls: Module) -> Module:
             try:
                 check_named_parts({key: value for key, value in arguments.items() if key not in kwargs}, cls)
             except ValueError as error:
-                raise ValueError(f"{str(checkpoint_path)!r}: {error}. If you trust it, import it before.") from None
+                raise ValueError(f"{str(checkpoint_path)!r}: {error}. {_cure(error)}") from None
         with nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
-            return super(made, cls).load_from_checkpoint(checkpoint_path, *args, weights_only=weights_only, **kwargs)
+            return super(made, cls).load_from_checkpoint(
+                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+            )
 
     made: Any = cls
     made.load_from_checkpoint = _ClassMethod(load_from_checkpoint)
     return cls
+
+
+def _cure(error: ValueError) -> str:
+    way = "import it before" if "not imported" in str(error) else "give the argument yourself, which is then not read"
+    return f"If you trust it, {way}."
 
 
 def _read(source: Any, weights_only: bool) -> dict[str, Any]:

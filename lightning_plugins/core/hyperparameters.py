@@ -94,6 +94,8 @@ def _plain(value: Any) -> Any:
     """``value`` in the types that a ``weights_only`` file can hold; TypeError if it has none."""
     if value is None or type(value) in (bool, int, float, str):
         return value
+    if isinstance(value, str):  # numpy's, or of an Enum
+        return str.__str__(value)
     if type(value) in (list, tuple, set):
         return type(value)(_plain(item) for item in value)
     if isinstance(value, dict):

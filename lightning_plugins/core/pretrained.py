@@ -2,7 +2,8 @@
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from pickle import UnpicklingError
@@ -56,12 +57,29 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     folder = pretrained_folder(name)
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        with nobody_is_asked():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileNotFoundError(
             f"No tokenizer called {name!r}: {reason_of(error)}. Give an id of the Hub (its first use needs the "
             "network), a folder with a tokenizer, or package:NAME/FOLDER."
         ) from error
+
+
+@contextmanager
+def nobody_is_asked() -> Iterator[None]:
+    """While something is loaded, transformers refuses code that comes along, where it would ask whether to run it.
+
+    The last lock behind ``trust_remote_code=False``, which classes that load others hand on to some of them only.
+    """
+    from transformers import dynamic_module_utils
+
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # to wait for an answer
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
 
 
 def reason_of(error: BaseException) -> str:
@@ -106,7 +124,8 @@ def unpack_tokenizer(files: Mapping[str, Tensor]) -> "PreTrainedTokenizerBase":
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(content.cpu().numpy().tobytes())
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            with nobody_is_asked():
+                return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         except Exception as error:  # the library tokenizers raises nothing more special
             reason = reason_of(error).replace(folder, "it")
             raise ValueError(f"The checkpoint's tokenizer cannot be loaded: {reason}.") from error

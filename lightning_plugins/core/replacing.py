@@ -12,10 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from secrets import token_hex
 
+_NUMBERED = Path("/proc/self/ns/pid")  # containers with one host's name number their processes each for itself
 _HOST = re.sub(r"[^\w.]", "_", socket.gethostname())[:60]
+_HOST += f".{_NUMBERED.stat().st_ino}" if _NUMBERED.exists() else ""
 _NAME = re.compile(r"\.saving-(?P<host>[\w.]*)-(?P<pid>\d+)-[0-9a-f]{8}")
 _FORGOTTEN = 24 * 3600  # seconds after which a file of another machine is taken for a leftover
 _EXCHANGE = 2  # RENAME_EXCHANGE of linux/fs.h
+_SHARDED = (".metadata", "meta.pt")  # what a checkpoint that is a folder has
+_FLUSHES_NO_FOLDERS = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS)  # so say some network file systems
 _writing: set[str] = set()  # names that this process has in use
 
 
@@ -27,7 +31,7 @@ def replacing(target: Path) -> Iterator[Path]:
     ends in no suffix. What processes that are gone have left in the folder is removed first.
     """
     remove_leftovers(target.parent)
-    partial = target.with_name(f".saving-{_HOST}-{os.getpid()}-{token_hex(4)}")
+    partial = target.with_name(_hidden_name())
     _writing.add(partial.name)
     try:
         yield partial
@@ -39,8 +43,18 @@ def replacing(target: Path) -> Iterator[Path]:
         _writing.discard(partial.name)
 
 
+def _hidden_name() -> str:
+    return f".saving-{_HOST}-{os.getpid()}-{token_hex(4)}"
+
+
 def put(source: Path, target: Path) -> None:
-    """Flush ``source`` to the disk and give it the name ``target``, over what has it; both lie in the same folder."""
+    """Flush ``source`` to the disk and give it the name ``target``, over what has it; both lie in the same folder.
+
+    Raises:
+        IsADirectoryError: a file would take the place of a folder that is neither empty nor a checkpoint.
+    """
+    if not _is_folder(source) and _is_folder(target) and _holds_other_files(target):
+        raise IsADirectoryError(errno.EISDIR, "it is a folder with other files", str(target))
     for path in [*source.rglob("*"), source] if source.is_dir() else [source]:
         _flush(path)
     if _is_folder(source) or _is_folder(target):
@@ -83,6 +97,8 @@ def _is_leftover(path: Path, host: str, pid: int) -> bool:
 
 
 def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # there it would be Ctrl-C; what is left goes by its age
+        return True
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -96,19 +112,26 @@ def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
 
 
+def _holds_other_files(folder: Path) -> bool:
+    return any(folder.iterdir()) and not any((folder / name).exists() for name in _SHARDED)
+
+
 def _replace_folder(source: Path, target: Path) -> None:
     """No system replaces a folder that is not empty, but Linux exchanges two names in one step on local disks.
 
     Elsewhere the old one is called ``<name>.old`` for a moment: killed then, a process leaves it whole, to be found.
+    If something has that name already, it stays, and the old one is hidden.
     """
     old = target.with_name(f"{target.name}.old")
+    if os.path.lexists(old):
+        old = target.with_name(_hidden_name())
     if os.path.lexists(target):
         if _exchange(source, target):
             return _remove(source)
-        _remove(old)
         target.rename(old)
+        source.rename(target)
+        return _remove(old)
     source.rename(target)
-    _remove(old)
 
 
 def _exchange(source: Path, target: Path) -> bool:
@@ -127,11 +150,11 @@ def _remove(path: Path) -> None:
 def _flush(path: Path) -> None:
     if os.name != "posix" and path.is_dir():
         return  # only POSIX opens folders
-    number = os.open(path, os.O_RDONLY)
+    number = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)  # Windows flushes for writers only
     try:
         os.fsync(number)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+        if error.errno not in _FLUSHES_NO_FOLDERS:
             raise
     finally:
         os.close(number)

@@ -8,6 +8,7 @@ resumes at the next one by naming an epoch and a batch.
 
 import copy
 import math
+import numbers
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,7 +49,7 @@ def hash_keys(keys: Tensor, seed: int, stream: int = 0) -> Tensor:
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
     """
-    start = _mix(_mix(torch.tensor(_signed(seed * _GOLDEN))) + _signed((stream + 1) * _GOLDEN))
+    start = _mix(_mix(torch.tensor(_signed(int(seed) * _GOLDEN))) + _signed((stream + 1) * _GOLDEN))
     return _shift_right(_mix(start + keys * _signed(_GOLDEN)), 1)
 
 
@@ -280,7 +281,7 @@ def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor
         ValueError: the first part would be empty, or ``size`` is negative.
     """
     VAL_SIZE("val_size", size)
-    count = round(size * num_samples) if isinstance(size, float) else size
+    count = int(size) if isinstance(size, numbers.Integral) else round(float(size) * num_samples)
     if not 0 <= count < num_samples:
         raise ValueError(
             f"val_size={size} must leave training samples: give a count below {num_samples} or a fraction below 1."

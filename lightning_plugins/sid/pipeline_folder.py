@@ -6,7 +6,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from lightning_plugins.core.pretrained import reason_of
+from lightning_plugins.core.pretrained import nobody_is_asked, reason_of
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -46,7 +46,8 @@ def load_pipeline(source: str) -> "DiffusionPipeline":
         local = Path(source).is_dir()
         folder = Path(source if local else DiffusionPipeline.download(source, trust_remote_code=False))
         check_parts(folder)
-        return DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        with nobody_is_asked():
+            return DiffusionPipeline.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except (AttributeError, KeyError, TypeError, RuntimeError, UnpicklingError) as error:
         raise ValueError(f"{reason_of(error)}.") from error
     except (OSError, ValueError) as error:
@@ -86,16 +87,32 @@ def check_files(folder: Path, part: str, library: str = "diffusers") -> None:
         if (folder / part / file).exists():
             raise ValueError(f"its part {part!r} has a file {file}: {what}.")
     config = read_config(folder / part / "config.json")
+    for path in sorted((folder / part).rglob("*.json")):  # tokenizers and processors have several
+        found = (value for key, value in _settings([_json(path)]) if key == "auto_map")
+        if any(not isinstance(value, int) for value in found):  # in a vocabulary it has a number
+            raise ValueError(f"its part {part!r} names code of its own (auto_map in {path.name}).")
     kernel = next((v for k, v in _settings(config) if k.endswith("attn_implementation") and "/" in str(v)), None)
     if kernel is not None:
         raise ValueError(f"its part {part!r} names the kernel {kernel!r}, which is code of the Hub.")
 
 
-def _settings(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _json(path: Path) -> Any:
+    """The content of a part's file.
+
+    Raises:
+        ValueError: it is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its {path.parent.name}/{path.name} is no JSON.") from error
+
+
+def _settings(config: Any) -> Iterator[tuple[str, Any]]:
     """A configuration's settings, those of configurations within it included."""
-    for key, value in config.items():
+    for key, value in config.items() if isinstance(config, dict) else [("", item) for item in config]:
         yield key, value
-        if isinstance(value, dict):
+        if isinstance(value, dict | list):
             yield from _settings(value)
 
 
@@ -107,10 +124,7 @@ def read_config(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its {path.parent.name}/{path.name} is no JSON.") from error
+    config = _json(path)
     if not isinstance(config, dict):
         raise ValueError(f"its {path.parent.name}/{path.name} holds no settings by name.")
     return config

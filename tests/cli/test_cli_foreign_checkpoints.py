@@ -74,3 +74,34 @@ def test_other_data_than_it_was_trained_on_is_refused(cli, project, mistake):
     assert mistake("test", "--data=Digits", "--data.image_size=12", "--ckpt_path=last").startswith(
         "error: model.image_shape (1, 8, 8) is the checkpoint's, but Digits's is (1, 12, 12)"
     )
+
+
+OPTIMIZERS = """
+import torch
+from collections.abc import Iterable
+
+
+def make(params: Iterable, lr: float = 0.01) -> torch.optim.Optimizer:
+    return torch.optim.SGD(params, lr=lr)
+
+
+class Own(torch.optim.SGD):
+    pass
+"""
+
+
+@pytest.mark.parametrize("name", ["make", "Own"])
+def test_an_optimizer_of_ones_own_is_named_again(cli, project, mistake, name):
+    """The file alone imports nothing; a config that names the same goes on."""
+    module = f"own_optimizers_{name.lower()}"
+    (project / f"{module}.py").write_text(OPTIMIZERS)
+    optimizer = f"{module}.{name}"
+    (project / "own.yaml").write_text(f"model: {{init_args: {{optimizer: {optimizer}}}}}\n")
+    words = ["--model=CapsNet", "--model.channels=8", "--model.kernel_size=3", "--model.num_types=2", "--data=Digits"]
+    words += ["--model.pictures_every_n_epochs=0", "--data.image_size=14", "--trainer.limit_val_batches=0", *SHORT]
+    save = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.save_last=true"]
+    cli("fit", *words, "--config=own.yaml", *save)
+    cli("fit", *words, "--config=own.yaml", "--ckpt_path=last", "--trainer.max_epochs=2")
+    if name == "make":  # of the user's, and imported by now, but no part of every model
+        told = mistake("test", "--data=Digits", "--data.image_size=14", f"--ckpt_path={LAST.format(0)}")
+        assert "no part of a model" in told and "name it in a --config, too" in told

@@ -1,5 +1,6 @@
 """Rules for arguments: what is taken, and the one form of sentence for what is not."""
 
+import enum
 import math
 from typing import Literal
 
@@ -10,6 +11,10 @@ import torch
 from lightning_plugins.core import arguments as must
 
 Mode = Literal["a", "b"]
+
+
+class Letter(str, enum.Enum):
+    A = "a"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +29,8 @@ Mode = Literal["a", "b"]
         (must.share, 1),
         (must.one_of(Mode), "a"),
         (must.one_of([1, 3]), 3),
+        (must.one_of(Mode), np.str_("a")),
+        (must.one_of(Mode), Letter.A),
         (must.optional(must.count), None),
         (must.several(must.count), range(1, 3)),
         (must.each(must.count, 2), (1, 2)),
@@ -64,6 +71,8 @@ def test_taken(rule, value):
             torch.ones(3),
             "x must be floating-point codes (N, d), got (3,) torch.float32: flatten and widen.",
         ),
+        (must.one_of([0, 1]), True, "x=True must be one of 0, 1."),
+        (must.positive, torch.tensor([0.5]), "x must be a finite number above 0, got (1,) torch.float32 of 0.5."),
         (must.text, 5, "x=5 must be a text."),
         (must.whole(1), "a\nb" * 200, "x='a\\nba\\nb"),
     ],

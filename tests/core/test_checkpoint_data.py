@@ -1,13 +1,16 @@
 """``load_from_checkpoint`` in Python: what the file names is not imported, what the caller gives is taken."""
 
+import inspect
 import io
 import sys
 
 import pytest
 import torch
 from hostile import BY_COMMAND_LINE, MODULE, eae
+from lightning.pytorch import LightningModule
 
 from lightning_plugins import EAE
+from lightning_plugins.core.checkpoint_data import arguments_in
 
 
 class Own(EAE):
@@ -77,3 +80,27 @@ def test_it_is_a_method_of_the_class_alone(tmp_path):
     model = EAE.load_from_checkpoint(path := write(eae(), "path", tmp_path))
     with pytest.raises(TypeError, match="cannot be called on an instance"):
         model.load_from_checkpoint(path)
+
+
+def test_positions_are_those_of_lightning(tmp_path):
+    names = [[*inspect.signature(cls.load_from_checkpoint).parameters] for cls in (EAE, LightningModule)]
+    assert names[0] == names[1]
+    path = write(eae(), "path", tmp_path)
+    assert EAE.load_from_checkpoint(path, "cpu", None, True, True)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        EAE.load_from_checkpoint(write(eae(more=torch.nn.Linear(1, 1)), "path", tmp_path), None, None, True, True)
+
+
+def test_the_cure_in_the_sentence_works(beside, tmp_path):
+    with pytest.raises(ValueError, match=r"no part of a model\. .* give the argument yourself"):
+        EAE.load_from_checkpoint(path := write(eae({"optimizer": "os.system"}), "path", tmp_path))
+    assert EAE.load_from_checkpoint(path, optimizer=torch.optim.SGD)
+
+
+def test_old_names_of_arguments():
+    """Lightning takes pairs, too; what is neither is a module's own."""
+    assert arguments_in({"hparams": [("optimizer", "evil_module.make")]}) == {"optimizer": "evil_module.make"}
+    assert arguments_in({"hparams": ["a"], "module_arguments": 7, "hyper_parameters": {"x": 1}}) == {"x": 1}
+    for content in ({"hparams": {1: 2}}, {"hyper_parameters": ["a"]}):
+        with pytest.raises(ValueError, match="no arguments by name"):
+            arguments_in(content)

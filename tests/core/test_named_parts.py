@@ -1,5 +1,6 @@
 """What a file may name: parts of models that are imported, found without an import."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any, Literal
@@ -60,6 +61,8 @@ def beside(tmp_path, monkeypatch):
         {"optimizer": "torch.optim.SGD", "scheduler": {"class_path": "lightning.pytorch.cli.ReduceLROnPlateau"}},
         {"optimizer": {"class_path": "SGD", "init_args": {"lr": 0.1}}, "anything": {"a": [1, {"b": None}]}},
         {"activation": "torch.float32"},  # nothing that could be run
+        {"name": "{class_path: os.system}", "untyped": "Note: a text", "anything": ["a, b", "[x", "https://x.org"]},
+        {"optimizer": "{class_path: torch.optim.SGD, init_args: {lr: 0.1}}", "untyped": __file__},
     ],
 )
 def test_right_names_pass(arguments):
@@ -90,6 +93,24 @@ def test_right_names_pass(arguments):
             {"layers": [{"class_path": f"{__name__}.Model", "init_args": {"activation": "os.system"}}]},
             "its layers.activation names 'os.system'",
         ),
+        (
+            {"optimizer": '{"class_path": "beside_here.X"}'},
+            "its optimizer names 'beside_here.X', which is not imported",
+        ),
+        ({"optimizer": " 'beside_here.make'\n"}, "its optimizer names 'beside_here.make', which is not imported"),
+        ({"optimizer": r'"\u0062eside_here.make"'}, "its optimizer names 'beside_here.make', which is not imported"),
+        ({"optimizer": r'"beside_here\u002emake"'}, "its optimizer names 'beside_here.make', which is not imported"),
+        ({"table": {"x": r'{"class_path": "\u0062eside_here.X"}'}}, "its table names 'beside_here.X'"),
+        ({"untyped": "{class_path: os.system, day: 2020-99-99}"}, "its untyped names 'os.system'"),  # no date
+        ({"untyped": "&a {class_path: os.system, me: *a}"}, "settings that hold themselves"),
+        ({"anything": "<<: {class_path: os.system}"}, "its anything names 'os.system'"),
+        ({"layers": [{"class_path": "torch.nn.ReLU", "init_args": "{x: {class_path: os.popen}}"}]}, "layers.x names"),
+        ({"layers": [{"class_path": "torch.nn.ReLU", "init_args": "evil.yaml"}]}, "init_args that are no settings"),
+        ({"optimizer": {"class_path": '"beside_here\\u002eX"'}}, "which is not imported"),
+        ({"optimizer": __file__}, "a file that would be read as settings"),
+        ({"optimizer": "memory://evil.yaml"}, "a file that would be read as settings"),
+        ({"layer": "file:///tmp/evil.yaml"}, "a file that would be read as settings"),
+        ({"optimizer.class_path": "subprocess.Popen"}, "its optimizer.class_path is no argument's name"),
         ({"class_path": "os.system"}, "its class_path names 'os.system'"),
         ({"new": {"dict_kwargs": {"a": {"class_path": "os.system"}}}}, "its new.a names 'os.system'"),
     ],
@@ -100,6 +121,14 @@ def test_wrong_names_are_told(beside, arguments, told):
     assert "beside_here" not in sys.modules
 
 
+@pytest.mark.parametrize("given", ["os.system", os.system, ["os.system"], {"class_path": "os.system", "init_args": {}}])
+def test_what_the_user_names_may_be_named(given):
+    check_named_parts({"activation": "posix.system" if callable(given) else "os.system"}, Model, {"activation": given})
+    for other in ({"either": given}, {"activation": "os.popen"}, None):
+        with pytest.raises(ValueError, match="no part of a model"):
+            check_named_parts({"activation": "os.system"}, Model, other)
+
+
 def test_objects_are_found_where_they_are_imported():
     assert imported_object("torch.optim.SGD") is torch.optim.SGD
     assert imported_object("lightning_plugins.CapsNet").__name__ == "CapsNet"
@@ -108,8 +137,9 @@ def test_objects_are_found_where_they_are_imported():
             imported_object(path)
 
 
-def test_the_lock_behind_the_checks(beside):
-    with nothing_imported_for({"a": ["beside_here.make", {"b": "torch.optim.SGD"}]}):
+@pytest.mark.parametrize("name", ["beside_here.make", "x: [' beside_here.make']", r'"\u0062eside_here.make"'])
+def test_the_lock_behind_the_checks(beside, name):
+    with nothing_imported_for({"a": [name, {"b": "torch.optim.SGD"}]}):
         with pytest.raises(ModuleNotFoundError, match="'beside_here' is not imported"):
             __import__("beside_here")
         import torch.optim  # noqa: F401

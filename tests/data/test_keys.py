@@ -1,7 +1,9 @@
 """Keys, their hash, batches over processes, and the loader's state."""
 
+from fractions import Fraction
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -97,6 +99,14 @@ def test_random_split_is_a_partition(size):
     assert len(second) == {0: 0, 30: 30, 0.25: 25}[size]
     again, _ = random_split(100, size, seed=5)
     assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("size", [np.float32(0.25), np.float64(0.25), Fraction(1, 4), np.int64(25)])
+def test_numbers_of_other_libraries(size):
+    kept, split = random_split(100, size, seed=np.int64(3))
+    assert torch.equal(split, random_split(100, 25, seed=3)[1]) and len(kept) == 75
+    seed = np.int64(2**62)  # times anything, it is too large for numpy
+    assert torch.equal(hash_keys(torch.arange(9), seed), hash_keys(torch.arange(9), int(seed)))
 
 
 def test_random_split_refuses_to_leave_nothing():

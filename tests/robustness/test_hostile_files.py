@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import matplotlib
 import pytest
@@ -14,7 +15,9 @@ import yaml
 from hostile import CPU, DIGITS, EAE_ARGUMENTS, HOSTILE, MODULE, eae, save
 
 from lightning_plugins.cli import main
+from lightning_plugins.cli.checkpoint import read_hyperparameters
 from lightning_plugins.cli.checkpoint_rules import check_sharded
+from lightning_plugins.core.pretrained import nobody_is_asked
 
 
 class Unread(io.StringIO):
@@ -134,6 +137,37 @@ def test_an_optimizer_of_torch_is_taken(sandbox, capsys):
     path = save(eae({"optimizer": optimizer, "scheduler": "torch.optim.lr_scheduler.ConstantLR"}))
     main(["sample", path, "--num_samples=2", "--output=out.png"])
     assert (sandbox / "work" / "out.png").is_file()
+
+
+HEALTHY = {
+    "a user's callback": {"Mine": {"source": "../data/x.csv", "last": "..", "text": "file: a.c"}},
+    "the run before's best": {
+        "ModelCheckpoint{}": {"dirpath": "/new", "best_model_path": "/old/a.ckpt", "last_model_path": "/new/b/c.ckpt"}
+    },
+    "a folder above": {"ModelCheckpoint{}": {"dirpath": "../run", "last_model_path": "../run/a.ckpt"}},
+    "nothing yet": {"ModelCheckpoint{}": {"dirpath": None, "best_k_models": {}, "last_model_path": ""}},
+}
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_states_of_callbacks_are_taken(sandbox, name):
+    read_hyperparameters(Path(save(eae(callbacks=HEALTHY[name])).removeprefix("--ckpt_path=")), resumes=True)
+
+
+def test_a_checkpoint_that_lay_at_an_address_is_sampled_from(sandbox):
+    state = {"dirpath": "s3://mine", "best_model_path": "s3://mine/a.ckpt"}
+    main(["sample", save(eae(callbacks={"ModelCheckpoint{}": state})), "--num_samples=2", "--output=out.png"])
+    assert (sandbox / "work" / "out.png").is_file()
+
+
+def test_transformers_asks_nobody(sandbox):
+    """Whatever reaches its question: it refuses, and asks again afterwards."""
+    from transformers.dynamic_module_utils import resolve_trust_remote_code
+
+    ask = ("folder", False, True)
+    with nobody_is_asked(), pytest.raises(ValueError, match="trust_remote_code=True"):
+        resolve_trust_remote_code(None, *ask)
+    assert not sys.stdin.was_read
 
 
 # Links in a folder that somebody sent, and in one's own.

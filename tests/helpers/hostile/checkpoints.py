@@ -118,6 +118,9 @@ ARGUMENTS = {
     "an optimizer that runs": {"optimizer": POPEN},
     "a scheduler that runs": {"scheduler": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": POPEN}},
     "one within another": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": POPEN}}},
+    "an optimizer in a text": {"optimizer": '{"class_path": "evil_module.Thing"}'},
+    "an optimizer in letters by number": {"optimizer": r'"\u0065vil_module\u002emake"'},
+    "an optimizer at an address": {"optimizer": "file:///evil.yaml"},
     "an instantiator": {"_instantiator": "evil_module.make"},
     "an instantiator of the system": {"_instantiator": "os.system"},
     "an argument that is a class": {"latent_dim": POPEN},
@@ -137,7 +140,11 @@ CASES.every(
 )
 CASES.every(
     "a network's configuration",
-    {"that runs": POPEN, "that runs within": {**SMALL_BERT, "id2label": [POPEN]}},
+    {
+        "in a text": {**SMALL_BERT, "x": r'{"class_path": "\u0065vil_module.Thing"}'},
+        "that runs": POPEN,
+        "that runs within": {**SMALL_BERT, "id2label": [POPEN]},
+    },
     lambda place, config: ["generate", save(unilm(hparams={"config": config})), "--text=to be"],
 )
 CASES.every(

@@ -2,10 +2,12 @@
 
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
+from torch.distributed import checkpoint as sharded
 
 from hostile.parts import CPU, DIGITS, Cases, Run, eae, save, write
 
@@ -31,9 +33,25 @@ CASES.every(
     {
         "delete what climbs": {"best_k_models": {"/runs/checkpoints/../../home/.bashrc": torch.tensor(0.0)}},
         "delete by another protocol": {"kth_best_model_path": "local:///home/.bashrc"},
+        "delete at an address": {"dirpath": "memory://bucket", "last_model_path": "memory://bucket/data"},
+        "delete behind an address": {"dirpath": "/runs", "best_model_path": "simplecache::s3://bucket/data"},
+        "delete beside it": {"dirpath": "/runs/checkpoints", "last_model_path": "/runs/thesis.txt"},
+        "delete the best that climbs": {"dirpath": "/runs", "best_model_path": "/runs/checkpoints/../thesis.txt"},
+        "delete without a folder": {"last_model_path": "/runs/thesis.txt"},
     },
     lambda place, state: ["fit", save(eae(callbacks={"ModelCheckpoint{}": state})), *DIGITS, *CPU],
 )
+
+
+@CASES.one("a checkpoint whose callbacks delete through a link")
+def _(place: Path) -> list[str]:
+    checkpoints = place / "work" / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "link").symlink_to(place / "home")
+    state = {"dirpath": str(checkpoints), "best_k_models": {str(checkpoints / "link" / ".bashrc"): torch.tensor(0.0)}}
+    return ["fit", save(eae(callbacks={"ModelCheckpoint{}": state})), *DIGITS, *CPU]
+
+
 CASES.every(
     "a checkpoint in a test",
     {"without weights": {"state_dict": None}, "with a list of arguments": {"hyper_parameters": [1]}},
@@ -96,3 +114,19 @@ def _(place: Path) -> list[str]:
     write({"shards/.metadata": pickle.dumps(Run()), "shards/__0_0.distcp": b"evil"})
     torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "shards/meta.pt")
     return ["test", "--ckpt_path=shards", *DIGITS, "--model=CapsNet", *CPU]
+
+
+@CASES.one("a sharded checkpoint with a pickle for a weight")
+def _(place: Path) -> list[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one process alone
+        sharded.save({"net.weight": Run()}, checkpoint_id="shards")
+    (place / "home" / "canary").unlink(missing_ok=True)  # if torch has looked at what it wrote
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, "shards/meta.pt")
+    return ["test", "--ckpt_path=shards", *DIGITS, "--model=CapsNet", *CPU]
+
+
+@CASES.one("a folder of DeepSpeed's")
+def _(place: Path) -> list[str]:
+    write({"deep/latest": "checkpoint", "deep/checkpoint/mp_rank_00_model_states.pt": pickle.dumps(Run())})
+    return ["test", "--ckpt_path=deep", *DIGITS, "--model=CapsNet", *CPU]

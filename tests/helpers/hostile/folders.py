@@ -81,6 +81,18 @@ PIPELINES = {
         {"unet": ["diffusers", "UNet2DModel"]},
         {"folder/unet/config.json": {**SMALL_UNET, "inner": {"attn_implementation": "evil/kernel"}}},
     ),
+    "with a processor whose parts are code": (
+        {"unet": ["transformers", "LlavaProcessor"]},
+        {"folder/unet/tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil_module.Thing", None]}}},
+    ),
+    "with a model whose parts are code": (
+        {"unet": ["transformers", "LlavaForConditionalGeneration"]},
+        {"folder/unet/config.json": {"model_type": "llava", "vision_config": EVIL_MAP}},
+    ),
+    "with code in a list": (
+        {"unet": ["diffusers", "UNet2DModel"]},
+        {"folder/unet/more/x.json": [{"y": [EVIL_MAP]}]},
+    ),
     "that is a list": ("[1]", {}),
     "that is no JSON": ("evil", {}),
     "with a part that is a number": ({"unet": 7}, {}),
