@@ -74,18 +74,21 @@ def refuse_deletions(path: Path, content: Mapping[str, Any]) -> None:
         if not isinstance(state, Mapping) or not _NAMED & state.keys():
             continue  # of another callback
         best = state.get("best_k_models")
-        kept = [
-            *(best if isinstance(best, Mapping) else ()),
-            *map(state.get, ("last_model_path", "kth_best_model_path")),
-        ]
-        for text in map(str, filter(None, [*kept, state.get("best_model_path")])):
-            if _is_address(text):
-                raise UsageError(
-                    f"{str(path)!r}: its callbacks name {text!r}, which a resumed run may delete.",
-                    "If it is your own run's, resume from its address: --ckpt_path and the address.",
-                )
-            if not _is_in(text, str(state.get("dirpath")), strict=text in kept):
-                raise UsageError(f"{str(path)!r}: its callbacks name {text!r}, which may lie outside of the run.")
+        old = [*(best if isinstance(best, Mapping) else ())]
+        old += [state.get("last_model_path"), state.get("kth_best_model_path")]
+        for text, strict in [*((text, True) for text in old), (state.get("best_model_path"), False)]:
+            if isinstance(text, str) and text:
+                _refuse_deletion(path, text, str(state.get("dirpath")), strict)
+
+
+def _refuse_deletion(path: Path, text: str, folder: str, strict: bool) -> None:
+    if _is_address(text):
+        raise UsageError(
+            f"{str(path)!r}: its callbacks name {text!r}, which a resumed run may delete.",
+            "If it is your own run's, resume from its address: --ckpt_path and the address.",
+        )
+    if not _is_in(text, folder, strict):
+        raise UsageError(f"{str(path)!r}: its callbacks name {text!r}, which may lie outside of the run.")
 
 
 def _is_address(text: str) -> bool:
@@ -97,7 +100,7 @@ def _is_in(text: str, folder: str, strict: bool) -> bool:
 
     The best checkpoint may be of the run before; Lightning deletes it only where the new run lies.
     """
-    if os.path.normpath(text).count("..") < text.count(".."):
+    if "\0" in text or os.path.normpath(text).count("..") < text.count(".."):
         return False
     if not text.startswith(os.path.join(folder, "")):
         return not strict

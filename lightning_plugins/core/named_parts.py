@@ -14,14 +14,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple
 
-import yaml
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 _PARTS = (nn.Module, Optimizer, LRScheduler)
 _PLAIN = (str, int, float, complex, type(None), Collection, PathLike, Enum)
-_PlainLoader: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads as the parser's own, and makes no objects
 
 
 def imported_object(path: str) -> Any:
@@ -176,8 +174,11 @@ def _as_read(text: str) -> Any:
     Raises:
         ValueError: settings that cannot be looked at, as they hold themselves.
     """
+    import yaml
+
+    loader = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # reads as the parser's own, and makes no objects
     try:
-        read = yaml.load(text, Loader=_PlainLoader)
+        read = yaml.load(text, Loader=loader)
     except (yaml.constructor.ConstructorError, RecursionError) as error:
         raise ValueError("it holds a text with settings that hold themselves") from error
     except (yaml.YAMLError, ValueError):

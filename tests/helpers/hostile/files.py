@@ -37,6 +37,7 @@ CASES.every(
         "delete behind an address": {"dirpath": "/runs", "best_model_path": "simplecache::s3://bucket/data"},
         "delete beside it": {"dirpath": "/runs/checkpoints", "last_model_path": "/runs/thesis.txt"},
         "delete the best that climbs": {"dirpath": "/runs", "best_model_path": "/runs/checkpoints/../thesis.txt"},
+        "delete by no name": {"dirpath": "/runs", "last_model_path": "/runs/a\0b"},
         "delete without a folder": {"last_model_path": "/runs/thesis.txt"},
     },
     lambda place, state: ["fit", save(eae(callbacks={"ModelCheckpoint{}": state})), *DIGITS, *CPU],
