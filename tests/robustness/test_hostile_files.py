@@ -17,7 +17,9 @@ from hostile import CPU, DIGITS, EAE_ARGUMENTS, HOSTILE, MODULE, eae, save
 from lightning_plugins.cli import main
 from lightning_plugins.cli.checkpoint import read_hyperparameters
 from lightning_plugins.cli.checkpoint_rules import check_sharded
+from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.core.pretrained import nobody_is_asked
+from lightning_plugins.sid.pipeline_folder import check_parts
 
 
 class Unread(io.StringIO):
@@ -92,6 +94,29 @@ def test_in_a_process_of_its_own(sandbox, name):
     assert answer.returncode == 2, answer.stderr
     sentence = answer.stderr[answer.stderr.index("error: ") :]
     assert len(sentence.splitlines()) <= 5 and "[y/N]" not in answer.stdout + answer.stderr
+
+
+def refused(refuse, path):
+    """The sentence of a rule by itself, before anything else that might refuse."""
+    with pytest.raises((ValueError, UsageError)) as error:
+        refuse(path)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "file"),
+    [("a processor whose parts are code", "tokenizer_config"), ("a model whose parts are code", "config"),
+     ("code in a list", "x")],
+)  # fmt: skip
+def test_code_of_parts_within_parts(sandbox, case, file):
+    HOSTILE[f"a pipeline: with {case}"](sandbox)
+    assert refused(check_parts, Path("folder")) == f"its part 'unet' names code of its own (auto_map in {file}.json)."
+
+
+def test_a_pickle_among_the_weights_of_a_sharded_checkpoint(sandbox):
+    HOSTILE["a sharded checkpoint with a pickle for a weight"](sandbox)
+    assert "holds an object of posix.system; it is not opened" in refused(check_sharded, Path("shards"))
+    assert not (sandbox / "home" / "canary").exists()
 
 
 # What is good is still taken.
