@@ -1,6 +1,7 @@
 """A checkpoint describes its module, and loads with ``weights_only=True``, however the module was made."""
 
 import copy
+import enum
 import functools
 import sys
 import types
@@ -15,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_plugins.core import hyperparameters
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 
 
@@ -277,3 +279,15 @@ def test_made_by_the_command_line(tmp_path, monkeypatch):
     tested = run_cli(tmp_path, "test", "--model=user_project.Tiny", f"--ckpt_path={path}")
     assert tested.model.temperature == 0.25
     assert torch.equal(tested.model.encoder.weight, cli.model.encoder.weight)
+
+
+class Letter(str, enum.Enum):
+    """A text that is more than one."""
+
+    A = "a"
+
+
+@pytest.mark.parametrize("value", [np.str_("a"), Letter.A])
+def test_texts_of_other_libraries_are_kept_as_texts(value):
+    assert type(hyperparameters._plain_or_mark(value)) is str
+    assert hyperparameters._plain_or_mark({value: [value]}) == {"a": ["a"]}
