@@ -16,7 +16,8 @@ from numerics import compares_numbers
 _CACHE = tempfile.TemporaryDirectory(prefix="lightning_plugins_tests_")  # not the user's own
 os.environ.update(HF_HOME=_CACHE.name, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")  # read at import, later
 _FEW = max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-os.environ.setdefault("OMP_NUM_THREADS", str(_FEW))  # also for the processes that tests start
+if "OMP_NUM_THREADS" not in os.environ or "TEST_THREADS_SHARED" in os.environ:  # nobody asked; workers come second
+    os.environ.update(OMP_NUM_THREADS=str(_FEW), TEST_THREADS_SHARED="1")  # also for the processes that tests start
 os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 

@@ -1,5 +1,6 @@
 """The suite does not depend on order: random numbers are known, and a module's examples do not import it twice."""
 
+import os
 import random
 import shutil
 import subprocess
@@ -32,6 +33,13 @@ def test_each_test_starts_from_the_same_numbers(time, seen, request):
         request.getfixturevalue("shared")
     seen.append(draws())
     assert set(seen) == {seen[0]}
+
+
+def test_workers_share_two_threads_unless_others_are_asked_for():
+    asked = int(os.environ["OMP_NUM_THREADS"])
+    assert torch.get_num_threads() == asked
+    if "TEST_THREADS_SHARED" in os.environ:
+        assert asked == max(1, 2 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
 def test_shared_fixtures_draw_other_numbers_than_tests(shared):
