@@ -33,6 +33,8 @@ _CURES = {
     "NonFiniteGuard(policy='skip').",
     "late": "Go on from the last checkpoint. Mend or leave out that sample, lower the rate, clip gradients, or give "
     "NonFiniteGuard(policy='skip').",
+    "loss": "Its gradients are finite, as where every label is to be ignored, so that no weight can become NaN by it: "
+    "training goes on. This is said once.",
     "skip": "The step was left out. This is said once; guard/skipped_steps counts them.",
     "stop": "The step was left out and training stops, as policy='stop' says.",
 }
@@ -71,8 +73,9 @@ class NonFiniteGuard(Callback):
     leaves out samples by itself (:class:`SiD`) is only asked whether one was left.
 
     Args:
-        policy: ``raise`` ends the run with a FloatingPointError, ``skip`` leaves the step out and goes on, ``stop``
-            leaves it out and ends training as early stopping does.
+        policy: ``raise`` ends the run with a FloatingPointError, but for a loss whose gradients are finite, which is
+            told once and counts towards ``patience``; ``skip`` leaves the step out and goes on, ``stop`` leaves it out
+            and ends training as early stopping does.
         patience: most steps in a row that may be left out, by this callback, by a GradScaler or by the module; one more
             raises under every policy. The default of 16 is how often a GradScaler halves its first scale, 2^16, until
             there is nothing left to halve; a defect of single samples does not come that often in a row.
@@ -100,6 +103,7 @@ class NonFiniteGuard(Callback):
         self._row = Row()
         self._forget()
         self._nan_at_start: set[str] | None = None
+        self._told = False  # of a loss without consequence
 
     def _forget(self) -> None:
         self._open = False  # a window has begun
@@ -219,11 +223,18 @@ class NonFiniteGuard(Callback):
         self._row.add((verdict.step.epoch, verdict.step.batch_idx), loss_is_bad or gradient_is_bad)
         if not (loss_is_bad or gradient_is_bad):
             return False
-        if self._row.length > self.patience and (self.policy != "raise" or verdict.own or self._scaler is not None):
+        harmless = self.policy == "raise" and not gradient_is_bad  # no weight can become NaN by it
+        counts = self.policy != "raise" or harmless or verdict.own or self._scaler is not None
+        if self._row.length > self.patience and counts:
             cure = f"It is step {self._row.length} in a row to be left out, more than patience={self.patience}: "
             raise FloatingPointError(report(trainer, pl_module, verdict.step, cure + _LOST, verdict.own))
         if verdict.own or (self._scaler is not None and not loss_is_bad):
             return False  # the module's or the scaler's matter
+        if harmless:
+            if not self._told:
+                rank_zero_warn(report(trainer, pl_module, verdict.step, _CURES["loss"]))
+            self._told = True
+            return False
         if self.policy == "raise":
             raise FloatingPointError(
                 report(trainer, pl_module, verdict.step, _CURES["late" if self._late else "raise"])

@@ -193,3 +193,29 @@ def test_sparse_batches_can_be_reported():
     guard = NonFiniteGuard(policy="skip")
     fit(Sparse(), guard, data=[torch.eye(4).to_sparse() for _ in range(4)])
     assert guard.skipped == 1
+
+
+class Ignoring(Net):
+    """Every label of some batches is to be ignored: their loss is 0 / 0, its gradient 0."""
+
+    def __init__(self, ignored):
+        super().__init__()
+        self.layer, self.ignored = nn.Linear(4, 3), ignored
+
+    def training_step(self, batch, batch_idx):
+        label = torch.full((len(batch),), -100 if batch_idx in self.ignored else 1)
+        return nn.functional.cross_entropy(self.layer(batch), label)
+
+
+def test_a_loss_without_consequence_is_told_once():
+    model, plain = Ignoring({1, 3}), Ignoring({1, 3})
+    with pytest.warns(UserWarning, match="the loss is not finite") as told:
+        assert fit(model, NonFiniteGuard()).global_step == 6
+    fit(plain)
+    assert sum("NonFiniteGuard" in str(warning.message) for warning in told) == 1
+    assert torch.equal(model.layer.weight, plain.layer.weight) and model.layer.weight.isfinite().all()
+
+
+def test_losses_that_are_never_finite_end_the_run():
+    with pytest.warns(UserWarning), pytest.raises(FloatingPointError, match="It is step 3 in a row"):
+        fit(Ignoring(set(range(6))), NonFiniteGuard(patience=2))
