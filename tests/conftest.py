@@ -3,6 +3,7 @@
 ``OMP_NUM_THREADS`` asks for another number of threads.
 """
 
+import logging
 import os
 import signal
 import sys
@@ -21,6 +22,7 @@ if "OMP_NUM_THREADS" not in os.environ or "TEST_THREADS_SHARED" in os.environ:  
 os.environ.setdefault("MPLBACKEND", "agg")
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+_LIGHTNING = logging.getLogger("lightning.pytorch")
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 # Folders and files of processes and whole runs, which take long and hold few numbers.
@@ -45,13 +47,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def clean_process(tmp_path, monkeypatch):
-    """Run in an empty folder; put environment, signal handlers, argv, threads and process groups back."""
+    """Run in an empty folder; put environment, signal handlers, argv, threads, logs and process groups back."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["lightning-plugins"])  # LightningCLI warns about the test runner's arguments
     environment = os.environ.copy()
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     threads = torch.get_num_threads()
+    level = _LIGHTNING.level
     yield
+    _LIGHTNING.setLevel(level)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     torch.set_num_threads(threads)
