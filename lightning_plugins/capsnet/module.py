@@ -38,7 +38,7 @@ from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.optimizers import exponential_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import exponential_decay, with_scheduler
 
 
 @read_as_data

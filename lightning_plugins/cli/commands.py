@@ -159,7 +159,7 @@ def plot(run: str, output: str | None) -> None:
     Raises:
         UsageError: the run cannot be read or holds nothing to draw, or the picture cannot be written.
     """
-    from lightning_plugins.callbacks.ode_plots import plot_ode_diagnostics
+    from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics
 
     try:
         print(f"Picture: {plot_ode_diagnostics(run, output)}")

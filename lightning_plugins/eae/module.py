@@ -18,7 +18,7 @@ from lightning_plugins.core.distributed import gather_rows, shard_parts
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.optimizers import with_scheduler
+from lightning_plugins.core.lr_schedules import with_scheduler
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics

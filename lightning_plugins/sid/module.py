@@ -16,9 +16,9 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.curvature import loss_scale
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import loss_scale
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.arguments import check_arguments

@@ -18,12 +18,12 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.checkpoint_path import checkpoint_to_load
 from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import checkpoint_to_load
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
-from lightning_plugins.core.optimizers import WARMUP, linear_warmup_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from lightning_plugins.core.replay import is_replaying
+from lightning_plugins.replay.recorder import is_replaying
 
 
 class TokenWeights:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks.generative_evaluation import GenerativeEvaluation
+from lightning_plugins.callbacks.generative_evaluation.callback import GenerativeEvaluation
 from lightning_plugins.data.digits import Digits
 from lightning_plugins.data.prompts import PromptData
 from lightning_plugins.sid.batches import real_images
