@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from torch import Tensor
 
@@ -196,3 +197,13 @@ def checkpoint_to_load(trainer: Trainer | None) -> str | None:
             return str(path) if path else None
         frame = frame.f_back
     return None
+
+
+def count_no_step(optimizer: LightningOptimizer) -> None:
+    """Keep an optimizer's steps out of Lightning's ``global_step``; call it in ``training_step``.
+
+    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
+    the updates asked for. It sets these two hooks anew before each ``training_step``.
+    """
+    optimizer._on_before_step = do_nothing_closure
+    optimizer._on_after_step = do_nothing_closure

@@ -25,7 +25,7 @@ from lightning_plugins.metrics.birthday import BirthdayParadox
 from lightning_plugins.metrics.extractors import FeatureExtractor, check_feature, feature_extractor
 from lightning_plugins.metrics.frechet import FrechetDistance
 from lightning_plugins.metrics.kernel import KernelDistance
-from lightning_plugins.metrics.neighbours import PrecisionRecallDensityCoverage
+from lightning_plugins.metrics.precision_recall import PrecisionRecallDensityCoverage
 
 MetricName = Literal["frechet", "kernel", "precision_recall", "birthday"]
 _LOGGED = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "support_size")

@@ -24,7 +24,7 @@ from lightning_plugins.callbacks.generative_evaluation.callback import Generativ
 from lightning_plugins.metrics.birthday import BirthdayParadox
 from lightning_plugins.metrics.extractors import feature_extractor
 from lightning_plugins.metrics.frechet import FrechetDistance
-from lightning_plugins.metrics.neighbours import PrecisionRecallDensityCoverage
+from lightning_plugins.metrics.precision_recall import PrecisionRecallDensityCoverage
 
 NAMES = ("frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "support_size")
 

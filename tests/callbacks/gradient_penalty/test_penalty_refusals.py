@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from lightning_plugins.callbacks import GradientPenalty
-from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.sharding import shard_parts
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # torch.compile's

@@ -19,7 +19,22 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_plugins.capsnet.agreement import compute_votes, couplings, next_centres, next_centres_vjp, vote_sums
+from lightning_plugins.capsnet.routing import (
+    GradientKind,
+    RoutingKind,
+    bounded,
+    by_largest,
+    check_extras,
+    check_options,
+    check_shapes,
+    compute_dtype,
+    compute_votes,
+    couplings,
+    dtype_of_result,
+    next_centres,
+    squash,
+    vote_sums,
+)
 
 # numbers in one block: on a CPU the fastest of 2**15 to 2**22 for the paper's layer; a GPU wants larger launches
 _CPU_BLOCK = 2**20
@@ -268,3 +283,84 @@ def _shared_blocks(u: Tensor, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
     for i in range(0, u.shape[1], size):
         block = slice(i, min(i + size, u.shape[1]))
         yield block, u[:, block]
+
+
+def route(
+    u: Tensor,
+    W: Tensor,
+    routing: RoutingKind = "dynamic",
+    iterations: int = 3,
+    *,
+    gradient: GradientKind = "full",
+    squash_scale: float = 1.0,
+    leaky: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Find the poses of the output capsules by iterated agreement.
+
+    .. math::
+        c_{ij} = \mathrm{softmax}_j \langle \hat u_{ij}, a_j \rangle, \quad
+        s_j = \sum_i c_{ij} \hat u_{ij} + \mathrm{bias}_j, \quad v_j = \mathrm{squash}(s_j)
+
+    The first iteration is uniform (``c = 1/J``). What the votes are compared with in iteration r is
+
+    * ``dynamic``: ``a = v_1 + ... + v_{r-1}``, the paper's accumulated logits (Sabour et al. 2017, procedure 1);
+    * ``kmeans``: ``a = s_{r-1} / |s_{r-1}|`` (kexue.fm/archives/5112);
+    * ``kmeans_squash``: ``a = v_{r-1}`` (kexue.fm/archives/4819);
+    * ``uniform``: nothing; couplings stay uniform whatever the iterations.
+
+    Arithmetic is float32 or wider, also under autocast.
+
+    Args:
+        u: ``(B, N, D)`` input capsules.
+        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
+        routing: which of the four kinds.
+        iterations: ``>= 1`` computations of couplings, the uniform first one included. This is Sabour's r (3 in the
+            paper); Su's "r iterations after the uniform start" is r + 1 here.
+        gradient: ``"full"`` through all iterations, as in the papers' code; ``"last"`` takes the couplings of the last
+            iteration as constants, which is cheaper and a different training algorithm.
+        squash_scale: ``c`` of :func:`squash`.
+        leaky: one more logit, always 0, in each softmax: what belongs nowhere goes to this orphan class, and the
+            couplings of an input sum to less than one.
+        bias: ``(J, K)``, added to s in every iteration (the paper's official code).
+        mask: ``(B, N)`` bool, True where an input capsule is present; absent ones count as if dropped.
+
+    Returns:
+        ``(B, J, K)`` poses v of the last iteration: float32 (float64 for float64 input) under autocast, else in the
+        promoted dtype of ``u`` and ``W``.
+
+    Raises:
+        ValueError: if an argument is out of range or a shape does not fit.
+    """
+    iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
+    check_shapes(u, W)
+    check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
+    result_dtype = dtype_of_result(u, W)
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = compute_dtype(u, W)
+        u, W, bias = u.to(dtype), W.to(dtype), bias if bias is None else bias.to(dtype)
+        if mask is not None:  # the votes of a zero vector are zero: it pulls nowhere
+            u = u.masked_fill(~mask[:, :, None], 0)
+        sums = coupled_sums(
+            u.contiguous(), W.contiguous(), bias, routing, iterations, squash_scale, leaky, gradient == "last"
+        )
+        return squash(sums[-1], squash_scale).to(result_dtype)
+
+
+def next_centres_vjp(grad: Tensor, s: Tensor, routing: str, squash_scale: float) -> Tensor:
+    r"""Pull a gradient of :func:`next_centres` back to ``s``.
+
+    .. math:: v = f(n) \, s, \quad \bar s = f \bar v + \frac{f'(n)}{n} \langle s, \bar v \rangle \, s,
+        \qquad f = \frac{n}{c + n^2}, \; f' = \frac{c - n^2}{(c + n^2)^2}
+
+    for squash, and :math:`\bar s = (\bar v - v \langle v, \bar v \rangle) / n` for unit length.
+    """
+    if routing == "kmeans":
+        t, n, zero, largest = by_largest(s)
+        v = t / n
+        return ((grad - v * (v * grad).sum(-1, keepdim=True)) / n / largest).masked_fill(zero, 0)
+    t, n, c, q, zero = bounded(s, squash_scale)
+    w = c + n * n
+    along = (t * grad).sum(-1, keepdim=True) / n
+    return ((grad * (n / w) + t * ((c - n * n) / w / w * along)) / q).masked_fill(zero, 0)

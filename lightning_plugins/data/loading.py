@@ -13,65 +13,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_plugins.core import arguments as must
-
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: splitmix64's step
-_MASK = (1 << 64) - 1
-
-
-def _signed(x: int) -> int:
-    """The int64 that has the same 64 bits as the unsigned ``x``."""
-    x &= _MASK
-    return x - (1 << 64) if x >> 63 else x
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's >> copies the sign bit in; splitmix64 wants zeros
-
-
-def hash_keys(keys: Tensor, seed: int, stream: int = 0) -> Tensor:
-    r"""Hash integers to 63 uniform bits: output number ``key`` of the splitmix64 generator of (seed, stream).
-
-    A counter-based generator: any output is reached without those before it, and int64 arithmetic wraps modulo
-    :math:`2^{64}` as the algorithm wants.
-
-    Args:
-        keys: ``(...)`` int64.
-        seed: any integer.
-        stream: one number for each independent use (shift, partner, ...).
-
-    Returns:
-        ``(...)`` int64 in :math:`[0, 2^{63})`.
-
-    Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
-    """
-    start = _mix(_mix(torch.tensor(_signed(int(seed) * _GOLDEN))) + _signed((stream + 1) * _GOLDEN))
-    return _shift_right(_mix(start + keys * _signed(_GOLDEN)), 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
-
-
-def random_integers(keys: Tensor, high: int | Tensor, seed: int, stream: int = 0) -> Tensor:
-    """Uniform integers in ``[0, high)``, one for each key.
-
-    Args:
-        keys: ``(...)`` int64.
-        high: exclusive bound, positive and below 2^31; a number, or one for each key.
-        seed: any integer.
-        stream: one number for each independent use.
-
-    Returns:
-        ``(...)`` int64.
-    """
-    return (_shift_right(hash_keys(keys, seed, stream), 31) * high) >> 32  # 32 bits times 31 bits fit in an int64
+from lightning_plugins.core.random_numbers import hash_keys
 
 
 def epoch_generator(epoch: int, seed: int) -> torch.Generator:
@@ -288,3 +235,34 @@ def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor
         )
     order = hash_keys(torch.arange(num_samples), seed, stream=-2).argsort()
     return order[count:].sort().values, order[:count].sort().values
+
+
+class SplitLoaders(LightningDataModule):
+    """A data module whose loaders differ by the name of their split alone; a subclass writes :meth:`_loader`."""
+
+    predict_split = "predict"
+    """Split that is predicted."""
+
+    def _loader(self, split: str) -> KeyLoader:
+        """Of ``train``, ``val``, ``test`` or ``predict_split``, with this process's share."""
+        raise NotImplementedError(f"{type(self).__name__} must write _loader(split).")
+
+    def __str__(self) -> str:
+        """The class's name: Lightning's own text goes through all batches, and the command line asks for it."""
+        return type(self).__name__
+
+    def train_dataloader(self) -> KeyLoader:
+        """The training batches, in an order that is new in each epoch."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> KeyLoader:
+        """The validation batches, always the same."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> KeyLoader:
+        """The test batches, always the same."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> KeyLoader:
+        """The batches to predict, in their order."""
+        return self._loader(self.predict_split)

@@ -1,64 +1,12 @@
 """What manual optimization of several networks needs under Lightning's strategies."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
-
-from lightning_plugins.core.distributed import data_parallel_mesh
-
-
-def count_no_step(optimizer: LightningOptimizer) -> None:
-    """Keep an optimizer's steps out of Lightning's ``global_step``; call it in ``training_step``.
-
-    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
-    the updates asked for. It sets these two hooks anew before each ``training_step``.
-    """
-    optimizer._on_before_step = do_nothing_closure
-    optimizer._on_after_step = do_nothing_closure
-
-
-@contextmanager
-def gradient_sync(module: LightningModule, now: bool) -> Iterator[None]:
-    """Whether backward passes in here average gradients over the processes, or keep them to be added to."""
-    strategy = module.trainer.strategy
-    if now:
-        yield
-    elif isinstance(strategy, DDPStrategy):
-        with strategy.model.no_sync():
-            yield
-    else:
-        parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
-        for part in parts:
-            part.set_requires_gradient_sync(False, recurse=False)
-        yield
-        for part in parts:
-            part.set_requires_gradient_sync(True, recurse=False)
-
-
-def shard_networks(module: LightningModule, *networks: nn.Module) -> None:
-    """Shard networks over the data-parallel processes (FSDP2), each by itself; call it in ``configure_model``.
-
-    Not the module around them: FSDP2 then wants every call to come through it, but here each network is called alone.
-
-    Args:
-        module: under ``ModelParallelStrategy``.
-        networks: called as a whole; ones that are sharded already are left alone.
-
-    Raises:
-        ValueError: the strategy asks for tensor parallelism.
-    """
-    mesh = data_parallel_mesh(module)
-    for network in networks:
-        if not isinstance(network, FSDPModule):
-            # True, since by default the outermost stays whole after a call without a backward pass, such as sampling.
-            fully_shard(network, mesh=mesh, reshard_after_forward=True)
 
 
 @torch.no_grad()

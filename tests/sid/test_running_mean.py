@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_plugins.sid.averaging import half_life_decay, update_average
+from lightning_plugins.sid.networks import half_life_decay, update_average
 
 
 def test_an_image_counts_half_after_the_half_life():

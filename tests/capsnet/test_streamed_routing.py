@@ -6,8 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_plugins.capsnet import streaming
-from lightning_plugins.capsnet.routing import compute_votes, route, route_votes, squash
+from lightning_plugins.capsnet import streamed_routing
+from lightning_plugins.capsnet.routing import compute_votes, route_votes, squash
+from lightning_plugins.capsnet.streamed_routing import route
 
 KINDS = ["dynamic", "kmeans", "kmeans_squash", "uniform"]
 
@@ -15,7 +16,7 @@ KINDS = ["dynamic", "kmeans", "kmeans_squash", "uniform"]
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Let a handful of inputs make several blocks, the last one shorter."""
-    monkeypatch.setattr(streaming, "_CPU_BLOCK", 200)
+    monkeypatch.setattr(streamed_routing, "_CPU_BLOCK", 200)
 
 
 def draw(batch=3, inputs=17, D=4, J=3, K=5, shared=False, dtype=torch.float64, scale=1.0):
@@ -49,7 +50,7 @@ def test_streamed_equals_stored(kind, gradient, shared, small_blocks):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["dynamic", "kmeans", "kmeans_squash"])
 def test_derivatives_by_finite_differences(kind, shared, monkeypatch):
-    monkeypatch.setattr(streaming, "_CPU_BLOCK", 24)  # three inputs in a block
+    monkeypatch.setattr(streamed_routing, "_CPU_BLOCK", 24)  # three inputs in a block
     u, W = draw(batch=2, inputs=4, D=2, J=2, K=2, shared=shared)
     bias = torch.tensor([[0.1, -0.3], [0.2, 0.4]], dtype=torch.float64, requires_grad=True)
     mask = torch.tensor([[True] * 3 + [False], [True] * 4])
@@ -107,7 +108,7 @@ def test_the_operator_keeps_torchs_rules(shared):
     u, W = draw(shared=shared)
     bias = torch.zeros(3, 5, dtype=torch.float64, requires_grad=True)
     for last in (False, True):
-        torch.library.opcheck(streaming.coupled_sums, (u, W, bias, "kmeans", 3, 1.0, False, last))
+        torch.library.opcheck(streamed_routing.coupled_sums, (u, W, bias, "kmeans", 3, 1.0, False, last))
 
 
 @pytest.mark.parametrize("gradient", ["full", "last"])
@@ -194,17 +195,17 @@ def temporaries(inputs, shared, last):
     u, W = (x.detach() for x in draw(batch=8, inputs=inputs, D=8, J=10, K=16, shared=shared, dtype=torch.float32))
     options = (None, "dynamic", 3, 1.0, False, last)
     with PeakBytes() as forward:
-        sums = streaming.coupled_sums._init_fn(u, W, *options)  # what the operator runs, op by op
+        sums = streamed_routing.coupled_sums._init_fn(u, W, *options)  # what the operator runs, op by op
     with PeakBytes() as backward:
-        streaming._coupled_sums_backward._init_fn(torch.ones_like(sums), sums, u, W, *options)
+        streamed_routing._coupled_sums_backward._init_fn(torch.ones_like(sums), sums, u, W, *options)
     return forward.peak, backward.peak - u.nbytes - W.nbytes
 
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_memory_does_not_grow_with_the_inputs(shared, last, monkeypatch):
-    monkeypatch.setattr(streaming, "_CPU_BLOCK", 2**16)  # several blocks also at the smaller size
+    monkeypatch.setattr(streamed_routing, "_CPU_BLOCK", 2**16)  # several blocks also at the smaller size
     small, large = temporaries(1152, shared, last), temporaries(4608, shared, last)
     for few, many in zip(small, large, strict=True):
-        assert 0 < few < 8 * 4 * streaming._CPU_BLOCK  # eight blocks of float32
+        assert 0 < few < 8 * 4 * streamed_routing._CPU_BLOCK  # eight blocks of float32
         assert abs(many / few - 1) < 0.1

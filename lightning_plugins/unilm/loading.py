@@ -17,7 +17,7 @@ from lightning_plugins.unilm.backbones import (
     freeze_unread,
 )
 from lightning_plugins.unilm.cached_attention import cached_name
-from lightning_plugins.unilm.network import Decoding, Settings, UniLMMixin, unilm_class
+from lightning_plugins.unilm.forward import Decoding, Settings, UniLMMixin, unilm_class
 from lightning_plugins.unilm.surgery import extend_token_types
 from lightning_plugins.unilm.token_types import NUM_V1_TYPES, Segment, fitting_segment
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_plugins.metrics import PrecisionRecallDensityCoverage, feature_extractor
-from lightning_plugins.metrics import neighbours as neighbours_file
+from lightning_plugins.metrics import precision_recall as neighbours_file
 
 
 def by_definition(real, fake, k):

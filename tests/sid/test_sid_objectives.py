@@ -8,13 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_plugins.sid.denoiser import Denoiser
-from lightning_plugins.sid.steps import (
-    Draws,
-    draw_levels,
-    encoder_logits,
-    fake_score_terms,
-    generator_terms,
-)
+from lightning_plugins.sid.objectives import Draws, draw_levels, encoder_logits, fake_score_terms, generator_terms
 
 N, SHAPE = 4, (2, 5, 5)
 
