@@ -32,7 +32,6 @@ from lightning_plugins.core.logging import log_dir
 from lightning_plugins.core.named_parts import nothing_imported_for
 from lightning_plugins.data import ImageData, TextData
 
-LINKS = ("image_shape", "num_classes", "num_labels")
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -110,7 +109,7 @@ class PluginsCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data knows to the model's arguments of the same name."""
-        for name in LINKS:
+        for name in checkpoint.LINKS:
 
             def same_unless_given(value: Any, name: str = name) -> Any:
                 self._check_link(name, value)
@@ -135,7 +134,7 @@ class PluginsCLI(LightningCLI):
             given = "nothing" if trainer is None else repr(trainer)
             raise UsageError(f"trainer: has its settings below it, such as max_epochs: 3, not {given}.")
         self._take_model_from_checkpoint()
-        refuse_nulls(self.config[self.config.subcommand], LINKS)
+        refuse_nulls(self.config[self.config.subcommand], checkpoint.LINKS)
         self._require_model_and_data()
 
     def _take_model_from_checkpoint(self) -> None:
@@ -161,7 +160,7 @@ class PluginsCLI(LightningCLI):
             raise UsageError(f"{ckpt!r} holds no hyperparameters: add --model with the arguments it was made with.")
         if not hparams:
             return
-        model = checkpoint.model_config(path, hparams, given, LINKS)
+        model = checkpoint.model_config(path, hparams, given)
         with reading(ckpt), nothing_imported_for(hparams):
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
         checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)
