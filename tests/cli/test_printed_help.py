@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.plugins import CheckpointIO
 
 import lightning_plugins
-from lightning_plugins.cli.app import PluginsCLI
+from lightning_plugins.cli import main
 from lightning_plugins.cli.explain import argument_names
 
 CLASSES = [name for name in lightning_plugins._PUBLIC if isinstance(getattr(lightning_plugins, name), type)]
@@ -23,28 +23,11 @@ LEANING = ("of ", "and ", "as ", "see ", "the same", "likewise", "of both")
 MARKUP = re.compile(r":(class|func|meth|mod|attr|math|obj|data|ref|doc):|\\[A-Za-z]+|``")
 
 
-@pytest.fixture(scope="module")
-def parser():
-    """The command line's parser, made once: each ``main`` makes another."""
-
-    class MadeError(Exception):
-        pass
-
-    def keep(self, parser, args):
-        raise MadeError(parser)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PluginsCLI, "parse_arguments", keep)
-        with pytest.raises(MadeError) as made:
-            PluginsCLI(["fit"])
-    return made.value.args[0]
-
-
-def print_help(parser, name):
+def print_help(whole_parser, name):
     """Print a class's help; optimisers and metrics, which have no option of their own, as the parser would."""
     cls = getattr(lightning_plugins, name)
     option = next((option for base, option in OPTIONS.items() if issubclass(cls, base)), None)
-    words = ["fit", f"{option}={name}"]
+    parser, words = whole_parser, ["fit", f"{option}={name}"]
     if option is None:
         parser, words = ArgumentParser(), ["--help"]
         parser.add_class_arguments(cls, "part", fail_untyped=False)
@@ -76,12 +59,18 @@ def faults(said):
 
 @pytest.mark.xfail(strict=False, reason="The docstrings are being rewritten.")
 @pytest.mark.parametrize("name", CLASSES)
-def test_each_entry_can_be_read_alone(parser, capsys, monkeypatch, name):
+def test_each_entry_can_be_read_alone(whole_parser, capsys, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "100000")  # an entry, a line
-    print_help(parser, name)
+    print_help(whole_parser, name)
     text = capsys.readouterr().out
     found = {argument: (said, faults(said)) for argument, said in entries(text)}
     names = argument_names(f"lightning_plugins.{name}")
     assert [*found] == [argument for argument in names if not argument.endswith(".help")]
     assert {argument: told for argument, told in found.items() if told[1]} == {}
     assert not MARKUP.search(text)  # nor does the class's first line
+
+
+@pytest.mark.xfail(strict=False, reason="The docstrings are being rewritten.")
+def test_the_list_of_parts_is_plain_text(capsys):
+    main(["list"])
+    assert [line for line in capsys.readouterr().out.splitlines() if MARKUP.search(line)] == []
