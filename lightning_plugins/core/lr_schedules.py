@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.cli import LRSchedulerCallable, ReduceLROnPlateau
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -23,6 +23,31 @@ def with_scheduler(optimizer: Optimizer, make: LRSchedulerCallable) -> dict[str,
     scheduler = make(optimizer)
     monitor = {"monitor": scheduler.monitor} if isinstance(scheduler, ReduceLROnPlateau) else {}
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, **monitor}}
+
+
+def optimizer_or_own(
+    parameters: Any,
+    paper: Callable[[Any], Optimizer],
+    schedule: Callable[[Optimizer], Any] | None,
+    own_optimizer: OptimizerCallable | None,
+    own_scheduler: LRSchedulerCallable | None,
+) -> Any:
+    """What ``configure_optimizers`` returns: the paper's optimizer and schedule, unless the user gives their own.
+
+    Args:
+        parameters: parameters or groups of them.
+        paper: makes the paper's optimizer.
+        schedule: makes its schedule, as Lightning's ``lr_scheduler`` takes it; ``None`` for a constant rate. It does
+            not follow an optimizer of the user's.
+        own_optimizer: the user's, in its place.
+        own_scheduler: the user's, for either optimizer.
+    """
+    optimizer = own_optimizer(parameters) if own_optimizer else paper(parameters)
+    if own_scheduler:
+        return with_scheduler(optimizer, own_scheduler)
+    if own_optimizer or schedule is None:
+        return optimizer
+    return {"optimizer": optimizer, "lr_scheduler": schedule(optimizer)}
 
 
 def exponential_decay(optimizer: Optimizer, rate: float, steps: int, floor: float = 0.0) -> LambdaLR:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
-from lightning_plugins.core.lr_schedules import exponential_decay, linear_warmup_decay
+from lightning_plugins.core.lr_schedules import exponential_decay, linear_warmup_decay, optimizer_or_own
 
 
 def rates(optimizer, schedule, steps):
@@ -79,3 +80,21 @@ def test_a_share_of_endless_steps_is_refused():
         schedule.step()
     with pytest.raises(ValueError, match=r"warmup=-1 must be 0"):
         linear_warmup_decay(optimizer, -1, lambda: 10)
+
+
+@pytest.mark.parametrize("own_optimizer", [False, True])
+@pytest.mark.parametrize("own_scheduler", [False, True])
+def test_an_own_optimizer_or_scheduler_replaces_the_papers(own_optimizer, own_scheduler):
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    made = optimizer_or_own(
+        parameters,
+        lambda groups: torch.optim.Adam(groups, 0.1),
+        lambda optimizer: {"scheduler": LambdaLR(optimizer, lambda step: 0.5), "interval": "step"},
+        (lambda groups: torch.optim.SGD(groups, 0.2)) if own_optimizer else None,
+        (lambda optimizer: LambdaLR(optimizer, lambda step: 0.25)) if own_scheduler else None,
+    )
+    optimizer = made["optimizer"] if isinstance(made, dict) else made
+    assert type(optimizer) is (torch.optim.SGD if own_optimizer else torch.optim.Adam)
+    share = 0.25 if own_scheduler else 1 if own_optimizer else 0.5
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(share * (0.2 if own_optimizer else 0.1))
+    assert isinstance(made, dict) == (own_scheduler or not own_optimizer)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_plugins.core.random_numbers import _mix, _signed, hash_keys, random_integers
+from lightning_plugins.core.random_numbers import _mix, _signed, generator, hash_keys, random_integers
 
 
 def test_mix_gives_the_published_outputs_of_splitmix64():
@@ -37,3 +37,11 @@ def test_random_integers_are_uniform_and_streams_independent(high):
     assert (frequency - 1 / high).abs().max() < 5 * (1 / high / count) ** 0.5
     correlation = torch.corrcoef(torch.stack([x, y]).double())[0, 1]
     assert abs(correlation) < 5 / count**0.5
+
+
+def test_a_place_in_a_run_has_its_own_draws():
+    places = [(seed, step, rank) for seed in (0, 1, 2**62) for step in (0, 1, 999_999) for rank in (0, 1)]
+    draws = torch.stack([torch.rand(4, generator=generator("cpu", *place)) for place in places])
+    assert torch.equal(draws[3], torch.rand(4, generator=generator("cpu", *places[3])))
+    assert len(draws.unique(dim=0)) == len(places)
+    assert not torch.equal(draws[0], torch.rand(4, generator=generator("cpu", 0, 0)))  # fewer numbers
