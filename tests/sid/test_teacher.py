@@ -81,7 +81,7 @@ def test_decoding(teacher_folder):
     torch.testing.assert_close(images, (expected / 2 + 0.5).clamp(0, 1))
     latent.vae.register_to_config(shift_factor=0.1)  # as in Stable Diffusion 3
     torch.testing.assert_close(latent.decode(z - 0.1 * latent.vae.config.scaling_factor), images)
-    latent.vae.bfloat16()
+    latent.vae.half()
     assert latent.decode(z).dtype == torch.float32
 
 
