@@ -1,4 +1,4 @@
-"""What the README shows, works: its commands and its Python, block after block in one folder."""
+"""What the README and the pages under docs show, works: commands and Python, block after block, a folder a page."""
 
 import re
 import shlex
@@ -12,7 +12,10 @@ from lightning_plugins.cli import main
 
 pytestmark = pytest.mark.random_order(disabled=True)  # its blocks build on each other, as a reader runs them
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+}
+README = PAGES["README.md"]
 SHORT = {
     "limit_train_batches": 1,
     "limit_val_batches": 1,
@@ -46,16 +49,23 @@ def commands(content):
     return [" ".join(part.split()) for line in lines if line for part in line.split("&&")]
 
 
-BLOCKS = blocks(README)
-SHELL = [
-    (line, command) for language, line, content in BLOCKS if language in ("bash", "sh") for command in commands(content)
-]
 OURS = re.compile(r"(lightning-plugins|python3? -m lightning_plugins) ")
-STEPS = sorted(
-    [(line, "bash", command) for line, command in SHELL if OURS.match(command + " ")]
-    + [(line, "python", content) for language, line, content in BLOCKS if language == "python"],
-    key=lambda step: step[0],
-)
+BLOCKS = [(page, *block) for page, text in PAGES.items() for block in blocks(text)]
+SHELL = [
+    (page, line, command)
+    for page, language, line, content in BLOCKS
+    if language in ("bash", "sh")
+    for command in commands(content)
+]
+STEPS = [
+    (page, line, language, text)
+    for page in PAGES
+    for line, language, text in sorted(
+        [(line, "bash", command) for of, line, command in SHELL if of == page and OURS.match(command + " ")]
+        + [(line, "python", content) for of, language, line, content in BLOCKS if of == page and language == "python"],
+        key=lambda step: step[0],
+    )
+]
 
 
 def test_blocks_are_read():
@@ -66,41 +76,52 @@ def test_blocks_are_read():
 
 
 def test_the_readme_has_its_parts():
-    assert {language for language, _, _ in BLOCKS} >= {"bash", "python"}
-    shown = [command for _, command in SHELL]
+    assert {language for page, language, _, _ in BLOCKS if page == "README.md"} >= {"bash", "python"}
+    shown = [command for page, _, command in SHELL if page == "README.md"]
     assert [command for command in shown if command.startswith("make ")][:2] == ["make demo", "make test"]
     assert re.search(r"!\[[^\]]*\]\([^)]+\.png\)", README), "a picture made by the project"
 
 
-def test_linked_files_exist():
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
+@pytest.mark.parametrize("page", PAGES)
+def test_linked_files_exist(page):
+    prose = re.sub(r"^```.*?^```", "", PAGES[page], flags=re.MULTILINE | re.DOTALL)
+    folder = ROOT if page == "README.md" else ROOT / "docs"
     links = re.findall(r"\]\((?!https?://|#|mailto:)([^)#]+)", prose)
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert links or page != "README.md"
+    assert [link for link in links if not (folder / link).exists()] == []
 
 
-@pytest.mark.parametrize(("line", "command"), SHELL, ids=[f"line {line}: {command}"[:60] for line, command in SHELL])
-def test_every_command_is_known(line, command):
+def test_the_readme_leads_to_every_page():
+    assert {page for page in PAGES if page != "README.md" and f"docs/{page}" not in README} <= {"mutants.md"}
+
+
+@pytest.mark.parametrize(
+    ("page", "line", "command"), SHELL, ids=[f"{page} {line}: {command}"[:60] for page, line, command in SHELL]
+)
+def test_every_command_is_known(page, line, command):
     known = OURS.match(command + " ") or any(re.fullmatch(form, command) for form in FORMS.values())
-    assert known, f"README.md, after line {line}: {command!r}"
+    assert known, f"{page}, after line {line}: {command!r}"
     if command.startswith("make "):
         subprocess.run(["make", "-n", *command.split()[1:]], cwd=ROOT, check=True, capture_output=True, timeout=300)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """One folder for the whole README, so that a later block finds what an earlier one made."""
-    return tmp_path_factory.mktemp("readme")
+def folders(tmp_path_factory):
+    """One folder for each page, so that a later block finds what an earlier one made."""
+    return {page: tmp_path_factory.mktemp(page.removesuffix(".md")) for page in PAGES}
 
 
-@pytest.mark.parametrize(("line", "language", "text"), STEPS, ids=[f"line {line} {kind}" for line, kind, _ in STEPS])
-def test_block_runs(line, language, text, folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("page", "line", "language", "text"), STEPS, ids=[f"{page} {line} {kind}" for page, line, kind, _ in STEPS]
+)
+def test_block_runs(page, line, language, text, folders, monkeypatch):
+    folder = folders[page]
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     if language == "bash":
         run_command(shlex.split(text))
     else:
-        run_python(line, text, folder, monkeypatch)
+        run_python(f"{page}, line {line}", text, folder, monkeypatch)
 
 
 def run_command(words):
@@ -115,7 +136,7 @@ def run_command(words):
         assert not end.code, f"{arguments} ended with {end.code}"
 
 
-def run_python(line, code, folder, monkeypatch):
+def run_python(place, code, folder, monkeypatch):
     """Run a block as a script; a first line ``# name.py`` also puts it there for the commands that follow."""
     if name := re.match(r"# (\S+\.py)\n", code):
         (folder / name[1]).parent.mkdir(parents=True, exist_ok=True)
@@ -124,4 +145,4 @@ def run_python(line, code, folder, monkeypatch):
     monkeypatch.setattr(
         Trainer, "__init__", lambda self, **arguments: plain(self, **(arguments | SHORT | {"max_epochs": 1}))
     )
-    exec(compile(code, f"README.md, line {line}", "exec"), {"__name__": "__main__"})
+    exec(compile(code, place, "exec"), {"__name__": "__main__"})
