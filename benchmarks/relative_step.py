@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_plugins import Digits, GradientPenalty
-from lightning_plugins.core.vectors import displaced, norm
+from lightning_plugins.core.vectors import norm
+from lightning_plugins.replay.window import displaced
 
 STEPS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import BertConfig, Cache, DynamicCache, EncoderDecoderCache, EncoderDecoderConfig, EncoderDecoderModel
 
 from lightning_plugins.unilm.cached_attention import roomy_cache
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import segments_from_lengths, seq2seq_mask
-from lightning_plugins.unilm.model import load_unilm
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64},

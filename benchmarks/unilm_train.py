@@ -40,8 +40,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel
 
 from lightning_plugins import PythonDocstrings
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import segments_from_lengths
-from lightning_plugins.unilm.model import load_unilm
 from lightning_plugins.unilm.objectives import InputBuilder, Vocabulary
 
 SHAPES: dict[str, dict[str, int]] = {

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     )
     from lightning_plugins.capsnet import CapsNet
     from lightning_plugins.core.checkpoint_io import AtomicCheckpointIO, keep_checkpoints_whole
-    from lightning_plugins.core.replay import is_replaying
     from lightning_plugins.data import (
         Digits,
         HFImages,
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
         PrecisionRecallDensityCoverage,
     )
     from lightning_plugins.optim import NormRMSprop
+    from lightning_plugins.replay.recorder import is_replaying
     from lightning_plugins.sid import DiffusionTeacher, SiD
     from lightning_plugins.unilm import UniLMSeq2Seq, plot_masks
 
@@ -76,7 +76,7 @@ _PUBLIC = {
     "entropy_gap": "lightning_plugins.eae",
     "flood": "lightning_plugins.callbacks",
     "gradient_penalty_backward": "lightning_plugins.callbacks",
-    "is_replaying": "lightning_plugins.core.replay",
+    "is_replaying": "lightning_plugins.replay.recorder",
     "keep_checkpoints_whole": "lightning_plugins.core.checkpoint_io",
     "knn_entropy": "lightning_plugins.eae",
     "plot_masks": "lightning_plugins.unilm",

@@ -6,20 +6,13 @@ from lightning_plugins.capsnet.layers import (
     RoutingCapsules,
     SelfAttentionRouting,
     exponential_squash,
-    margin_loss,
-    multi_hot,
 )
+from lightning_plugins.capsnet.losses import margin_loss, multi_hot
 from lightning_plugins.capsnet.module import CapsNet
 from lightning_plugins.capsnet.networks import PRESETS, Preset
-from lightning_plugins.capsnet.routing import (
-    RoutingTrace,
-    compute_votes,
-    kmeans_objective,
-    route,
-    route_votes,
-    routing_trace,
-    squash,
-)
+from lightning_plugins.capsnet.routing import compute_votes, route_votes, squash
+from lightning_plugins.capsnet.streamed_routing import route
+from lightning_plugins.capsnet.trace import RoutingTrace, kmeans_objective, routing_trace
 
 __all__ = [
     "PRESETS",

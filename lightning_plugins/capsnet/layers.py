@@ -12,16 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_plugins.capsnet.routing import (
-    GradientKind,
-    RoutingKind,
-    RoutingTrace,
-    check_options,
-    kmeans_objective,
-    route,
-    routing_trace,
-    squash,
-)
+from lightning_plugins.capsnet.routing import GradientKind, RoutingKind, check_options, squash
+from lightning_plugins.capsnet.streamed_routing import route
+from lightning_plugins.capsnet.trace import RoutingTrace, kmeans_objective, routing_trace
 from lightning_plugins.core import arguments as must
 
 
@@ -100,7 +93,7 @@ class RoutingCapsules(nn.Module):
     r"""Output capsules by routing: soft clustering of the votes :math:`\hat u_{j|i} = W_{ij} u_i`.
 
     The votes are streamed, never tiled and never stored at full size. See
-    :func:`~lightning_plugins.capsnet.routing.route` for the kinds of routing and their formulas.
+    :func:`~lightning_plugins.capsnet.streamed_routing.route` for the kinds of routing and their formulas.
 
     Args:
         in_dim: dimensions D of an input capsule.
@@ -286,72 +279,3 @@ class CapsuleDecoder(nn.Module):
         if labels.ndim == 2:
             poses = poses.unsqueeze(1)
         return self.layers((poses * chosen).flatten(-2)).unflatten(-1, self.image_shape).sigmoid()
-
-
-def margin_loss(
-    lengths: Tensor, targets: Tensor, m_plus: float = 0.9, m_minus: float = 0.1, downweight: float = 0.5
-) -> Tensor:
-    r"""Margin loss on capsule lengths, summed over classes, averaged over the batch.
-
-    .. math:: L = \sum_j T_j \max(0, m^+ - \|v_j\|)^2 + \lambda (1 - T_j) \max(0, \|v_j\| - m^-)^2
-
-    Args:
-        lengths: ``(B, J)`` in [0, 1).
-        targets: ``(B,)`` class indices or ``(B, L)`` indices of several present classes.
-        m_plus: length a present class should reach (0.9).
-        m_minus: length an absent class may have (0.1).
-        downweight: :math:`\lambda`, weight of the absent classes (0.5; 0.25 in kexue.fm/archives/4819).
-
-    Returns:
-        ``()`` loss in float32 or wider.
-
-    Raises:
-        ValueError: an argument is out of range or a tensor of another shape.
-
-    Source: Sabour, Frosst, Hinton 2017 (arXiv 1710.09829), eq. 4.
-
-    Example:
-        >>> margin_loss(torch.tensor([[0.9, 0.3]]), torch.tensor([0]))  # 0.5 * (0.3 - 0.1) ** 2
-        tensor(0.0200)
-    """
-    margins = {"m_plus": m_plus, "m_minus": m_minus, "downweight": downweight}
-    must.check(margins, m_plus=must.finite, m_minus=must.finite, downweight=must.non_negative)
-    must.tensor("(B, J)")("lengths", lengths)
-    must.tensor("(B, ...)", dtype="integer")("targets", targets)
-    lengths = lengths.to(torch.promote_types(lengths.dtype, torch.float32))
-    present = multi_hot(targets, lengths.shape[-1]).to(lengths.dtype)
-    hit = (m_plus - lengths).clamp_min(0).square()
-    miss = (lengths - m_minus).clamp_min(0).square()
-    return (present * hit + downweight * (1 - present) * miss).sum(-1).mean()
-
-
-def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``.
-
-    Raises:
-        ValueError: ``labels`` is no int64 tensor, or ``num_classes`` below 1.
-    """
-    must.tensor("(B, ...)", dtype="integer")("labels", labels)
-    must.count("num_classes", num_classes)
-    seen = labels.device.type == "cpu" and not torch.compiler.is_compiling()  # an accelerator would be waited for
-    if seen and labels.numel():
-        must.whole(int(labels.max()) + 1, why="labels are 0 to num_classes - 1")("num_classes", num_classes)
-    rows = labels.reshape(len(labels), -1)
-    return torch.zeros(len(rows), num_classes, dtype=torch.int64, device=labels.device).scatter_(1, rows, 1)
-
-
-def align_labels(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Reorder predicted classes ``(B, L)`` so that each right one stands where it stands in ``labels`` ``(B, L)``.
-
-    Example:
-        >>> align_labels(torch.tensor([[1, 5], [3, 5]]), torch.tensor([[5, 3], [3, 5]]))
-        tensor([[5, 1],
-                [3, 5]])
-    """
-    same = predictions.unsqueeze(2) == labels.unsqueeze(1)  # (B, predicted, true)
-    L = labels.shape[1]
-    place = torch.where(same.any(2), same.int().argmax(2), L)  # of each prediction among the labels; L: wrong
-    free = torch.where(same.any(1), torch.arange(L, device=labels.device), L)  # of each label; L: was not read
-    return torch.empty_like(predictions).scatter_(
-        1, free.argsort(dim=1, stable=True), predictions.gather(1, place.argsort(dim=1, stable=True))
-    )

@@ -14,14 +14,8 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
 
 from lightning_plugins.capsnet import plots
-from lightning_plugins.capsnet.layers import (
-    CapsuleDecoder,
-    RoutingCapsules,
-    SelfAttentionRouting,
-    align_labels,
-    margin_loss,
-    multi_hot,
-)
+from lightning_plugins.capsnet.layers import CapsuleDecoder, RoutingCapsules, SelfAttentionRouting
+from lightning_plugins.capsnet.losses import align_labels, margin_loss, multi_hot
 from lightning_plugins.capsnet.networks import (
     EfficientFeatures,
     Preset,
@@ -31,14 +25,15 @@ from lightning_plugins.capsnet.networks import (
     initialize_as_official,
     resolve_preset,
 )
-from lightning_plugins.capsnet.routing import GradientKind, RoutingKind, RoutingTrace
+from lightning_plugins.capsnet.routing import GradientKind, RoutingKind
+from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.optimizers import exponential_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import exponential_decay, with_scheduler
+from lightning_plugins.core.sharding import shard_parts
 
 
 @read_as_data

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_plugins.capsnet.layers import align_labels
-from lightning_plugins.capsnet.routing import RoutingTrace
+from lightning_plugins.capsnet.losses import align_labels
+from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core.pictures import new_figure, show_mosaic
 
 if TYPE_CHECKING:

@@ -1,37 +1,112 @@
 """Routing between capsules: which output capsule each input capsule belongs to, found by agreement.
 
+The paper on a page: squash, couplings, what the votes are compared with next, and the loop. ``streamed_routing.py``
+computes the same without storing the votes.
+
 Names follow the papers. Shape letters: B batch, N input capsules, D their size, J output capsules, K their size,
 R iterations. ``u`` (B,N,D) are input capsules, ``W`` (N,D,J,K) or shared (D,J,K) the transforms, votes ``u W``
-(B,N,J,K), couplings c (B,N,J), poses v (B,J,K).
+(B,N,J,K), couplings c (B,N,J), poses v (B,J,K). Only votes and couplings are large.
 """
 
 import functools
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_plugins.capsnet.agreement import (
-    GradientKind,
-    RoutingKind,
-    check_shapes,
-    compute_dtype,
-    compute_votes,
-    next_centres,
-    squash,
-    unit,
-    vote_couplings,
-    vote_sums,
-)
-from lightning_plugins.capsnet.streaming import coupled_sums
 from lightning_plugins.core import arguments as must
 
-__all__ = [
-    "GradientKind", "RoutingKind", "RoutingTrace", "compute_votes", "kmeans_objective", "route", "route_votes",
-    "routing_trace", "squash",
-]  # fmt: skip
+RoutingKind = Literal["dynamic", "kmeans", "kmeans_squash", "uniform"]
+
+
+GradientKind = Literal["full", "last"]
+
+
+def squash(s: Tensor, scale: float = 1.0) -> Tensor:
+    r"""Shrink vectors to a length below one, keeping their direction.
+
+    .. math:: \mathrm{squash}(s) = \frac{\|s\|^2}{c + \|s\|^2} \, \frac{s}{\|s\|}
+
+    Args:
+        s: ``(..., D)`` capsule inputs; half precision is widened for the norm.
+        scale: ``c > 0``. 1 in Sabour et al. 2017 eq. 1; 0.5 in kexue.fm/archives/5112, where length 0.9 is reached at
+            ``|s| = 2.12`` in place of 3.
+
+    Returns:
+        ``(..., D)`` vectors with length in [0, 1), in the dtype of ``s``; the zero vector stays zero, its gradient too.
+
+    Raises:
+        ValueError: ``scale`` is not positive, or ``s`` no floating tensor.
+
+    Source: Sabour, Frosst, Hinton 2017, eq. 1.
+
+    >>> squash(torch.tensor([3.0, 4.0])).norm()  # 25 / 26
+    tensor(0.9615)
+    """
+    must.tensor("(..., D)")("s", s)
+    must.positive("scale", scale)
+    t, n, c, _, zero = bounded(s.to(compute_dtype(s)), scale)
+    return (t * (n / (c + n * n)).masked_fill(zero, 0)).to(s.dtype)
+
+
+def couplings(logits: Tensor, leaky: bool, dim: int = -1) -> Tensor:
+    """Softmax over the output capsules; ``leaky`` adds an orphan class with logit 0, whose share is not returned."""
+    if not leaky:
+        return logits.softmax(dim)
+    orphan = torch.zeros_like(logits.narrow(dim, 0, 1))
+    return torch.cat([logits, orphan], dim).softmax(dim).narrow(dim, 0, logits.shape[dim])
+
+
+def vote_couplings(votes: Tensor, centres: Tensor | None, leaky: bool) -> Tensor:
+    """Couplings ``(B, N, J)`` of stored votes with centres ``(B, J, K)``, uniform where these are None."""
+    if centres is None:
+        return votes.new_full(votes.shape[:3], 1 / (votes.shape[2] + leaky))
+    return couplings(torch.einsum("bnjk,bjk->bnj", votes, centres), leaky)
+
+
+def next_centres(centres: Tensor | None, s: Tensor, routing: str, squash_scale: float) -> Tensor:
+    """Say what the votes are compared with after an iteration that summed to ``s``; None stands for the uniform start.
+
+    Args:
+        centres: ``(B, J, K)`` of this iteration, or None.
+        s: ``(B, J, K)``.
+        routing: ``dynamic`` adds up squashed sums (the logits accumulate), the others start afresh.
+        squash_scale: ``c`` of :func:`squash`.
+
+    Returns:
+        ``(B, J, K)``.
+    """
+    v = unit(s) if routing == "kmeans" else squash(s, squash_scale)
+    return centres + v if routing == "dynamic" and centres is not None else v
+
+
+def vote_sums(
+    votes: Tensor, bias: Tensor | None, routing: str, iterations: int, squash_scale: float, leaky: bool, last: bool
+) -> list[Tensor]:
+    """Run the loop of the papers on stored votes, by plain autograd.
+
+    Args:
+        votes: ``(B, N, J, K)``.
+        bias: ``(J, K)`` or None.
+        routing: see :func:`next_centres`.
+        iterations: ``>= 1``.
+        squash_scale: ``c`` of :func:`squash`.
+        leaky: adds the orphan class.
+        last: couplings of the last iteration are constants.
+
+    Returns:
+        The R sums s ``(B, J, K)`` before squash, of which the last is the result.
+    """
+    centres, sums = None, []
+    for left in reversed(range(iterations)):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (left == 0 or not last)):
+            c = vote_couplings(votes, centres, leaky)
+            s = torch.einsum("bnj,bnjk->bjk", c.detach() if last else c, votes)
+            sums.append(s if bias is None else s + bias)
+            if left:
+                centres = next_centres(centres, sums[-1], routing, squash_scale)
+    return sums
 
 
 def route_votes(
@@ -67,8 +142,8 @@ def route_votes(
     must.tensor()("votes", votes)
     if votes.dim() != 4:
         raise ValueError(f"votes must have shape (B, N, J, K), not {tuple(votes.shape)}; see compute_votes.")
-    _check_extras(votes.shape, bias, mask)
-    result_dtype = _result_dtype(votes)
+    check_extras(votes.shape, bias, mask)
+    result_dtype = dtype_of_result(votes)
     with torch.autocast(votes.device.type, enabled=False):
         votes = votes.to(compute_dtype(votes))
         bias = bias if bias is None else bias.to(votes.dtype)
@@ -78,179 +153,70 @@ def route_votes(
         return squash(sums[-1], squash_scale).to(result_dtype)
 
 
-def route(
-    u: Tensor,
-    W: Tensor,
-    routing: RoutingKind = "dynamic",
-    iterations: int = 3,
-    *,
-    gradient: GradientKind = "full",
-    squash_scale: float = 1.0,
-    leaky: bool = False,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    r"""Find the poses of the output capsules by iterated agreement.
+def compute_votes(u: Tensor, W: Tensor) -> Tensor:
+    """Let every input capsule predict every output capsule: ``u_i W_ij``.
 
-    .. math::
-        c_{ij} = \mathrm{softmax}_j \langle \hat u_{ij}, a_j \rangle, \quad
-        s_j = \sum_i c_{ij} \hat u_{ij} + \mathrm{bias}_j, \quad v_j = \mathrm{squash}(s_j)
-
-    The first iteration is uniform (``c = 1/J``). What the votes are compared with in iteration r is
-
-    * ``dynamic``: ``a = v_1 + ... + v_{r-1}``, the paper's accumulated logits (Sabour et al. 2017, procedure 1);
-    * ``kmeans``: ``a = s_{r-1} / |s_{r-1}|`` (kexue.fm/archives/5112);
-    * ``kmeans_squash``: ``a = v_{r-1}`` (kexue.fm/archives/4819);
-    * ``uniform``: nothing; couplings stay uniform whatever the iterations.
-
-    Arithmetic is float32 or wider, also under autocast.
+    For reference, traces and tests: routing gives the same result without storing this tensor.
 
     Args:
         u: ``(B, N, D)`` input capsules.
         W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
-        routing: which of the four kinds.
-        iterations: ``>= 1`` computations of couplings, the uniform first one included. This is Sabour's r (3 in the
-            paper); Su's "r iterations after the uniform start" is r + 1 here.
-        gradient: ``"full"`` through all iterations, as in the papers' code; ``"last"`` takes the couplings of the last
-            iteration as constants, which is cheaper and a different training algorithm.
-        squash_scale: ``c`` of :func:`squash`.
-        leaky: one more logit, always 0, in each softmax: what belongs nowhere goes to this orphan class, and the
-            couplings of an input sum to less than one.
-        bias: ``(J, K)``, added to s in every iteration (the paper's official code).
-        mask: ``(B, N)`` bool, True where an input capsule is present; absent ones count as if dropped.
 
     Returns:
-        ``(B, J, K)`` poses v of the last iteration: float32 (float64 for float64 input) under autocast, else in the
-        promoted dtype of ``u`` and ``W``.
-
-    Raises:
-        ValueError: if an argument is out of range or a shape does not fit.
+        ``(B, N, J, K)`` votes.
     """
-    iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
     check_shapes(u, W)
-    _check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
-    result_dtype = _result_dtype(u, W)
-    with torch.autocast(u.device.type, enabled=False):
-        dtype = compute_dtype(u, W)
-        u, W, bias = u.to(dtype), W.to(dtype), bias if bias is None else bias.to(dtype)
-        if mask is not None:  # the votes of a zero vector are zero: it pulls nowhere
-            u = u.masked_fill(~mask[:, :, None], 0)
-        sums = coupled_sums(
-            u.contiguous(), W.contiguous(), bias, routing, iterations, squash_scale, leaky, gradient == "last"
-        )
-        return squash(sums[-1], squash_scale).to(result_dtype)
+    return torch.einsum("bnd,djk->bnjk" if W.dim() == 3 else "bnd,ndjk->bnjk", u, W)
 
 
-def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Measure how well the centres explain the votes: the loss that ``kmeans`` routing never raises.
-
-    .. math:: L = -\sum_i \log \sum_j \exp \langle \hat u_{ij}, v_j / \|v_j\| \rangle
-
-    Args:
-        votes: ``(B, N, J, K)``.
-        centres: ``(B, J, K)``; only their directions count.
-        mask: ``(B, N)`` bool, True where an input capsule is present.
-
-    Returns:
-        ``(B,)`` objective of each sample.
-
-    Raises:
-        ValueError: a tensor of another shape.
-
-    Source: kexue.fm/archives/5112.
-    """
-    must.check(
-        {"votes": votes, "centres": centres}, votes=must.tensor("(B, N, J, K)"), centres=must.tensor("(B, J, K)")
-    )
-    _check_extras((*votes.shape[:2], *centres.shape[1:]), None, mask)
-    terms = torch.einsum("bnjk,bjk->bnj", votes, unit(centres)).logsumexp(-1)
-    if mask is not None:
-        terms = terms.masked_fill(~mask, 0)
-    return -terms.sum(-1)
+def unit(s: Tensor) -> Tensor:
+    """Divide vectors by their length; zero stays zero, and so does its gradient."""
+    t, n, zero = by_largest(s)[:3]
+    return (t / n).masked_fill(zero, 0)
 
 
-@dataclass(frozen=True)
-class RoutingTrace:
-    """What happened in each of R routing iterations.
-
-    Attributes:
-        couplings: ``(R, B, N, J)``, zero for absent inputs.
-        poses: ``(R, B, J, K)`` after squash.
-        objective: ``(R, B)`` :func:`kmeans_objective` at the poses of that iteration.
-        entropy: ``(R, B)`` of the couplings, mean over present inputs, as a fraction of the largest possible,
-            ``log J`` (``log(J + 1)`` when leaky, the orphan's share included).
-    """
-
-    couplings: Tensor
-    poses: Tensor
-    objective: Tensor
-    entropy: Tensor
-
-
-@torch.no_grad()
-def routing_trace(
-    u: Tensor,
-    W: Tensor,
-    routing: RoutingKind = "dynamic",
-    iterations: int = 3,
-    *,
-    squash_scale: float = 1.0,
-    leaky: bool = False,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> RoutingTrace:
-    """Record couplings, poses, objective and entropy of every iteration; votes are stored, nothing is differentiated.
-
-    Args:
-        u: see :func:`route`, as all further arguments.
-        W: ``(N, D, J, K)`` or ``(D, J, K)``.
-        routing: which of the four kinds.
-        iterations: ``>= 1``.
-        squash_scale: ``> 0``.
-        leaky: adds the orphan class.
-        bias: ``(J, K)`` or None.
-        mask: ``(B, N)`` bool or None.
-
-    Returns:
-        A :class:`RoutingTrace`.
-
-    Raises:
-        ValueError: if an argument is out of range or a shape does not fit.
-    """
-    steps = check_options(routing, iterations, "full", squash_scale, leaky)
-    check_shapes(u, W)
-    with torch.autocast(u.device.type, enabled=False):
-        dtype = compute_dtype(u, W)
-        votes = compute_votes(u.to(dtype), W.to(dtype))
-        _check_extras(votes.shape, bias, mask)
-        if mask is not None:
-            votes = votes.masked_fill(~mask[:, :, None, None], 0)
-        sums = vote_sums(votes, bias, routing, steps, squash_scale, leaky, False)
-        centres: list[Tensor | None] = [None]
-        for s in sums[:-1]:
-            centres.append(next_centres(centres[-1], s, routing, squash_scale))
-        sums += sums[-1:] * (iterations - steps)  # uniform couplings stay as they are
-        centres += centres[-1:] * (iterations - steps)
-
-        present = torch.ones_like(votes[:, :, 0, 0]) if mask is None else mask.to(dtype)
-        c = torch.stack([vote_couplings(votes, a, leaky) for a in centres])
-        return RoutingTrace(
-            couplings=c * present[..., None],
-            poses=squash(torch.stack(sums), squash_scale),
-            objective=torch.stack([kmeans_objective(votes, s, mask) for s in sums]),
-            entropy=(_relative_entropy(c, leaky) * present).sum(-1) / present.sum(-1),
+def check_shapes(u: Tensor, W: Tensor) -> None:
+    """Raise a ValueError unless ``u`` is (B, N, D) and ``W`` (N, D, J, K) or (D, J, K)."""
+    must.check({"u": u, "W": W}, u=must.tensor(), W=must.tensor())
+    if u.dim() != 3:
+        raise ValueError(f"u must have shape (B, N, D), not {tuple(u.shape)}.")
+    if W.dim() not in (3, 4):
+        raise ValueError(f"W must have shape (N, D, J, K) or, shared, (D, J, K), not {tuple(W.shape)}.")
+    if W.shape[:-2] != u.shape[5 - W.dim() :]:
+        raise ValueError(
+            f"W {tuple(W.shape)} does not fit u {tuple(u.shape)}: u is (B, N, D), W (N, D, J, K) or, shared, (D, J, K)."
         )
 
 
-def _relative_entropy(couplings: Tensor, leaky: bool) -> Tensor:
-    """Entropy of each input's couplings, the orphan's share included, as a fraction of the largest possible."""
-    entropy = torch.special.entr(couplings).sum(-1)
-    if leaky:
-        entropy = entropy + torch.special.entr((1 - couplings.sum(-1)).clamp_min(0))
-    return entropy / math.log(max(2, couplings.shape[-1] + leaky))
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype for arithmetic: the tensors' promoted one, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
 
 
-def _result_dtype(*tensors: Tensor) -> torch.dtype:
+def bounded(s: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return t = s/q, |t|, c/q^2, q = max(1, |s|_inf): squash(s; c) = squash(t; c/q^2), where no square overflows.
+
+    q counts as a constant: its true derivative cancels. Zero vectors, told by the last tensor, are replaced by ones,
+    as the norm's second derivative is NaN at zero.
+    """
+    largest = s.detach().abs().amax(-1, keepdim=True)
+    zero, q = largest == 0, largest.clamp_min(1)
+    t = (s / q).masked_fill(zero, 1)
+    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), scale / q / q, q, zero
+
+
+def by_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return t = s/|s|_inf, |t|, where s is zero (t is one there), and |s|_inf: short vectors too keep all digits."""
+    largest = s.detach().abs().amax(-1, keepdim=True)
+    zero, largest = largest == 0, largest.clamp_min(torch.finfo(s.dtype).tiny)
+    t = (s / largest).masked_fill(zero, 1)
+    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), zero, largest
+
+
+def dtype_of_result(*tensors: Tensor) -> torch.dtype:
     """Float32 or wider under autocast, else the tensors' promoted dtype."""
     if torch.is_autocast_enabled(tensors[0].device.type):
         return compute_dtype(*tensors)
@@ -258,7 +224,11 @@ def _result_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 _ROUTING, _GRADIENT = must.one_of(RoutingKind), must.one_of(GradientKind)
+
+
 _TENSOR = must.optional(must.tensor(dtype="any"))
+
+
 _ITERATIONS = must.whole(1, why="the first one is the uniform start")
 
 
@@ -272,7 +242,8 @@ def check_options(routing: str, iterations: int, gradient: str, squash_scale: fl
     return 1 if routing == "uniform" else iterations
 
 
-def _check_extras(votes_shape: Sequence[int], bias: Tensor | None, mask: Tensor | None) -> None:
+def check_extras(votes_shape: Sequence[int], bias: Tensor | None, mask: Tensor | None) -> None:
+    """Raise a ValueError unless bias and mask fit votes of that shape."""
     B, N, J, K = votes_shape
     must.check({"bias": bias, "mask": mask}, bias=_TENSOR, mask=_TENSOR)
     if bias is not None and bias.shape != (J, K):

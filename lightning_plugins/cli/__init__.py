@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from lightning_plugins import __version__
 from lightning_plugins.cli.commands import COMMANDS, run_command
 from lightning_plugins.cli.messages import UsageError, did_you_mean
+from lightning_plugins.cli.short_help import short_help
 
 __all__ = ["main"]
 
@@ -28,8 +29,9 @@ Train, test and look into ideas that are famous on paper, as PyTorch Lightning p
 commands:
 {_COMMANDS}
 
-`lightning-plugins COMMAND --help` shows a command's options, `--model.help CLASS` behind it those of a class,
-`--print_config` the whole configuration. A class of your own is given by its path: --model my_package.MyCapsNet.
+`lightning-plugins COMMAND --help` shows the options of a command. Behind fit, validate, test and predict: `--help all`
+shows all of them, `--model.help CLASS` those of a class, `--trainer.help` the Trainer's, `--print_config` the whole
+configuration. A class of your own is given by its path: --model my_package.MyCapsNet.
 
 options:
   --version                      print the version
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif words[0] in ("generate", "sample", "export", "list", "copy", "plot"):
             with _own_modules():
                 run_command(words[0], words[1:])
+        elif words[0] in COMMANDS and words[-1] in ("-h", "--help"):
+            print(short_help(words[0]), end="")
         elif words[0] in COMMANDS or words[0].startswith("--print_completion"):
             _run(words)
         else:

@@ -24,15 +24,15 @@ from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
-from lightning_plugins.cli.parser import ConfigFile, Parser, reading
+from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
+from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.logging import log_dir
 from lightning_plugins.core.named_parts import nothing_imported_for
 from lightning_plugins.data import ImageData, TextData
 
-LINKS = ("image_shape", "num_classes", "num_labels")
 _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predict"}
 
 
@@ -84,33 +84,27 @@ class PluginsCLI(LightningCLI):
         for name, command in command_parsers().items():  # run by main; here for completion and suggestions
             parser._subcommands_action.add_subcommand(name, command, help=command.description)
 
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs, add_help=False)  # it has its own
+
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--config``, the seed and ``--test_after_fit``."""
-        parser.add_argument(
-            "-c",
-            "--config",
-            action=ConfigFile,
-            help="YAML file or the name of a shipped config (see `lightning-plugins list`). May be repeated: the later "
-            "file wins, and so does every option given after it.",
-        )
+        """Add the help, ``--config``, the seed and ``--test_after_fit``."""
+        parser.add_argument("-h", "--help", action=Help, help="Show a page, with `all` every option, and exit.")
+        parser.add_argument("--trainer.help", action=TrainerHelp, help=TRAINER_HELP)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG)
         super().add_default_arguments_to_parser(parser)
-        parser.add_argument(
-            "--test_after_fit",
-            type=bool,
-            default=False,
-            help="After fit, test the best checkpoint if one was monitored, else the last weights. Other sub-commands "
-            "take no notice of it, so that one config serves all.",
-        )
+        parser.add_argument("--test_after_fit", type=bool, default=False, help=TEST_AFTER_FIT)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the model may also come from a checkpoint, so it is not required here."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         for key, base in (("model", self._model_class), ("data", self._datamodule_class)):
             parser.add_lightning_class_args(base, key, subclass_mode=True, required=False)
+            parser.groups[key].title = key.capitalize()
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data knows to the model's arguments of the same name."""
-        for name in LINKS:
+        for name in checkpoint.LINKS:
 
             def same_unless_given(value: Any, name: str = name) -> Any:
                 self._check_link(name, value)
@@ -135,7 +129,7 @@ class PluginsCLI(LightningCLI):
             given = "nothing" if trainer is None else repr(trainer)
             raise UsageError(f"trainer: has its settings below it, such as max_epochs: 3, not {given}.")
         self._take_model_from_checkpoint()
-        refuse_nulls(self.config[self.config.subcommand], LINKS)
+        refuse_nulls(self.config[self.config.subcommand], checkpoint.LINKS)
         self._require_model_and_data()
 
     def _take_model_from_checkpoint(self) -> None:
@@ -161,7 +155,7 @@ class PluginsCLI(LightningCLI):
             raise UsageError(f"{ckpt!r} holds no hyperparameters: add --model with the arguments it was made with.")
         if not hparams:
             return
-        model = checkpoint.model_config(path, hparams, given, LINKS)
+        model = checkpoint.model_config(path, hparams, given)
         with reading(ckpt), nothing_imported_for(hparams):
             self.config = self.parser.parse_object({command: {"model": model}}, self.config)
         checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)

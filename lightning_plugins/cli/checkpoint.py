@@ -3,7 +3,7 @@
 import inspect
 import re
 import sys
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from lightning_plugins.cli.checkpoint_rules import (
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.core.checkpoint_damage import damage
+
+LINKS = ("image_shape", "num_classes", "num_labels")  # what the data decides for every model that takes it
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -127,17 +129,15 @@ def _unreadable(path: Path, error: Exception) -> list[str]:
     return [f"{str(path)!r} is not a Lightning checkpoint, or is damaged."]
 
 
-def model_config(
-    path: Path, hparams: dict[str, Any], given: Namespace | None, linked: Collection[str]
-) -> dict[str, Any]:
+def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -> dict[str, Any]:
     """The ``model`` entry of a config, as the checkpoint has it.
+
+    Lightning writes down for every class what the data offers to all; a class that takes none of it goes without.
 
     Args:
         path: the checkpoint, for the sentences.
         hparams: its hyperparameters.
         given: the model the user named, if any; needed for a checkpoint made in Python, which has no class path.
-        linked: arguments that the data offers to every model. Lightning writes them down for all, so that they are
-            left out for a class that does not take them.
 
     Raises:
         UsageError: the class is not imported, contradicts the given one, or no longer takes one of the arguments; or an
@@ -155,7 +155,7 @@ def model_config(
     refuse_other_names(path, hparams, cls, plain(given.get("init_args")) if given is not None else None)
     names = argument_names(class_path)
     hparams = {key: value for key, value in hparams.items() if key not in ("_instantiator", "_class_path")}
-    hparams = {key: value for key, value in hparams.items() if key in names or key not in linked}
+    hparams = {key: value for key, value in hparams.items() if key in names or key not in LINKS}
     unknown = [key for key in hparams if key not in names]
     if unknown and not _takes_anything(cls):
         raise UsageError(

@@ -3,6 +3,7 @@
 import ast
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -122,9 +123,14 @@ def _parts(kind: type[ast.ClassDef | ast.FunctionDef]) -> Iterator[tuple[str, st
     for name, module in lightning_plugins._PUBLIC.items():
         place = root.joinpath(*module.split(".")[1:])
         files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
-        for node in (node for file in files for node in ast.parse(file.read_text(encoding="utf-8")).body):
+        for node in (node for file in files for node in _top_level(file)):
             if isinstance(node, kind) and node.name == name:
                 yield name, (ast.get_docstring(node) or "").split("\n", 1)[0]
+
+
+@cache
+def _top_level(file: Path) -> list[ast.stmt]:
+    return ast.parse(file.read_text(encoding="utf-8")).body
 
 
 def copy(name: str, dest: str) -> None:
@@ -159,7 +165,7 @@ def plot(run: str, output: str | None) -> None:
     Raises:
         UsageError: the run cannot be read or holds nothing to draw, or the picture cannot be written.
     """
-    from lightning_plugins.callbacks.ode_plots import plot_ode_diagnostics
+    from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics
 
     try:
         print(f"Picture: {plot_ode_diagnostics(run, output)}")

@@ -146,7 +146,8 @@ def _unknown_option(option: str, parser: ArgumentParser) -> UsageError:
     full = {**{name.rpartition(".")[2]: name for name in reversed(options)}, **{name: name for name in options}}
     meant = list(dict.fromkeys(f"--{full[name]}" for name in closest(word, full)))
     hint = f"Did you mean {join_or(meant)}?" if meant else ""
-    return UsageError(f"{command} has no option {option!r}.", hint, f"All options: lightning-plugins {command} --help")
+    page = "--trainer.help" if word.startswith("trainer.") else "--help"
+    return UsageError(f"{command} has no option {option!r}.", hint, f"All options: lightning-plugins {command} {page}")
 
 
 def unknown_key(key: str, class_path: str, parser: ArgumentParser) -> UsageError:

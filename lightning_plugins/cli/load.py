@@ -52,7 +52,6 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
     from lightning.pytorch import LightningModule
 
     from lightning_plugins.cli import checkpoint
-    from lightning_plugins.cli.app import LINKS
     from lightning_plugins.cli.explain import explain, import_object
 
     hparams = checkpoint.read_hyperparameters(path)
@@ -64,7 +63,7 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
             raise UsageError(f"--model {class_path!r} cannot be imported: {error}.") from error
         if not (isinstance(named, type) and issubclass(named, LightningModule)):
             raise UsageError(f"--model {class_path!r} is no LightningModule.")
-    cls = import_object(checkpoint.model_config(path, hparams, given, LINKS)["class_path"])
+    cls = import_object(checkpoint.model_config(path, hparams, given)["class_path"])
     _refuse_other_classes(cls, path, methods, otherwise)
     try:
         model = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)

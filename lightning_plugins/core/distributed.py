@@ -4,49 +4,7 @@ import atexit
 from typing import Any
 
 import torch.distributed
-from lightning.pytorch import LightningModule
-from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-
-
-def shard_parts(module: LightningModule, *parts: nn.Module | None) -> bool:
-    """Shard each part, and the module around them, over the data-parallel processes; call it in ``configure_model``.
-
-    Args:
-        module: under ``ModelParallelStrategy``; under any other strategy nothing happens.
-        parts: sub-modules that are called as a whole; ``None`` is passed over.
-
-    Returns:
-        Whether the module is sharded now (also when an earlier call did it).
-
-    Raises:
-        ValueError: the strategy asks for tensor parallelism.
-    """
-    if isinstance(module, FSDPModule):
-        return True
-    if module.device_mesh is None:
-        return False
-    mesh = data_parallel_mesh(module)
-    for part in parts:
-        if part is not None:
-            fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)  # parameters outside the parts, such as a subclass's
-    return True
-
-
-def data_parallel_mesh(module: LightningModule) -> DeviceMesh:
-    """The mesh over which a module under ``ModelParallelStrategy`` is sharded.
-
-    Raises:
-        ValueError: the strategy asks for tensor parallelism.
-    """
-    if (size := module.device_mesh["tensor_parallel"].size()) > 1:
-        raise ValueError(
-            f"{type(module).__name__} has no tensor parallelism, got tensor_parallel_size={size}: shard it over "
-            "data-parallel processes, ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)."
-        )
-    return module.device_mesh["data_parallel"]
+from torch import Tensor
 
 
 def largest_over_ranks(number: int, device: torch.device) -> int:

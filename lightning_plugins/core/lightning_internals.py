@@ -4,13 +4,17 @@ A canary test in ``tests/core/test_lightning_internals.py`` asks for each name, 
 fails there and not in somebody's resumed run.
 """
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -165,3 +169,41 @@ def train_loaders(trainer: Trainer) -> list[Any]:
     """The run's training loaders; without the private name: ``trainer.train_dataloader``, a collection of them."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
+
+
+def loss_scale(trainer: Trainer) -> Tensor | float:
+    """What the GradScaler multiplies losses by now, as a tensor for nobody to wait for; 1 without one."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+
+
+def checkpoint_to_load(trainer: Trainer | None) -> str | None:
+    """Path of the checkpoint that the running ``fit``, ``validate``, ``test`` or ``predict`` was given.
+
+    A network or tokenizer that a checkpoint describes must be built in ``configure_model`` or ``setup``, which come
+    before the checkpoint is read. Lightning 2.6 tells ``trainer.ckpt_path`` only afterwards; until then the path is an
+    argument of the running ``Trainer._run``, where this function finds it.
+
+    Args:
+        trainer: the module's trainer, or ``None`` without one.
+
+    Returns:
+        The file, or the folder of a sharded checkpoint; ``None`` if none is to be loaded.
+    """
+    frame = sys._getframe(1) if trainer is not None else None
+    while frame is not None:
+        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
+            path = frame.f_locals["ckpt_path"]
+            return str(path) if path else None
+        frame = frame.f_back
+    return None
+
+
+def count_no_step(optimizer: LightningOptimizer) -> None:
+    """Keep an optimizer's steps out of Lightning's ``global_step``; call it in ``training_step``.
+
+    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
+    the updates asked for. It sets these two hooks anew before each ``training_step``.
+    """
+    optimizer._on_before_step = do_nothing_closure
+    optimizer._on_after_step = do_nothing_closure

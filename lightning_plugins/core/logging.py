@@ -9,7 +9,7 @@ rank zero and never wait for another.
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
@@ -62,6 +62,19 @@ def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
         Image.fromarray(pixels.squeeze(-1).numpy()).save(file, format="PNG")
     for logger in trainer.loggers:
         send_image(logger, tag, path, step)
+
+
+def log_figures(trainer: Trainer, stage: str, figures: Mapping[str, "Figure"], step: int) -> None:
+    """Log figures as images ``<stage>/<name>``, see :func:`log_image`.
+
+    Args:
+        trainer: whose loggers are meant.
+        stage: ``val`` or ``test``.
+        figures: by name.
+        step: the training step that they belong to.
+    """
+    for name, figure in figures.items():
+        log_image(trainer, f"{stage}/{name}", figure_to_image(figure), step)
 
 
 def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -11,6 +13,19 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
+
+
+def pictures_are_due(module: LightningModule, every: int) -> bool:
+    """Whether a validation that is over draws pictures: one that was asked for by itself always does.
+
+    Args:
+        module: whose validation it is.
+        every: validation epochs from picture to picture; 0 for none.
+    """
+    trainer = module.trainer
+    if not every or trainer.sanity_checking:
+        return False
+    return trainer.state.fn != TrainerFn.FITTING or (module.current_epoch + 1) % every == 0
 
 
 def image_grid(

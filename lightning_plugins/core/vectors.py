@@ -4,8 +4,7 @@ Sums over a list are global: shards of FSDP2 (``DTensor``) are summed over the p
 rank gets the same number.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -117,42 +116,3 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         bucket.append(tensor)
     if bucket:
         yield bucket
-
-
-@contextmanager
-def displaced(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[float], None]]:
-    """Move parameters along ``direction``; on leaving they have their old values again, bit for bit.
-
-    Costs one copy of the parameters.
-
-    Yields:
-        A function of ``step`` that sets the parameters to ``theta + step * direction``.
-
-    Example:
-        >>> theta = torch.nn.Parameter(torch.ones(2))
-        >>> with displaced([theta], [torch.tensor([1.0, 2.0])]) as move:
-        ...     move(0.5)
-        ...     theta.tolist()
-        [1.5, 2.0]
-        >>> theta.tolist()
-        [1.0, 1.0]
-    """
-    params, direction = local(params), local(direction)
-    with torch.no_grad():
-        saved = [param.clone() for param in params]
-
-    def move(step: float) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(params, saved)
-            torch._foreach_add_(params, direction, alpha=step)
-        torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
-
-    with ExitStack() as stack:
-        for param in params:  # a graph that is yet to be differentiated may hold them
-            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
-        try:
-            yield move
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(params, saved)
-            torch.clear_autocast_cache()

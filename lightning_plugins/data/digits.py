@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.random_numbers import hash_keys
 from lightning_plugins.data.images import ImageData, LabelledImages
-from lightning_plugins.data.keys import hash_keys
 
 # of each class, in hash order: the first fifth is for testing, the next tenth for validation
 _TEST, _VAL = 0.2, 0.1

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import reason_of
 from lightning_plugins.data.images import ImageData, LabelledImages, Pixels
-from lightning_plugins.data.keys import VAL_SIZE, random_split
+from lightning_plugins.data.loading import VAL_SIZE, random_split
 
 if TYPE_CHECKING:
     import datasets

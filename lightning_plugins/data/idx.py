@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.data.images import ImageData, LabelledImages
-from lightning_plugins.data.keys import VAL_SIZE, random_split
+from lightning_plugins.data.loading import VAL_SIZE, random_split
 
 _PREFIX = {"train": "train", "val": "train", "test": "t10k"}
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_plugins.core import arguments as must
-from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
-from lightning_plugins.data.loaders import SplitLoaders
+from lightning_plugins.core.random_numbers import random_integers
+from lightning_plugins.data.loading import KeyBatches, KeyLoader, SplitLoaders, pins_memory, share_of_run
 
 _SHIFT_Y, _SHIFT_X, _FLIP = range(3)  # streams of random numbers, one for each use
 _NOISE = {"train": (20, 21), "val": (22, 23)}  # which labels are wrong, and what they say; test labels stay clean

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.random_numbers import random_integers
 from lightning_plugins.data.digits import Digits
 from lightning_plugins.data.hf import HFImages
 from lightning_plugins.data.idx import IdxImages
 from lightning_plugins.data.images import ImageData, LabelledImages, shift_images, to_float
-from lightning_plugins.data.keys import random_integers
 
 _PARTNER = 10  # streams of random numbers: the partner, then (down, right) of either digit
 _OFFSETS = ((11, 12), (13, 14))

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lightning_plugins.core import arguments as must
-from lightning_plugins.data.keys import KeyBatches, KeyLoader, pins_memory, random_integers, share_of_run
-from lightning_plugins.data.loaders import SplitLoaders
+from lightning_plugins.core.random_numbers import random_integers
+from lightning_plugins.data.loading import KeyBatches, KeyLoader, SplitLoaders, pins_memory, share_of_run
 
 _LABEL = 30  # stream of random numbers
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.data.hf import find_validation, load_splits
-from lightning_plugins.data.keys import VAL_SIZE, random_split
+from lightning_plugins.data.loading import VAL_SIZE, random_split
 from lightning_plugins.data.text_data import TextData
 from lightning_plugins.data.text_files import Row, read_rows
 from lightning_plugins.data.text_pairs import KeyedPieces, KeyedText, Texts, encode

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from lightning_plugins.data.keys import Batches, epoch_generator
+from lightning_plugins.data.loading import Batches, epoch_generator
 
 _SPREAD = 0.1  # lengths are taken up to a tenth longer, at random, before samples are sorted by them
 

@@ -7,8 +7,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
-from lightning_plugins.data.keys import KeyLoader, pins_memory, share_of_run
-from lightning_plugins.data.loaders import SplitLoaders
+from lightning_plugins.data.loading import KeyLoader, SplitLoaders, pins_memory, share_of_run
 from lightning_plugins.data.text_batches import TextBatches
 from lightning_plugins.data.text_pairs import KeyedPairs, KeyedText, Marks, Ragged, Texts, encode, marks_of
 from lightning_plugins.data.wordpiece import train_wordpiece

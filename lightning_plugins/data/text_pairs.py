@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_plugins.data.keys import random_integers
+from lightning_plugins.core.random_numbers import random_integers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ from lightning_plugins.eae.entropy import (
     knn_entropy,
     koleo_loss,
 )
-from lightning_plugins.eae.entropy_metric import KNNEntropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
+from lightning_plugins.eae.kept_codes import KNNEntropy
 from lightning_plugins.eae.module import EAE
 from lightning_plugins.eae.paths import interpolate_codes
 from lightning_plugins.eae.priors import LatentPrior

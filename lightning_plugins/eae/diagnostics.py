@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.eae.entropy import count_duplicates, gaussian_reference_entropy, knn_entropy
-from lightning_plugins.eae.entropy_metric import KeptCodes
+from lightning_plugins.eae.kept_codes import KeptCodes
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
 _CONSTANT = 1e-5  # a standard deviation below this share of the root mean square is rounding
@@ -110,7 +110,7 @@ class LatentDiagnostics(KeptCodes):
     """:func:`latent_diagnostics` of the codes of all updates and processes.
 
     Of more than ``max_codes`` codes a random subset is kept
-    (:class:`~lightning_plugins.eae.entropy_metric.KeptCodes`); all values are then those of it, ``duplicates`` too.
+    (:class:`~lightning_plugins.eae.kept_codes.KeptCodes`); all values are then those of it, ``duplicates`` too.
 
     Args:
         latent_dim: d.

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import gather_rows
-from lightning_plugins.eae.nearest import class_sizes, nearest_neighbours
+from lightning_plugins.eae.nearest_neighbours import class_sizes, nearest_neighbours
 
 
 def knn_entropy(

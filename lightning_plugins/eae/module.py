@@ -14,16 +14,17 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import gather_rows, shard_parts
+from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.optimizers import with_scheduler
+from lightning_plugins.core.lr_schedules import with_scheduler
+from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics
 from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, gaussian_reference_entropy
-from lightning_plugins.eae.entropy_metric import KeptCodes
+from lightning_plugins.eae.kept_codes import KeptCodes
 from lightning_plugins.eae.networks import Network, build_decoder, build_encoder
 from lightning_plugins.eae.objectives import (
     Codes,

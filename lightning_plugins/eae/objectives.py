@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_plugins.core import arguments as must
 from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
-from lightning_plugins.eae.nearest import class_sizes
+from lightning_plugins.eae.nearest_neighbours import class_sizes
 
 ObjectiveName = Literal["eae", "ae", "ae_bn", "rae_l2", "vae", "wae", "sigreg", "mmd"]
 Reconstruction = Literal["mse", "bce", "l1"]

@@ -11,7 +11,7 @@ from torchmetrics.utilities import rank_zero_warn
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.metrics.features import FeatureMetric, FeatureRows
-from lightning_plugins.metrics.near_duplicates import closest_pairs, half_batch_size, near_duplicates, run_lengths
+from lightning_plugins.metrics.near_duplicates import closest_pairs, near_duplicates
 
 _FEW_PAIRS = 10  # real pairs below which the threshold says little
 
@@ -240,3 +240,45 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
         super().reset()
         if self.reset_real_features:
             self._of_real = None
+
+
+def run_lengths(previous: Tensor) -> tuple[Tensor, int]:
+    """How many samples are drawn until two are near-duplicates, again and again from the sample after.
+
+    Args:
+        previous: ``(N,)`` from :func:`near_duplicates`.
+
+    Returns:
+        ``(R,)`` int64 lengths of finished runs, and that of the last, unfinished one.
+    """
+    lengths, start = [], 0
+    for index, earlier in enumerate(previous.tolist()):
+        if earlier >= start:
+            lengths.append(index + 1 - start)
+            start = index + 1
+    return torch.tensor(lengths, dtype=torch.int64), len(previous) - start
+
+
+def half_batch_size(lengths: Tensor, unfinished: int, level: float = 0.95) -> tuple[float, float, float]:
+    r"""The batch size at which near-duplicates appear half of the time: the median run, with an exact interval.
+
+    Whatever the distribution, the median lies between the r-th shortest and the r-th longest of R runs with a chance
+    of :math:`1 - 2 P(\mathrm{Bin}(R, \tfrac12) < r)`.
+
+    Args:
+        lengths: ``(R,)`` finished runs.
+        unfinished: length of the last run; it counts as a long one if it is longer than the median of the others.
+        level: chance that the interval holds the median, at least.
+
+    Returns:
+        s and its ends. Where the samples end too early the estimate is a bound from below, and the upper end infinite.
+    """
+    runs = lengths.double().sort().values
+    if not len(runs) or unfinished > runs.median():
+        runs = torch.cat([runs, torch.tensor([math.inf], dtype=torch.float64)])
+    R, r = len(runs), torch.arange(len(runs), dtype=torch.float64)
+    log_odds = math.lgamma(R + 1) - (r + 1).lgamma() - (R - r + 1).lgamma() - R * math.log(2)
+    rank = int((log_odds.exp().cumsum(0) <= (1 - level) / 2).sum())
+    lower, upper = (float(runs[rank - 1]), float(runs[R - rank])) if rank else (2.0, math.inf)
+    middle = float(runs[(R - 1) // 2])
+    return (middle, lower, upper) if middle < math.inf else (float(unfinished), lower, upper)

@@ -6,7 +6,7 @@ from typing import Any
 from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.losses import Weighting
 from lightning_plugins.sid.noise_levels import check_times
-from lightning_plugins.sid.steps import Levels, Loss
+from lightning_plugins.sid.objectives import Levels, Loss
 
 _MOMENTUM = must.number(0, below=1)
 _RULES = {

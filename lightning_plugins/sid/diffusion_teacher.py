@@ -18,13 +18,13 @@ from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
+from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.new_folder import new_folder
-from lightning_plugins.core.optimizers import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pictures import image_grid
-from lightning_plugins.sid.averaging import update_average
+from lightning_plugins.core.sharding import shard_networks
 from lightning_plugins.sid.denoiser import Denoiser
+from lightning_plugins.sid.networks import update_average
 from lightning_plugins.sid.sampling import many_steps
-from lightning_plugins.sid.updates import shard_networks
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler

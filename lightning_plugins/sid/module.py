@@ -16,22 +16,22 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.curvature import loss_scale
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import count_no_step, loss_scale
 from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.arguments import check_arguments
-from lightning_plugins.sid.averaging import half_life_decay, update_average
-from lightning_plugins.sid.batches import EqualBatches, conditions, real_images
+from lightning_plugins.sid.conditions import EqualBatches, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_progress
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
-from lightning_plugins.sid.networks import StudentNetworks, without_dropout
-from lightning_plugins.sid.sampling import many_steps, step_levels
-from lightning_plugins.sid.steps import (
+from lightning_plugins.sid.manual_optimization import finite_gradients_, refuse_setup
+from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average, without_dropout
+from lightning_plugins.sid.objectives import (
     Draws,
     Levels,
     Logits,
@@ -42,8 +42,8 @@ from lightning_plugins.sid.steps import (
     fake_score_terms,
     generator_terms,
 )
+from lightning_plugins.sid.sampling import many_steps, step_levels
 from lightning_plugins.sid.teacher import Teacher
-from lightning_plugins.sid.updates import count_no_step, finite_gradients_, gradient_sync, refuse_setup, shard_networks
 
 
 @read_as_data

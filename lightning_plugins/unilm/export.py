@@ -35,7 +35,7 @@ _POSITIONS = """mask = inputs["attention_mask"]
 inputs["position_ids"] = mask.cumsum(-1) * mask + {padding}  # this family counts from {first}
 """
 _LOAD = """from transformers import AutoTokenizer
-from lightning_plugins.unilm.model import load_unilm
+from lightning_plugins.unilm.loading import load_unilm
 
 folder = "."  # this folder
 tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -18,33 +18,32 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.checkpoint_path import checkpoint_to_load
-from lightning_plugins.core.distributed import shard_parts
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import checkpoint_to_load
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
-from lightning_plugins.core.optimizers import WARMUP, linear_warmup_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
+from lightning_plugins.unilm.generation_options import check_generation, refuse_misleading
+from lightning_plugins.unilm.loading import Segment, load_unilm
 from lightning_plugins.unilm.masks import positions
-from lightning_plugins.unilm.model import Segment, load_unilm
 from lightning_plugins.unilm.objectives import InputBuilder, Inputs, MaskKind, Objective, check_objective
 from lightning_plugins.unilm.plots import plot_masks
 from lightning_plugins.unilm.surgery import extend_positions, keep_rows, trim_vocabulary
-from lightning_plugins.unilm.text import (
+from lightning_plugins.unilm.token_weights import TokenSpeed, TokenWeights, refuse_blind_callbacks
+from lightning_plugins.unilm.tokenizing import (
     as_written,
-    check_generation,
     decode,
     encode_sources,
     left_padded,
     lowercases,
-    refuse_misleading,
     stream,
     vocabulary,
 )
-from lightning_plugins.unilm.token_counts import TokenSpeed, TokenWeights, refuse_blind_callbacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

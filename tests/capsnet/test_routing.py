@@ -4,14 +4,9 @@ from math import exp, log
 import pytest
 import torch
 
-from lightning_plugins.capsnet.routing import (
-    compute_votes,
-    kmeans_objective,
-    route,
-    route_votes,
-    routing_trace,
-    squash,
-)
+from lightning_plugins.capsnet.routing import compute_votes, route_votes, squash
+from lightning_plugins.capsnet.streamed_routing import route
+from lightning_plugins.capsnet.trace import kmeans_objective, routing_trace
 
 KINDS = ["dynamic", "kmeans", "kmeans_squash", "uniform"]
 J, K, D = 3, 4, 5

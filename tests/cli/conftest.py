@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lightning_plugins.cli import main
+from lightning_plugins.cli.app import PluginsCLI
 
 PACKAGE = '''
 from typing import Literal
@@ -111,6 +112,23 @@ def write_project():
         return folder
 
     return write
+
+
+@pytest.fixture(scope="session")
+def whole_parser():
+    """The command line's parser, made once: each ``main`` makes another."""
+
+    class MadeError(Exception):
+        pass
+
+    def keep(self, parser, args):
+        raise MadeError(parser)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PluginsCLI, "parse_arguments", keep)
+        with pytest.raises(MadeError) as made:
+            PluginsCLI(["fit"])
+    return made.value.args[0]
 
 
 @pytest.fixture

@@ -90,11 +90,11 @@ All options: lightning-plugins fit --help
     "fit --config trainer.yaml": """\
 error: fit has no option 'trainer.max_epoch'.
 Did you mean --trainer.max_epochs?
-All options: lightning-plugins fit --help
+All options: lightning-plugins fit --trainer.help
 """,
     "fit --config hollow_trainer.yaml": """\
 error: hollow_trainer.yaml: fit has no option 'trainer.typo_key'.
-All options: lightning-plugins fit --help
+All options: lightning-plugins fit --trainer.help
 """,
     "fit --config hollow_root.yaml": """\
 error: hollow_root.yaml: fit has no option 'modle'.
@@ -218,7 +218,7 @@ Choices: dynamic, kmeans, kmeans_squash, uniform, self_attention
     FIT + "--trainer.max_epoch 3": """\
 error: fit has no option '--trainer.max_epoch'.
 Did you mean --trainer.max_epochs?
-All options: lightning-plugins fit --help
+All options: lightning-plugins fit --trainer.help
 """,
     FIT + "--batch_size 3": """\
 error: fit has no option '--batch_size'.

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_plugins.core.vectors import displaced, dot, local, mean_over_ranks_, norm
+from lightning_plugins.core.vectors import dot, local, mean_over_ranks_, norm
+from lightning_plugins.replay.window import displaced
 
 SHAPES = st.lists(st.lists(st.integers(0, 4), max_size=3), min_size=1, max_size=4)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
-from lightning_plugins.eae.nearest import nearest_neighbours
+from lightning_plugins.eae.nearest_neighbours import nearest_neighbours
 
 
 def draw(n, d, num_classes, seed=0, dtype=torch.float64):

@@ -15,7 +15,7 @@ from lightning_plugins.eae.entropy import (
     knn_entropy,
     koleo_loss,
 )
-from lightning_plugins.eae.nearest import nearest_neighbours
+from lightning_plugins.eae.nearest_neighbours import nearest_neighbours
 
 
 def draw(n, d, seed=0, dtype=torch.float32):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_plugins.eae.entropy import entropy_gap, knn_entropy
-from lightning_plugins.eae.entropy_metric import KNNEntropy
+from lightning_plugins.eae.kept_codes import KNNEntropy
 
 
 def draw(n, d):

@@ -8,7 +8,7 @@ import torch
 
 from lightning_plugins.eae.diagnostics import LatentDiagnostics, latent_diagnostics
 from lightning_plugins.eae.entropy import knn_entropy
-from lightning_plugins.eae.entropy_metric import KeptCodes, KNNEntropy
+from lightning_plugins.eae.kept_codes import KeptCodes, KNNEntropy
 
 
 def kept(metric, index, sizes):

@@ -14,7 +14,7 @@ from torchmetrics import Metric, MetricCollection
 
 import lightning_plugins
 from lightning_plugins import callbacks, capsnet, data, eae, metrics, optim, sid, unilm
-from lightning_plugins.core.replay import is_replaying
+from lightning_plugins.replay.recorder import is_replaying
 
 # Plain records, and bases that a subclass completes: they compute nothing with what they are given.
 RECORDS = {"PRESETS", "Preset", "RoutingTrace", "LabelledImages", "Texts", "Teacher", "KeyedText"}

@@ -7,8 +7,8 @@ import scipy.spatial.distance
 import scipy.stats
 import torch
 
-from lightning_plugins.metrics.birthday import BirthdayParadox, poisson_interval, support_size
-from lightning_plugins.metrics.near_duplicates import closest_pairs, half_batch_size, near_duplicates
+from lightning_plugins.metrics.birthday import BirthdayParadox, half_batch_size, poisson_interval, support_size
+from lightning_plugins.metrics.near_duplicates import closest_pairs, near_duplicates
 
 
 def generator(seed=0):

@@ -11,10 +11,10 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks.generative_evaluation import GenerativeEvaluation
+from lightning_plugins.callbacks.generative_evaluation.callback import GenerativeEvaluation
 from lightning_plugins.data.digits import Digits
 from lightning_plugins.data.prompts import PromptData
-from lightning_plugins.sid.batches import real_images
+from lightning_plugins.sid.conditions import real_images
 from lightning_plugins.sid.denoiser import LARGEST_SIGMA
 from lightning_plugins.sid.losses import generator_loss
 from lightning_plugins.sid.module import SiD

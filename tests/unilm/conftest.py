@@ -49,7 +49,7 @@ def tiny_model(tiny_config):
 
     In float64: what differs by more than 1e-10 differs by an error.
     """
-    from lightning_plugins.unilm.model import load_unilm
+    from lightning_plugins.unilm.loading import load_unilm
 
     @functools.cache
     def build(family, **options):

@@ -30,8 +30,8 @@ from transformers.utils import logging
 
 from lightning_plugins.unilm.backbones import FAMILIES
 from lightning_plugins.unilm.export import export_model
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import segments_from_lengths, seq2seq_mask
-from lightning_plugins.unilm.model import load_unilm
 
 TEXTS = ["a first source", "another source, which is longer than the first"]  # those of the model card
 NEW = 10
@@ -107,7 +107,7 @@ with open(os.path.join(root, "given.json"), "w") as file:
 # An export that is killed at its last step.
 import pathlib, signal
 from lightning_plugins.unilm.export import export_model
-from lightning_plugins.unilm.model import load_unilm
+from lightning_plugins.unilm.loading import load_unilm
 
 os.chdir(root)
 tokenizer = space["AutoTokenizer"].from_pretrained("bert")

@@ -7,6 +7,7 @@ import torch
 
 from lightning_plugins.unilm import backbones
 from lightning_plugins.unilm.backbones import FAMILIES, check_for_leaks
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import (
     MASKS,
     left_to_right_mask,
@@ -16,7 +17,6 @@ from lightning_plugins.unilm.masks import (
     pseudo_mask,
     seq2seq_mask,
 )
-from lightning_plugins.unilm.model import load_unilm
 
 FIRST, VOCABULARY, PAD, SEP, MASK = 5, 48, 1, 3, 4
 EXACT = 1e-10  # the models are float64; their logits are about 1

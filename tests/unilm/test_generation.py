@@ -15,8 +15,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import seq2seq_mask
-from lightning_plugins.unilm.model import load_unilm
 
 PAD, SEP, MASK, FIRST, VOCABULARY = 1, 3, 4, 5, 48
 IDS = dict(pad_token_id=PAD, sep_token_id=SEP, mask_token_id=MASK)

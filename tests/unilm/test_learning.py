@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import positions, segments_from_lengths, seq2seq_mask
-from lightning_plugins.unilm.model import load_unilm
 
 PAD, CLS, SEP, MASK, DIGIT = 0, 1, 2, 3, 4  # digit d is the token DIGIT + d
 TASKS = ("copy", "reverse", "sort")

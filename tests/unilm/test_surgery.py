@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from lightning_plugins.unilm.model import load_unilm
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.surgery import extend_positions, extend_token_types, keep_rows, trim_vocabulary
 
 LETTERS = "abcdefgh"

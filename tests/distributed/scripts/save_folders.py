@@ -9,7 +9,7 @@ from rank_script import end, sharded
 from torch import nn
 
 from lightning_plugins import Digits, keep_checkpoints_whole
-from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.sharding import shard_parts
 
 
 class Net(LightningModule):

@@ -14,8 +14,8 @@ from rank_script import end, full
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_plugins.callbacks.flooding import Flooding
-from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.callbacks.flooding.callback import Flooding
+from lightning_plugins.core.sharding import shard_parts
 
 LEVEL, BATCH, SAMPLES, EPOCHS, LR = 0.6, 8, 24, 3, 0.3
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_plugins.callbacks.non_finite_guard import NonFiniteGuard
-from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.callbacks.non_finite_guard.callback import NonFiniteGuard
+from lightning_plugins.core.sharding import shard_parts
 
 BATCHES, BAD = 8, 3
 # name: policy, strategy, arguments of the Trainer

@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader
 
 from lightning_plugins import Flooding, GradientPenalty, NormRMSprop, ODEDiagnostics
-from lightning_plugins.core.distributed import shard_parts
+from lightning_plugins.core.sharding import shard_parts
 
 RANKS, MICRO_BATCHES, ROWS = 2, 5, 6
 

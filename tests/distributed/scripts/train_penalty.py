@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_plugins import Flooding, GradientPenalty, gradient_penalty_backward
-from lightning_plugins.core.distributed import largest_over_ranks, shard_parts
+from lightning_plugins.core.distributed import largest_over_ranks
+from lightning_plugins.core.sharding import shard_parts
 
 RANKS, MICRO_BATCHES, ROWS, LR, DECAY = 2, 5, 6, 0.3, 0.1
 

@@ -15,7 +15,7 @@ from rank_script import end, full, sharded, trainer_of
 
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.sid.module import SiD
-from lightning_plugins.sid.steps import Draws
+from lightning_plugins.sid.objectives import Draws
 
 RANKS, ROWS = 2, 4
 

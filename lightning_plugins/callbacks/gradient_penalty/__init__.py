@@ -1,0 +1,10 @@
+"""GradientPenalty: a penalty on the norm of the loss's gradient, for any module.
+
+Read in this order: ``callback.py`` (one optimizer step), ``term.py`` (the penalty's gradient), and in ``replay``
+``window.py`` (the loss as a function of the parameters).
+"""
+
+from lightning_plugins.callbacks.gradient_penalty.callback import GradientPenalty
+from lightning_plugins.callbacks.gradient_penalty.manual import gradient_penalty_backward
+
+__all__ = ["GradientPenalty", "gradient_penalty_backward"]

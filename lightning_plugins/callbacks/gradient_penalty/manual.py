@@ -1,0 +1,206 @@
+"""The gradient penalty inside a training_step of one's own (manual optimization)."""
+
+from collections.abc import Callable, Iterable
+from typing import Literal
+from weakref import WeakSet
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from lightning_plugins.callbacks.gradient_penalty.first_step import check_repeatable
+from lightning_plugins.callbacks.gradient_penalty.rules import (
+    check_choices,
+    check_relative_step,
+    require_full_precision,
+    require_plain_gradients,
+)
+from lightning_plugins.callbacks.gradient_penalty.term import Penalty, PenaltyNorm, scale
+from lightning_plugins.callbacks.run_checks import require_strategy
+from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import loss_scale
+from lightning_plugins.core.random_state import get_random_state
+from lightning_plugins.core.vectors import local, mean_over_ranks_
+from lightning_plugins.core.vectors import norm as length_of
+from lightning_plugins.replay.differences import Difference
+from lightning_plugins.replay.differences import relative_step as best_step
+from lightning_plugins.replay.graph import half_precision, has_kinks
+from lightning_plugins.replay.module_state import ModuleState
+from lightning_plugins.replay.recorder import Call
+from lightning_plugins.replay.twice import explain, second_derivative, why_not_exact
+from lightning_plugins.replay.window import WindowLoss
+
+_NAME = "gradient_penalty_backward"
+_PARAMETERS = must.Rule(
+    lambda value: isinstance(value, Iterable) and not (isinstance(value, Tensor) and not value.ndim), "parameters"
+)
+_repeatable: WeakSet[LightningModule] = WeakSet()  # those whose first loss was run twice, with the same gradient
+
+
+def gradient_penalty_backward(
+    module: LightningModule,
+    loss_fn: Callable[[], Tensor],
+    coefficient: float,
+    params: Iterable[nn.Parameter] | None = None,
+    norm: PenaltyNorm = "squared",
+    engine: Literal["finite_difference", "exact"] = "finite_difference",
+    difference: Difference = "forward",
+    relative_step: float | Literal["auto"] = "auto",
+) -> Tensor:
+    r"""``manual_backward`` of a loss plus a penalty on the norm of its gradient.
+
+    .. math:: L + c \|\nabla_{\theta} L\|^2 \quad\text{or}\quad L + c \|\nabla_{\theta} L\|
+
+    with ``L`` the mean over ranks. Gradients are added to those that are there already, so that several losses may
+    share a step. See :class:`GradientPenalty` for the meaning of the arguments, their defaults and cost. A module's
+    first call with finite differences runs ``loss_fn`` once more, to see whether it can be repeated.
+
+    Args:
+        module: with ``automatic_optimization = False``.
+        loss_fn: computes the loss, a scalar, and all that depends on ``params`` within it; it is called again at
+            displaced parameters, with the same random numbers and buffers, and must use the same data each time.
+        coefficient: ``c >= 0``; 0 is ``manual_backward(loss_fn())``.
+        params: ``theta``, such as one optimizer's; all trainable parameters by default. Others get the loss's gradient.
+        norm: ``"squared"`` or ``"norm"``.
+        engine: ``"finite_difference"`` or ``"exact"``.
+        difference: ``"forward"`` or ``"central"``.
+        relative_step: displacement over ``|theta|``.
+
+    Returns:
+        The loss, without the penalty, detached.
+
+    Raises:
+        ValueError: an argument out of range.
+        MisconfigurationException: a setup in which the gradients would be wrong.
+        RuntimeError: ``loss_fn`` cannot be repeated, or not be differentiated twice.
+
+    Example:
+        A generator's step within ``training_step``::
+
+            optimizer.zero_grad()
+            gradient_penalty_backward(self, lambda: self.generator_loss(noise), 0.1, self.generator.parameters())
+            optimizer.step()
+    """
+    check_choices(norm=norm, engine=engine, difference=difference)
+    must.check(
+        locals(),
+        module=must.instance(LightningModule, "a LightningModule"),
+        loss_fn=must.function,
+        coefficient=must.non_negative,
+        params=must.optional(_PARAMETERS),
+    )
+    check_relative_step(relative_step)
+    if module.automatic_optimization:
+        raise ValueError(
+            f"{_NAME} is for manual optimization, but {type(module).__name__} has automatic_optimization=True: add "
+            "the callback GradientPenalty to the trainer instead."
+        )
+    require_strategy(_NAME, module.trainer)
+    require_full_precision(_NAME, module.trainer)
+    require_plain_gradients(_NAME, module.trainer, module)
+    params = _trainable(module.parameters() if params is None else params)
+    device = module.trainer.strategy.root_device
+    call = Call(loss_fn, device, get_random_state(device), ModuleState(module))
+    loss = _scalar(loss_fn())
+    if coefficient == 0:
+        module.manual_backward(loss)
+    elif engine == "exact":
+        _exact(module, loss, params, Penalty(norm, True, difference, 0.0), coefficient)
+    else:
+        step = relative_step
+        if step == "auto":
+            step = best_step(module.trainer, module, difference, has_kinks(loss, module), half_precision(loss))
+        _by_replay(module, loss, call, params, Penalty(norm, False, difference, step), coefficient)
+    return loss.detach()
+
+
+def _trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    params = list(params)
+    for param in params:
+        if not isinstance(param, Tensor) or not param.is_leaf:  # the rows of a parameter are no leaves
+            raise ValueError(
+                f"{_NAME}: params must be a list of parameters, got one with a {type(param).__name__}: of an optimizer "
+                "they are [p for group in optimizer.param_groups for p in group['params']]."
+            )
+    trainable = [param for param in params if param.requires_grad]
+    if not trainable:
+        raise ValueError(
+            f"{_NAME}: none of the {len(params)} params is trainable, so that there is no gradient to penalise: give "
+            "parameters with requires_grad=True."
+        )
+    return trainable
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ValueError(f"{_NAME}: loss_fn must return a single number, got {found}: take the mean.")
+    return loss
+
+
+def _exact(
+    module: LightningModule, loss: Tensor, params: list[nn.Parameter], penalty: Penalty, coefficient: float
+) -> None:
+    """Differentiate twice; hooks scale the result as the loss is scaled, and DDP averages the sum."""
+    if reason := why_not_exact(module.trainer, module):
+        raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
+    scale_now = loss_scale(module.trainer)
+    try:
+        first = torch.autograd.grad(loss * scale_now, params, create_graph=True, allow_unused=True)
+        gradient = [
+            torch.zeros_like(p) if g is None else g.detach() / scale_now for g, p in zip(first, params, strict=True)
+        ]
+        mean_over_ranks_(gradient)
+        scale(gradient, penalty.weight(coefficient, length_of(gradient)))
+        extras = second_derivative(first, params, gradient, retain_graph=True)
+    except RuntimeError as error:
+        raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
+    handles = [
+        param.register_hook(lambda grad, extra=extra: grad + extra)
+        for param, extra in zip(params, extras, strict=True)
+        if extra is not None
+    ]
+    module.manual_backward(loss)
+    for handle in handles:
+        handle.remove()
+
+
+def _by_replay(
+    module: LightningModule, loss: Tensor, call: Call, params: list[nn.Parameter], penalty: Penalty, coefficient: float
+) -> None:
+    before = [None if param.grad is None else param.grad.clone() for param in params]  # DDP may reuse their memory
+    for param in params:
+        param.grad = None
+    module.manual_backward(loss)
+    trained = [param for param in params if param.grad is not None]
+    if trained:
+        window = WindowLoss(module.trainer, module, [call], trained)
+        gradient = [param.grad for param in trained]
+        window.unscale_(gradient)
+        extra = _penalise(module, window, gradient, penalty, coefficient)
+        if extra is not None:
+            torch._foreach_add_(local(gradient), local(extra))
+        window.scale_(gradient)
+    for param, old in zip(params, before, strict=True):
+        if old is not None:
+            param.grad = old if param.grad is None else param.grad.add_(old)
+
+
+def _penalise(
+    module: LightningModule, window: WindowLoss, gradient: list[Tensor], penalty: Penalty, coefficient: float
+) -> list[Tensor] | None:
+    """The penalty's gradient; on the module's first call after a look at whether the loss can be repeated."""
+    cure = "use engine='exact', which runs it once"
+    try:
+        if module not in _repeatable and check_repeatable(
+            module, window, gradient, penalty.relative_step, _NAME, "loss_fn", cure
+        ):
+            _repeatable.add(module)
+        return penalty.of_window(window, gradient, coefficient, share=1.0).gradient
+    except RuntimeError as error:
+        if "through the graph a second time" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{_NAME} calls loss_fn again at displaced parameters, but a part of its graph was made outside: compute "
+            "everything that depends on params inside loss_fn."
+        ) from error

@@ -1,0 +1,204 @@
+"""The window of an optimizer step run again: gradients of the trained objective, and sharpness, for ODEDiagnostics."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+
+from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import Flow, Rule, read_flow
+from lightning_plugins.callbacks.ode_diagnostics.rows import (
+    Step,
+    divided,
+    flow_rows,
+    loss_rows,
+    second_order_rows,
+    sharpness_rows,
+)
+from lightning_plugins.callbacks.ode_diagnostics.sharpness import (
+    TopEigenpair,
+    Vector,
+    random_direction,
+    top_eigenpair,
+)
+from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
+from lightning_plugins.replay.differences import relative_step, step_along
+from lightning_plugins.replay.recorder import StepRecorder
+from lightning_plugins.replay.twice import explain, why_not_exact
+from lightning_plugins.replay.window import WindowLoss
+
+Engine = Literal["auto", "exact", "finite_difference"]
+# Relative difference that rounding may make between two gradients of one batch.
+_SAME = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+@runtime_checkable
+class Penalty(Protocol):
+    """What is asked of GradientPenalty."""
+
+    def coefficient_at(self, trainer: Trainer) -> float:
+        """Its factor in the step under way."""
+
+    def extra_gradient(self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]) -> list[Tensor]:
+        """The penalty's gradient at the present parameters."""
+
+
+class Probe:
+    """Evaluates the objective of the window under way at the present parameters.
+
+    Args:
+        trainer: the running trainer.
+        module: with automatic optimization.
+        recorder: of the module, keeping calls.
+        engine: of Hessian products.
+
+    Attributes:
+        repeats: whether a second run gives the same gradient; ``None`` until that was seen.
+        products: Hessian products of the last search for the sharpness.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, engine: Engine) -> None:
+        self.repeats: bool | None = None
+        self.products = 0
+        self._trainer, self._module, self._recorder = trainer, module, recorder
+        self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
+        self._eigenvector: Vector | None = None
+        self._engine, self._exact = engine, engine != "finite_difference"
+
+    def losses(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The window's mean loss over all ranks as it was, raw and with the calls' signs; two 0-dim tensors."""
+        if not self._recorder.losses:
+            return None, None
+        raw = torch.stack([loss.double().reshape(()) for loss in self._recorder.losses])
+        signed = raw
+        if self._is_complete():
+            signed = torch.stack([loss * call.sign for loss, call in zip(raw, self._recorder.calls, strict=True)])
+        means = raw.mean(), signed.mean()
+        mean_over_ranks_(means)
+        return means
+
+    def _is_complete(self) -> bool:
+        return 0 < len(self._recorder.calls) == len(self._recorder.losses)
+
+    def is_ready(self, params: Sequence[Tensor]) -> bool:
+        """Whether the window can be run again with the same result; looked at once, where its gradient was taken."""
+        if not self._is_complete():
+            return False
+        grads = [param.grad for param in params]
+        length = norm(grads).item()
+        if self.repeats is None and 0 < length < math.inf:
+            _, again = self._gradient(self._window(params))
+            torch._foreach_sub_(local(again), local(grads))
+            error = norm(again).item() / length
+            self.repeats = error <= self._tolerance(grads)
+            if not self.repeats:
+                rank_zero_warn(
+                    "ODEDiagnostics: running training_step again on the same batch gives another gradient (relative "
+                    f"difference {error:.1e}): it edits its batch, keeps a state that a replay does not restore (a "
+                    "generator of its own, a file), or a hook changes gradients. Rows that need a second run are "
+                    "omitted."
+                )
+        return bool(self.repeats)
+
+    def _tolerance(self, grads: Sequence[Tensor]) -> float:
+        dtypes = {grad.dtype for grad in grads}
+        if str(self._trainer.precision) not in ("32-true", "64-true"):
+            dtypes.add(torch.bfloat16)
+        return max(_SAME[dtype] for dtype in dtypes)
+
+    def rows(
+        self,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        params: Sequence[Tensor],
+        step: Step,
+        before: Tensor,
+        tol: float | None,
+        search: tuple[float, int] | None,
+    ) -> dict[str, float]:
+        """All rows that need a second gradient; call it right after the step.
+
+        Args:
+            optimizer: that made the step.
+            rule: its rule.
+            params: those that had a gradient.
+            step: the step.
+            before: signed mean loss before it.
+            tol: allowed relative local error.
+            search: relative accuracy and most products for the sharpness; ``None`` for none.
+        """
+        window = self._window(params)
+        loss, change = self._gradient(window)
+        torch._foreach_sub_(local(change), local(step.gradient))
+        rows = second_order_rows(step, change)
+        if not self._is_penalised():
+            mean_over_ranks_([loss])
+            share = len(self._recorder.calls) / self._trainer.accumulate_grad_batches
+            rows |= loss_rows(step, share * (loss - before).item())
+        flow = read_flow(optimizer, rule, params)
+        if flow.h > 0:
+            rows |= flow_rows(step, change, flow, rule, tol)
+            if search is not None:
+                del change
+                pair = self._top_eigenpair(window, flow, rule, *search)
+                rows |= sharpness_rows(pair.value, flow, rule, rows.get("edge_ratio_step"))
+        return rows
+
+    def _window(self, params: Sequence[Tensor]) -> WindowLoss:
+        return WindowLoss(self._trainer, self._module, self._recorder.calls, params)
+
+    def _is_penalised(self) -> bool:
+        return self.penalty is not None and self.penalty.coefficient_at(self._trainer) > 0
+
+    def _gradient(self, window: WindowLoss) -> tuple[Tensor, Vector]:
+        """Signed loss of this rank, and the gradient of the objective that is trained."""
+        loss, gradient = window.gradient()
+        if self._is_penalised():
+            extra = self.penalty.extra_gradient(self._trainer, window, gradient)
+            torch._foreach_add_(local(gradient), local(extra))
+        return loss, gradient
+
+    def _top_eigenpair(
+        self, window: WindowLoss, flow: Flow, rule: Rule, rtol: float, max_products: int
+    ) -> TopEigenpair:
+        """Of ``h P^-1/2 (H + w) P^-1/2``, from the last time's eigenvector on."""
+        if self._exact and (reason := why_not_exact(self._trainer, self._module)):
+            self._give_up_exact(RuntimeError(reason), reason)
+        roots = [rate**0.5 for rate in flow.rates]
+
+        def product(vector: Vector) -> Vector:
+            direction = [root * part for root, part in zip(roots, vector, strict=True)]
+            terms = zip(roots, self._curved(window, direction), flow.decays, direction, strict=True)
+            return [root * (rule.sign * part + decay * moved) for root, part, decay, moved in terms]
+
+        start = self._eigenvector
+        if start is None or [part.shape for part in start] != [param.shape for param in window.params]:
+            start = divided(random_direction(window.params), roots)  # isotropic in the parameters
+        pair = top_eigenpair(product, start, rtol, max_products)
+        self.products = pair.products
+        self._eigenvector = pair.vector if math.isfinite(pair.value) else None
+        return pair
+
+    def _curved(self, window: WindowLoss, direction: Vector) -> Vector:
+        """The Hessian times a direction."""
+        if self._exact:
+            try:
+                return window.exact_product(direction)
+            except RuntimeError as error:
+                self._give_up_exact(error, explain(error))
+        displacement = relative_step(self._trainer, self._module, "central", self._recorder.kinked, self._recorder.half)
+        step = step_along(window.params, direction, displacement)
+        return [torch.zeros_like(v) for v in direction] if step is None else window.product(direction, step, "central")
+
+    def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
+        if self._engine == "exact":
+            raise RuntimeError(f"ODEDiagnostics(sharpness_engine='exact'): {reason}.") from error
+        self._exact = False
+        reason = reason.split(";")[0]
+        rank_zero_warn(
+            f"ODEDiagnostics takes finite differences for the sharpness: {reason}. Where activations have kinks (ReLU) "
+            "they see more than the Hessian."
+        )

@@ -1,0 +1,91 @@
+"""What stands in an autograd graph: its operations, half precision, kinks."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def nodes(tensors: Iterable[Tensor | None]) -> Iterator[Any]:
+    """The nodes that lead to the tensors, each of them once."""
+    seen: set[Any] = set()
+    waiting = [tensor.grad_fn for tensor in tensors if tensor is not None]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            yield node
+            seen.add(node)
+            waiting += [parent for parent, _ in node.next_functions]
+
+
+def operations(tensors: Iterable[Tensor | None]) -> Iterator[str]:
+    """The names of the backward operations that lead to the tensors, such as ``MulBackward0``.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> sorted(operations([2 * x.tanh(), None]))
+        ['MulBackward0', 'TanhBackward0', 'torch::autograd::AccumulateGrad']
+    """
+    return (node.name() for node in nodes(tensors))
+
+
+def half_precision(loss: Tensor) -> torch.dtype | None:
+    """The coarsest half precision in which a part of the loss was computed, also under an autocast of the module's own.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> half_precision(x.bfloat16().sum().float()), half_precision(x.sum())
+        (torch.bfloat16, None)
+    """
+    found = {entry.dtype for node in nodes([loss]) for entry in node._input_metadata}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), None)
+
+
+# What torch calls the backward of operations that are linear in pieces. clamp_min is left out: it guards divisions.
+_BACKWARDS = (
+    "Abs",
+    "AdaptiveMaxPool",
+    "Amax",
+    "Amin",
+    "ClampBackward",
+    "Hard",
+    "LeakyRelu",
+    "MaxBackward",
+    "MaxPool",
+    "Maximum",
+    "MinBackward",
+    "Minimum",
+    "Prelu",
+    "Relu",
+    "Rrelu",
+    "Threshold",
+    "Topk",
+)
+
+
+_MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold)
+
+
+_POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
+
+
+def has_kinks(loss: Tensor, module: nn.Module) -> bool:
+    """Whether the loss's graph, or a part of the module, is linear in pieces.
+
+    A gradient's finite difference over a tiny step is then mostly noise: a unit that crosses its kink adds a jump
+    divided by the step. Graphs that are hidden (compiled or checkpointed) show only through the module's parts.
+
+    Args:
+        loss: with its graph.
+        module: that computed it.
+
+    Example:
+        >>> import torch
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> has_kinks(x.relu().sum(), nn.Linear(2, 2)), has_kinks(x.tanh().sum(), nn.Linear(2, 2))
+        (True, False)
+    """
+    if any(isinstance(part, _MODULES + _POOLS) for part in module.modules()):
+        return True
+    return any(name.startswith(_BACKWARDS) for name in operations([loss]))

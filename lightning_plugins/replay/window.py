@@ -1,0 +1,201 @@
+"""The loss of an accumulation window as a function of the parameters: its gradient and Hessian-vector products.
+
+Everything is computed by replaying the window's training steps (``recorder.py``), so it works for any module, and
+leaves no trace.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch import Tensor, nn
+
+from lightning_plugins.core.lightning_internals import loss_scale
+from lightning_plugins.core.vectors import local, mean_over_ranks_
+from lightning_plugins.replay.differences import Difference
+from lightning_plugins.replay.recorder import Call, without_trace
+from lightning_plugins.replay.twice import second_derivative
+
+
+class WindowLoss:
+    r"""The loss that the gradients of one accumulation window belong to, at any parameters.
+
+    .. math:: L(\theta) = \frac{1}{k} \sum_{i=1}^{n} \ell_i(\theta), \quad \text{averaged over ranks}
+
+    with ``k = accumulate_grad_batches`` and ``n`` micro-batches (fewer than ``k`` at the end of an epoch), which is
+    what Lightning accumulates. Gradients are unscaled and unclipped. Every rank must call the same methods.
+
+    Args:
+        trainer: the running trainer.
+        module: the module that is trained.
+        calls: those of the window, ``StepRecorder.calls``.
+        params: the parameters to differentiate by.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, calls: Sequence[Call], params: Sequence[nn.Parameter]
+    ) -> None:
+        self.params = list(params)
+        self._module, self._calls = module, list(calls)
+        self._device = trainer.strategy.root_device
+        self._reduces = isinstance(trainer.strategy, DDPStrategy)  # FSDP2 averages within its own backward
+        self._watched = self._reduces and _counts_hooks(trainer.strategy)
+        self._scale = loss_scale(trainer)
+        self._share = 1 / trainer.accumulate_grad_batches
+
+    def gradient(self) -> tuple[Tensor, list[Tensor]]:
+        """Mean over this rank of the micro-batches' losses times their signs (float64), and ``dL/dtheta`` over all."""
+        with without_trace(self._module, self._device):
+            loss = self._accumulate(self._calls)
+            return loss, self._collect()
+
+    def product(
+        self,
+        direction: Sequence[Tensor],
+        step: float,
+        difference: Difference = "forward",
+        gradient: Sequence[Tensor] | None = None,
+    ) -> list[Tensor]:
+        r"""Hessian-vector product by finite differences of gradients.
+
+        .. math::
+            H v \approx \frac{\nabla L(\theta + h v) - \nabla L(\theta)}{h} \quad\text{or}\quad
+            \frac{\nabla L(\theta + h v) - \nabla L(\theta - h v)}{2 h}
+
+        Args:
+            direction: ``v``, shaped like the parameters.
+            step: ``h > 0``, see :func:`step_along`.
+            difference: ``"forward"`` runs the window once, ``"central"`` twice.
+            gradient: the gradient here, for ``"forward"``.
+
+        Returns:
+            ``H v``, shaped like the parameters.
+        """
+        with without_trace(self._module, self._device), displaced(self.params, direction) as move:
+            move(step)
+            self._accumulate(self._calls)
+            if difference == "central":
+                move(-step)
+                self._accumulate(self._calls, -1.0)
+            product = self._collect()
+        return _quotient(product, step, difference, gradient)
+
+    def exact_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
+        """Hessian-vector product by differentiating twice."""
+        products = [torch.zeros_like(param) for param in self.params]
+        with without_trace(self._module, self._device):
+            for call in self._calls:
+                loss = call.replay() * self._scale * self._share
+                first = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
+                for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
+                    if part is not None:
+                        total += part / self._scale
+        return self._reduced(products)
+
+    def micro_batches(self) -> "list[WindowLoss]":
+        """Each micro-batch of this rank alone: ``L = l_i``, not averaged over ranks."""
+        parts = []
+        for call in self._calls:
+            part = object.__new__(WindowLoss)
+            part.__dict__ |= self.__dict__ | {"_calls": [call], "_share": 1.0, "_reduces": False}
+            parts.append(part)
+        return parts
+
+    def _accumulate(self, calls: Sequence[Call], factor: float = 1.0) -> Tensor:
+        """Add ``factor`` times the scaled gradient to the parameters' grads; the mean of the signed losses."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for call in calls:
+            loss = call.replay()
+            self._backward(loss * (factor * self._share) * self._scale)
+            total += loss.detach().reshape(()) / len(calls)
+        return total
+
+    def _backward(self, loss: Tensor) -> None:
+        if not self._watched:
+            self._module.backward(loss)
+            return
+        for param, grad in zip(self.params, torch.autograd.grad(loss, self.params, allow_unused=True), strict=True):
+            if grad is not None:  # it may share memory with another
+                param.grad = grad.clone() if param.grad is None else param.grad + grad
+
+    def _collect(self) -> list[Tensor]:
+        """The accumulated gradients, unscaled and averaged."""
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        self.unscale_(grads)
+        return self._reduced(grads)
+
+    def unscale_(self, grads: Sequence[Tensor]) -> None:
+        """Divide by the GradScaler's present scale, if there is one."""
+        if isinstance(self._scale, Tensor):
+            for grad in local(grads):
+                grad /= self._scale
+
+    def scale_(self, grads: Sequence[Tensor]) -> None:
+        """Multiply by the GradScaler's present scale, if there is one."""
+        if isinstance(self._scale, Tensor):
+            for grad in local(grads):
+                grad *= self._scale
+
+    def _reduced(self, grads: list[Tensor]) -> list[Tensor]:
+        if self._reduces:
+            mean_over_ranks_(grads)
+        return grads
+
+
+def _counts_hooks(strategy: DDPStrategy) -> bool:
+    """Whether DDP counts every gradient that arrives: a replay's would be taken for the next step's."""
+    return any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
+
+
+def _quotient(
+    change: list[Tensor], step: float, difference: Difference, gradient: Sequence[Tensor] | None
+) -> list[Tensor]:
+    with torch.no_grad():
+        for index, tensor in enumerate(change):
+            if difference == "forward":
+                tensor -= gradient[index]
+                tensor /= step
+            else:
+                tensor /= 2 * step
+    return change
+
+
+@contextmanager
+def displaced(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator[Callable[[float], None]]:
+    """Move parameters along ``direction``; on leaving they have their old values again, bit for bit.
+
+    Costs one copy of the parameters.
+
+    Yields:
+        A function of ``step`` that sets the parameters to ``theta + step * direction``.
+
+    Example:
+        >>> theta = torch.nn.Parameter(torch.ones(2))
+        >>> with displaced([theta], [torch.tensor([1.0, 2.0])]) as move:
+        ...     move(0.5)
+        ...     theta.tolist()
+        [1.5, 2.0]
+        >>> theta.tolist()
+        [1.0, 1.0]
+    """
+    params, direction = local(params), local(direction)
+    with torch.no_grad():
+        saved = [param.clone() for param in params]
+
+    def move(step: float) -> None:
+        with torch.no_grad():
+            torch._foreach_copy_(params, saved)
+            torch._foreach_add_(params, direction, alpha=step)
+        torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
+
+    with ExitStack() as stack:
+        for param in params:  # a graph that is yet to be differentiated may hold them
+            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
+        try:
+            yield move
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(params, saved)
+            torch.clear_autocast_cache()
