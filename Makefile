@@ -4,12 +4,15 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo test test-settings test-faults test-chains test-mutants test-oldest clean
+.PHONY: help demo lint types test cov test-settings test-faults test-chains test-mutants test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    install into $(VENV), train a capsule network on handwritten digits, print accuracy and pictures"
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
+	@echo "make lint    ruff, codespell and yamllint over every file under version control"
+	@echo "make types   basedpyright: no error, and in the folders that still have some no more than there were"
+	@echo "make cov     make test, and which files it runs less than 90 % of"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: six minutes"
 	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
@@ -24,6 +27,18 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/pre-commit run --all-files
+
+types: $(VENV)/installed-dev
+	$(VENV)/bin/python tests/helpers/type_errors.py
+
+cov: $(VENV)/installed-dev
+	$(VENV)/bin/python -m coverage erase
+	$(VENV)/bin/python -m coverage run -m pytest -n 2 --dist loadfile $(PYTEST_ARGS); status=$$?; \
+		$(VENV)/bin/python -m coverage combine --quiet && \
+		$(VENV)/bin/python -m coverage report --sort=cover | awk '$$NF + 0 < 90 || /^TOTAL/'; exit $$status
 
 test-settings: $(VENV)/installed-test
 	$(VENV)/bin/python tests/helpers/machine_settings.py $(SETTINGS_ARGS)
@@ -49,6 +64,10 @@ $(VENV)/installed: $(DESCRIPTION) | $(VENV)/python
 
 $(VENV)/installed-test: $(DESCRIPTION) | $(VENV)/python
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/installed-dev: $(DESCRIPTION) | $(VENV)/python
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[test,dev]"
 	@touch $@
 
 $(VENV)/installed-mutants: $(DESCRIPTION) | $(VENV)/python
@@ -77,5 +96,5 @@ $(VENV)/python $(OLDEST)/python:
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -122,6 +122,9 @@ class RoutingCapsules(nn.Module):
         torch.Size([2, 10, 16])
     """
 
+    routing: RoutingKind
+    gradient: GradientKind
+
     def __init__(
         self,
         in_dim: int,

@@ -1,8 +1,8 @@
 """CapsNet as a LightningModule. Shapes: B images, L labels per image, J classes, K pose dimensions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -10,7 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
 
 from lightning_plugins.capsnet import plots
@@ -97,6 +97,9 @@ class CapsNet(LightningModule):
 
     Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
     """
+
+    gradient: GradientKind
+    __call__: Callable[..., Tensor]  # of forward; torch says Any
 
     def __init__(
         self,
@@ -214,6 +217,7 @@ class CapsNet(LightningModule):
         return u.shape[1], u.shape[2]
 
     def _build_metrics(self) -> None:
+        metric: dict[str, Metric | MetricCollection]
         if self.num_labels == 1:
             metric = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
         else:
@@ -272,7 +276,8 @@ class CapsNet(LightningModule):
     def routing_trace(self, image: Tensor) -> RoutingTrace:
         """Every routing iteration's couplings ``(R, B, N, J)``, poses, k-means objective and coupling entropy."""
         self._check_image(image)
-        return self.capsules.trace(self.features(image))
+        capsules: Any = self.capsules  # with a trace(u), as build_capsules says
+        return capsules.trace(self.features(image))
 
     def _need_decoder(self) -> nn.Module:
         if self.decoder is None:
@@ -328,7 +333,7 @@ class CapsNet(LightningModule):
         if not self.training:
             predictions = self.predict_labels(poses)
             labels = predictions if self.num_labels == 1 else align_labels(predictions, labels)
-        return (self.decoder(poses, labels).float() - target.float()).square().sum() / len(poses)
+        return (self._need_decoder()(poses, labels).float() - target.float()).square().sum() / len(poses)
 
     def _step(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> Tensor:
         if batch_idx == 0:
@@ -342,7 +347,7 @@ class CapsNet(LightningModule):
         if len(terms) > 1:
             named = {f"{stage}/{name}": term for name, term in terms.items()}
             self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics = cast(MetricCollection, self.metrics[f"{stage}_metrics"])
         metrics.update(*self._scores(poses.detach(), batch["label"]))
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)
         return loss

@@ -106,7 +106,7 @@ def _coupled_sums_backward(
     """Return the gradients ``(u, W, bias)``, the inputs streamed once per iteration, from the last to the first."""
     with torch.autocast(u.device.type, enabled=False):
         du, dW, dbias = torch.zeros_like(u), torch.zeros_like(W), torch.zeros_like(sums[0, 0])
-        centres = [None]
+        centres: list[Tensor | None] = [None]
         for s in sums[:-1]:
             centres.append(next_centres(centres[-1], s, routing, squash_scale))
         dcentres = None
@@ -118,7 +118,9 @@ def _coupled_sums_backward(
             if r == 0:
                 _uniform_sum_vjp(ds, u, W, leaky, du, dW)
                 break
-            da = _coupled_sum_vjp(ds, u, W, centres[r], leaky, last, du, dW)
+            centre = centres[r]
+            assert centre is not None  # after the first iteration
+            da = _coupled_sum_vjp(ds, u, W, centre, leaky, last, du, dW)
             if last:
                 break
             dcentres = da + dcentres if routing == "dynamic" and dcentres is not None else da

@@ -84,7 +84,7 @@ def _cure(error: ValueError) -> str:
 
 def _read(source: Any, weights_only: bool) -> dict[str, Any]:
     """The arguments in a file, an address or an open file, which is left where it was."""
-    if isinstance(source, str | Path) and zipfile.is_zipfile(source):
+    if _is_archive(source):
         content = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=True)
     else:
         start = source.tell() if hasattr(source, "tell") else None
@@ -92,3 +92,8 @@ def _read(source: Any, weights_only: bool) -> dict[str, Any]:
         if start is not None:
             source.seek(start)
     return arguments_in(content)
+
+
+def _is_archive(source: Any) -> bool:
+    """Whether it names a file of torch's newer kind, of which only what is asked for need be read."""
+    return isinstance(source, str | Path) and zipfile.is_zipfile(source)

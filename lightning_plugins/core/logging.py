@@ -12,7 +12,7 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import singledispatch
 from pathlib import Path, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from lightning.pytorch import Trainer
@@ -53,7 +53,7 @@ def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
     if not trainer.is_global_zero:
         return
     pixels = _to_uint8(tag, image)
-    if trainer.fast_dev_run:
+    if _leaves_no_logs(trainer):
         return
     path = _file(trainer, "images", tag, step, "png")
     from PIL import Image
@@ -97,7 +97,7 @@ def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"Table {tag!r} has {len(columns)} columns, but a row of {len(row)} cells: {list(row)}.")
-    if trainer.fast_dev_run:
+    if _leaves_no_logs(trainer):
         return
     path = _file(trainer, "tables", tag, step, "csv")
     with new_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
@@ -124,9 +124,13 @@ def log_text_table(
         ValueError: a row with more or fewer cells than columns, or a tag that leaves the folder.
     """
     log_table(trainer, tag, columns, rows, step)
-    if trainer.is_global_zero and not trainer.fast_dev_run:
+    if trainer.is_global_zero and not _leaves_no_logs(trainer):
         with new_file(_file(trainer, "tables", tag, step, "md")) as file:
             file.write((markdown_table(columns, rows) + "\n").encode())
+
+
+def _leaves_no_logs(trainer: Trainer) -> bool:
+    return bool(cast(Any, trainer).fast_dev_run)  # Lightning sets it without declaring it
 
 
 @singledispatch

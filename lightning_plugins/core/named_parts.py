@@ -18,8 +18,10 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-_PARTS = (nn.Module, Optimizer, LRScheduler)
-_PLAIN = (str, int, float, complex, type(None), Collection, PathLike, Enum)
+_PARTS: tuple[type, ...] = (nn.Module, Optimizer, LRScheduler)
+_TEXT: tuple[type, ...] = (str, PathLike)
+_AS_TEXT: tuple[type, ...] = (*_TEXT, int, float, Enum, type(None))
+_PLAIN: tuple[type, ...] = (str, int, float, complex, type(None), Collection, PathLike, Enum)
 
 
 def imported_object(path: str) -> Any:
@@ -165,7 +167,7 @@ def _is_plain(hint: Any) -> bool:
         return True
     if args := [one for one in typing.get_args(hint) if one is not Ellipsis]:
         return not _takes_objects(hint) and all(map(_is_plain, args))
-    return isinstance(hint, type) and issubclass(hint, str | int | float | PathLike | Enum | type(None))
+    return isinstance(hint, type) and issubclass(hint, _AS_TEXT)
 
 
 def _as_read(text: str) -> Any:
@@ -230,7 +232,7 @@ def _takes_text(hint: Any) -> bool:
         return True  # not known
     if typing.get_origin(hint) in (typing.Union, UnionType, list, tuple, dict):
         return any(map(_takes_text, typing.get_args(hint)))
-    return isinstance(hint, type) and issubclass(hint, str | PathLike)
+    return isinstance(hint, type) and issubclass(hint, _TEXT)
 
 
 class _Refusal(importlib.abc.MetaPathFinder):

@@ -18,7 +18,9 @@ def get_random_state(device: torch.device) -> dict[str, Any]:
     import numpy as np
 
     version, numbers, gauss = random.getstate()
-    name, words, *rest = np.random.get_state()
+    legacy = np.random.get_state(legacy=True)
+    assert isinstance(legacy, tuple)  # of the global generator, which numpy makes as a Mersenne Twister
+    name, words, *rest = legacy
     state = {
         "python": [version, list(numbers), gauss],
         "numpy": [name, torch.from_numpy(words.astype(np.int64)), *rest],

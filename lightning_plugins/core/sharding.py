@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 
 @contextmanager
@@ -17,7 +19,7 @@ def gradient_sync(module: LightningModule, now: bool) -> Iterator[None]:
     if now:
         yield
     elif isinstance(strategy, DDPStrategy):
-        with strategy.model.no_sync():
+        with cast(DistributedDataParallel, strategy.model).no_sync():
             yield
     else:
         parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
@@ -78,9 +80,11 @@ def data_parallel_mesh(module: LightningModule) -> DeviceMesh:
     Raises:
         ValueError: the strategy asks for tensor parallelism.
     """
-    if (size := module.device_mesh["tensor_parallel"].size()) > 1:
+    mesh = module.device_mesh
+    assert mesh is not None  # ModelParallelStrategy's
+    if (size := mesh["tensor_parallel"].size()) > 1:
         raise ValueError(
             f"{type(module).__name__} has no tensor parallelism, got tensor_parallel_size={size}: shard it over "
             "data-parallel processes, ModelParallelStrategy(data_parallel_size=<processes>, tensor_parallel_size=1)."
         )
-    return module.device_mesh["data_parallel"]
+    return mesh["data_parallel"]

@@ -5,11 +5,19 @@ rank gets the same number.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+# Whole lists at once, as torch's own optimizers move them; its stubs do not say that the names are exported.
+_torch: Any = torch
+foreach_add_ = _torch._foreach_add_
+foreach_copy_ = _torch._foreach_copy_
+foreach_div = _torch._foreach_div
+foreach_mul_ = _torch._foreach_mul_
 
 _ROW = 2**10  # squares that are summed in their own precision
 _BLOCK = 2**18  # elements that are copied to float64 at a time: 2 MB, about what a core's cache holds

@@ -242,7 +242,7 @@ def entropy_gap(z: Tensor, k: int | Sequence[int] = 1) -> Tensor:
     Raises:
         ValueError: not more codes than k, or of another shape.
     """
-    return knn_entropy(z, k) - gaussian_reference_entropy(*z.shape, k)
+    return knn_entropy(z, k) - gaussian_reference_entropy(len(z), z.shape[1], k)
 
 
 class KNNEntropyLoss(nn.Module):

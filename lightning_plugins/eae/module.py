@@ -108,6 +108,10 @@ class EAE(LightningModule):
     arXiv 2605.16164, bears the same name.
     """
 
+    network: Network
+    reconstruction: Reconstruction
+    default_prior: PriorKind
+
     def __init__(
         self,
         image_shape: tuple[int, int, int] = (1, 28, 28),
@@ -432,7 +436,7 @@ class EAE(LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics: Any = self.metrics[f"{stage}_metrics"]  # by name, see _build_metrics
         codes = self._codes(batch)
         metrics["reconstruction"].update(self._errors(batch, codes.own))
         metrics["latent"].update(codes.own)
@@ -463,7 +467,7 @@ class EAE(LightningModule):
 
         The regulariser is that of all codes at once: estimates of small last batches would not compare.
         """
-        metrics = self.metrics[f"{stage}_metrics"]
+        metrics: Any = self.metrics[f"{stage}_metrics"]  # by name, see _build_metrics
         z = metrics["latent"].codes()
         labels = metrics["labels"].codes().long()[:, 0] if self._within_classes else None
         error = metrics["reconstruction"].compute()
@@ -520,7 +524,7 @@ class EAE(LightningModule):
         figures = {"reconstructions": plots.plot_reconstructions(images, self.reconstruct(images, labels).float())}
         generator = torch.Generator(self.device).manual_seed(0)  # the same codes each time: pictures compare
         fits = self.prior.is_fitted or self.prior.can_be_fitted  # not before the first batches
-        priors = dict.fromkeys(("normal", self.default_prior if fits else "normal"))
+        priors: dict[PriorKind, None] = dict.fromkeys(("normal", self.default_prior if fits else "normal"))
         samples = {name: self.sample(_NUM_SAMPLES, prior=name, generator=generator) for name in priors}
         figures["samples"] = plots.plot_samples(samples)
         if (half := len(images) // 2) > 0:

@@ -6,7 +6,7 @@ grey or in colour.
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -127,7 +127,8 @@ def plot_latents(z: Tensor) -> "Figure":
     chosen = distance.argsort(descending=True, stable=True)[:_MAX_HISTOGRAMS].sort().values
     columns, heat_map = -(-len(chosen) // 2), 2 <= d <= _MAX_CORRELATIONS
     figure = new_figure(1.6 * columns + 4.2, 5.4 if d > 1 else 3.0, _DPI)
-    left, right = figure.subfigures(1, 2, width_ratios=[1.6 * columns + 0.4, 3.8])
+    halves: Any = figure.subfigures(1, 2, width_ratios=[1.6 * columns + 0.4, 3.8])  # an array, as there are two
+    left, right = halves
     histograms = left.subplots(min(d, 2), columns, sharex=True, sharey=True, squeeze=False).ravel()
     limit = max(4.0, z[:, chosen].abs().quantile(0.995, 0).max().item())
     for axes, dim in zip(histograms, chosen.tolist(), strict=False):

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT, _default_to_fused_or_foreach
 
 from lightning_plugins.core import arguments as must
-from lightning_plugins.core.vectors import local, norm
+from lightning_plugins.core.vectors import foreach_add_, foreach_div, foreach_mul_, local, norm
 
 _MEAN, _BUFFER = "mean_square_norm", "momentum_buffer"
 
@@ -80,9 +80,9 @@ class NormRMSprop(Optimizer):
     ) -> None:
         options = {"lr": lr, "alpha": alpha, "eps": eps, "momentum": momentum, "weight_decay": weight_decay}
         _PARAMETERS("params", params)
-        params = list(params)
-        must.each(_PARAMETER, of="parameters, or dicts of groups")("params", params)
-        super().__init__(params, {**options, "foreach": foreach, "maximize": maximize})
+        groups: Any = list(params)
+        must.each(_PARAMETER, of="parameters, or dicts of groups")("params", groups)
+        super().__init__(groups, {**options, "foreach": foreach, "maximize": maximize})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with a running mean of its own.
@@ -144,7 +144,7 @@ class NormRMSprop(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]  # all of them
         if group["maximize"]:
             grads = [-g for g in grads]
         if group["weight_decay"]:
@@ -200,12 +200,12 @@ _PARAMETER = must.Rule(
 def _move(
     params: list[Tensor], grads: list[Tensor], buffers: list[Tensor], scale: Tensor, lr: float, momentum: float
 ) -> None:
-    steps = torch._foreach_div(grads, scale)
+    steps = foreach_div(grads, scale)
     if momentum:
-        torch._foreach_mul_(buffers, momentum)
-        torch._foreach_add_(buffers, steps)
+        foreach_mul_(buffers, momentum)
+        foreach_add_(buffers, steps)
         steps = buffers
-    torch._foreach_add_(params, steps, alpha=-lr)
+    foreach_add_(params, steps, alpha=-lr)
 
 
 def _check_options(options: dict[str, Any]) -> None:
@@ -222,7 +222,7 @@ def _check_options(options: dict[str, Any]) -> None:
 
 
 def _check_parameters(params: Sequence[Tensor]) -> None:
-    if any(p.grad.layout != torch.strided for p in params):
+    if any(p.grad is not None and p.grad.layout != torch.strided for p in params):
         raise RuntimeError("NormRMSprop takes no sparse gradients; make the layer with sparse=False.")
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:

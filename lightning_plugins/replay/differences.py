@@ -70,8 +70,8 @@ def relative_step(
         dtypes = {param.dtype for param in module.parameters() if param.requires_grad}
         kind = "float64" if dtypes == {torch.float64} else "float32"
     kind = kinds[largest_over_ranks(kinds.index(kind), device)]
-    kinked = largest_over_ranks(int(bool(kinked)), device)
-    return max(_RELATIVE_STEPS[kind][difference], _KINKED_STEPS[difference] if kinked else 0.0)
+    kinked_anywhere = largest_over_ranks(int(bool(kinked)), device)
+    return max(_RELATIVE_STEPS[kind][difference], _KINKED_STEPS[difference] if kinked_anywhere else 0.0)
 
 
 def _uses_tf32(module: nn.Module, device: torch.device) -> bool:

@@ -208,8 +208,8 @@ def _metric_aside(metric: Metric) -> Iterator[None]:
     try:
         yield
     finally:
-        metric.__dict__.clear()
-        metric.__dict__.update(before)
+        vars(metric).clear()
+        vars(metric).update(before)
 
 
 @contextmanager

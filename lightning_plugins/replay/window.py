@@ -11,9 +11,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_plugins.core.lightning_internals import loss_scale
-from lightning_plugins.core.vectors import local, mean_over_ranks_
+from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
 from lightning_plugins.replay.recorder import Call, without_trace
 from lightning_plugins.replay.twice import second_derivative
@@ -40,8 +41,9 @@ class WindowLoss:
         self.params = list(params)
         self._module, self._calls = module, list(calls)
         self._device = trainer.strategy.root_device
-        self._reduces = isinstance(trainer.strategy, DDPStrategy)  # FSDP2 averages within its own backward
-        self._watched = self._reduces and _counts_hooks(trainer.strategy)
+        strategy = trainer.strategy
+        self._reduces = isinstance(strategy, DDPStrategy)  # FSDP2 averages within its own backward
+        self._watched = isinstance(strategy, DDPStrategy) and _counts_hooks(strategy)
         self._scale = loss_scale(trainer)
         self._share = 1 / trainer.accumulate_grad_batches
 
@@ -155,6 +157,7 @@ def _quotient(
     with torch.no_grad():
         for index, tensor in enumerate(change):
             if difference == "forward":
+                assert gradient is not None  # product() sees to it
                 tensor -= gradient[index]
                 tensor /= step
             else:
@@ -186,16 +189,16 @@ def displaced(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator
 
     def move(step: float) -> None:
         with torch.no_grad():
-            torch._foreach_copy_(params, saved)
-            torch._foreach_add_(params, direction, alpha=step)
+            foreach_copy_(params, saved)
+            foreach_add_(params, direction, alpha=step)
         torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
 
     with ExitStack() as stack:
         for param in params:  # a graph that is yet to be differentiated may hold them
-            stack.enter_context(torch.autograd._unsafe_preserve_version_counter(param))
+            stack.enter_context(_unsafe_preserve_version_counter(param))
         try:
             yield move
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(params, saved)
+                foreach_copy_(params, saved)
             torch.clear_autocast_cache()

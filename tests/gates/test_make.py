@@ -1,6 +1,7 @@
-"""The two commands and the continuous-integration entry, without installing anything."""
+"""The Makefile's commands and the continuous-integration entry, without installing anything."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DESCRIPTION = ("setup.cfg", "pyproject.toml", "constraints.txt", "constraints-oldest.txt")
 OLD = "default SSE41 1 -m numerics"
 
 
@@ -25,109 +27,76 @@ def make(folder, *arguments):
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with the Makefile and what it depends on, and no environment yet."""
-    for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt", "constraints-oldest.txt"):
+    for name in ("Makefile", *DESCRIPTION):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
 
 
-def script(path, *lines):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
-    path.chmod(0o755)
-    return path
+def would_run(checkout, *arguments):
+    """What ``make`` would do, but for making an environment: lines that begin with ``.venv`` or touch a stamp."""
+    answer = make(checkout, "--dry-run", *arguments)
+    assert answer.returncode == 0, answer.stderr
+    lines = [line.strip() for line in answer.stdout.splitlines()]
+    ours = [line for line in lines if re.match(r"(PYTHONPATH=\S+ nice |touch )?\.venv", line)]
+    return [line for line in ours if not re.match(r"\S+ -m pip --version|touch \S+/python$", line)]
 
 
-@pytest.fixture
-def fake_python(checkout):
-    """An interpreter that notes how it is called; its ``venv`` makes an environment holding another of its kind."""
-    log = checkout / "calls"
-    note = [f'echo "$@" >> {log}', f'[ -e {checkout}/break ] && [ "$3" = install ] && exit 1']
-    inner = script(checkout / "inner", *note, "exit 0")
-    outer = script(
-        checkout / "python",
-        *note,
-        f'[ "$2" = venv ] && mkdir -p "$3/bin" && cp {inner} "$3/bin/python"',
-        f'[ "$2" = venv ] && cp {inner} "$3/bin/lightning-plugins"',
-        "exit 0",
-    )
-    return f"PYTHON={outer}", log
-
-
-def test_demo_and_test_install_once_and_run(checkout, fake_python):
-    python, log = fake_python
-    assert make(checkout, "demo", python).returncode == 0
-    calls = log.read_text().splitlines()
-    assert "-m venv .venv" in calls
-    assert calls[-2:] == [
-        "-m pip install --disable-pip-version-check -c constraints.txt -e .",
-        "fit --config capsnet/digits",
-    ]
-    log.unlink()
-    assert make(checkout, "demo", python).returncode == 0
-    assert log.read_text().splitlines() == ["fit --config capsnet/digits"]
-    log.unlink()
-    assert make(checkout, "test", python, "PYTEST_ARGS=-k squash").returncode == 0
-    assert log.read_text().splitlines() == [
-        "-m pip install --disable-pip-version-check -c constraints.txt -e .[test]",
-        "-m pytest -n 2 --dist loadfile -k squash",
-    ]
-    log.unlink()
-    assert make(checkout, "test", python).returncode == 0
-    assert log.read_text().splitlines() == ["-m pytest -n 2 --dist loadfile"]
-    log.unlink()
-    later = (checkout / ".venv/installed-test").stat().st_mtime + 10
-    os.utime(checkout / "constraints.txt", (later, later))
-    assert make(checkout, "test", python).returncode == 0
-    assert "pip install" in log.read_text()
-
-
-def test_mutants_are_installed_apart_and_take_a_file(checkout, fake_python):
-    python, log = fake_python
-    assert make(checkout, "test-mutants", python, "FILE=a.py", "MUTANTS_ARGS=--num 3").returncode == 0
-    assert log.read_text().splitlines()[-2:] == [
-        "-m pip install --disable-pip-version-check -c constraints.txt -e .[test,mutants]",
-        "-m mutants a.py --num 3",
-    ]
-
-
-def test_an_interrupted_installation_is_taken_up_again(checkout, fake_python):
-    python, log = fake_python
-    (checkout / "break").touch()
-    assert make(checkout, "test", python).returncode != 0
-    (checkout / "break").unlink()
-    log.unlink()
-    assert make(checkout, "test", python).returncode == 0
-    assert [line for line in log.read_text().splitlines() if "pip install" in line or "pytest" in line] == [
-        "-m pip install --disable-pip-version-check -c constraints.txt -e .[test]",
-        "-m pytest -n 2 --dist loadfile",
-    ]
-
-
-def test_the_oldest_versions_have_an_environment_of_their_own(checkout, fake_python):
-    python, log = fake_python
-    install = "-m pip install --disable-pip-version-check -c constraints-oldest.txt -e .[test]"
-    (checkout / "break").touch()
-    assert make(checkout, "test-oldest", python).returncode != 0
-    calls = log.read_text().splitlines()
-    assert "-m venv .venv-oldest" in calls and calls[-1] == install
-    (checkout / "break").unlink()
-    assert make(checkout, "test-oldest", python).returncode == 0
-    assert log.read_text().splitlines()[-2:] == [install, "-m pytest -n 2 --dist loadfile -m not slow and not ddp"]
-    assert not (checkout / ".venv").exists()
+def install(environment, extras, constraints="constraints.txt"):
+    pip = f"{environment}/bin/python -m pip install --disable-pip-version-check"
+    return f"{pip} -c {constraints} -e {extras}"
 
 
 @pytest.mark.parametrize(
-    ("target", "body", "words"),
+    ("arguments", "stamp", "installs", "command"),
     [
-        ("demo", None, "not found: install Python 3.10 or newer"),
-        ("demo", 'case "$2" in *version_info*) exit 1;; esac', "is not Python 3.10 or newer: install one"),
-        ("demo", 'case "$2" in *ensurepip*) exit 1;; esac', "sudo apt install python3-venv"),
-        ("test-oldest", 'case "$2" in *"== (3, 11)"*) exit 1;; esac', "is not Python 3.11: install one"),
+        (["demo"], ".venv/installed", install(".venv", "."), "lightning-plugins fit --config capsnet/digits"),
+        (
+            ["test", "PYTEST_ARGS=-k squash"],
+            ".venv/installed-test",
+            install(".venv", '".[test]"'),
+            "python -m pytest -n 2 --dist loadfile -k squash",
+        ),
+        (["lint"], ".venv/installed-dev", install(".venv", '".[test,dev]"'), "pre-commit run --all-files"),
+        (["types"], ".venv/installed-dev", install(".venv", '".[test,dev]"'), "python tests/helpers/type_errors.py"),
+        (
+            ["test-mutants", "FILE=a.py", "MUTANTS_ARGS=--num 3"],
+            ".venv/installed-mutants",
+            install(".venv", '".[test,mutants]"'),
+            "python -m mutants a.py --num 3",
+        ),
+        (
+            ["test-oldest"],
+            ".venv-oldest/installed-test",
+            install(".venv-oldest", '".[test]"', "constraints-oldest.txt"),
+            'python -m pytest -n 2 --dist loadfile -m "not slow and not ddp"',
+        ),
     ],
-    ids=["missing", "old", "without venv", "not 3.11"],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_an_unfit_python_is_named_in_one_line(checkout, target, body, words):
-    python = checkout / "nowhere" if body is None else script(checkout / "python", body, "exit 0")
+def test_a_command_installs_once_and_runs(checkout, arguments, stamp, installs, command):
+    assert f"{Path(stamp).parent}/python" in make(checkout, "--dry-run", *arguments).stdout
+    *before, last = would_run(checkout, *arguments)
+    assert before == [installs, f"touch {stamp}"]  # in this order: what pip did not finish is taken up again
+    assert last.endswith(f"{Path(stamp).parent}/bin/{command}")
+    (checkout / stamp).parent.mkdir()
+    for path in (checkout / stamp, checkout / stamp.split("/")[0] / "python"):
+        path.touch()
+    assert would_run(checkout, *arguments) == [last]
+    later = (checkout / stamp).stat().st_mtime + 10
+    for name in DESCRIPTION:
+        os.utime(checkout / name, (later, later))
+    assert would_run(checkout, *arguments) == [*before, last]
+
+
+@pytest.mark.parametrize(
+    ("target", "python", "words"),
+    [
+        ("demo", "./nowhere", "./nowhere not found: install Python 3.10 or newer"),
+        ("demo", "false", "false is not Python 3.10 or newer: install one"),
+        ("test-oldest", "false", "false is not Python 3.11: install one"),
+    ],
+)
+def test_an_unfit_python_is_named_in_one_line(checkout, target, python, words):
     answer = make(checkout, target, f"PYTHON={python}")
     assert answer.returncode != 0
     (line,) = answer.stdout.splitlines()
@@ -142,9 +111,11 @@ def test_clean_keeps_runs(checkout):
     assert sorted(path.name for path in checkout.iterdir() if path.is_dir()) == ["lightning_logs"]
 
 
-def test_help_is_the_default():
-    assert make(ROOT).stdout == make(ROOT, "help").stdout
-    assert "make demo" in make(ROOT).stdout
+def test_help_is_the_default_and_names_every_command():
+    shown = make(ROOT).stdout
+    assert shown == make(ROOT, "help").stdout
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(re.findall(r"^make (\S+)", shown, re.MULTILINE)) == set(phony.split()) - {"help"}
 
 
 @pytest.mark.parametrize(
@@ -163,14 +134,26 @@ def test_help_is_the_default():
     ],
 )
 def test_ci_fails_unless_tests_ran_and_passed(tmp_path, recipe, code, words):
-    (tmp_path / ".ci").mkdir()
-    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
-    (tmp_path / "Makefile").write_text(f"test:\n\t@{recipe}\n")
-    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
-    for command in (["init", "-q"], ["add", "Makefile", ".ci"], [*author, "commit", "-qm", "x"]):
-        subprocess.run(["git", *command], cwd=tmp_path, check=True)
-    (tmp_path / "Makefile").write_text("test:\n\t@echo '99 passed in 1.0s'\n")  # not committed: must not count
-    answer = run([tmp_path / ".ci/run"], "/")
+    answer = run_ci(tmp_path, f"test:\n\t@{recipe}\n\nlint types:\n")
     assert bool(answer.returncode) == bool(code)
     assert words in answer.stdout + answer.stderr
     assert "99 passed" not in answer.stdout
+
+
+@pytest.mark.parametrize("target", ["lint", "types"])
+def test_ci_fails_unless_the_tools_find_nothing(tmp_path, target):
+    others = {"lint", "types"} - {target}
+    makefile = f"test:\n\t@echo '3 passed in 1.2s'\n\n{' '.join(others)}:\n\n{target}:\n\tfalse\n"
+    assert run_ci(tmp_path, makefile).returncode != 0
+
+
+def run_ci(folder, makefile):
+    """``.ci/run`` on a repository whose committed Makefile is this one."""
+    (folder / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", folder / ".ci/run")
+    (folder / "Makefile").write_text(makefile)
+    author = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for command in (["init", "-q"], ["add", "Makefile", ".ci"], [*author, "commit", "-qm", "x"]):
+        subprocess.run(["git", *command], cwd=folder, check=True)
+    (folder / "Makefile").write_text("test:\n\t@echo '99 passed in 1.0s'\n")  # not committed: must not count
+    return run([folder / ".ci/run"], "/")

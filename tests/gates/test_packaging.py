@@ -133,7 +133,7 @@ def required(*extras):
 
 
 def test_constraints_lie_within_the_requirements():
-    bounds = {requirement.name: requirement.specifier for requirement in required("test", "mutants")}
+    bounds = {requirement.name: requirement.specifier for requirement in required("test", "dev", "mutants")}
     assert {pin.name for pin in pins("constraints.txt")} >= {"torch", "lightning", "jsonargparse"}
     for pin in pins("constraints.txt"):
         assert pin.name in bounds, f"{pin} pins what setup.cfg does not ask for"
@@ -157,7 +157,11 @@ def versions(requirements, operator):
 
 
 def test_the_oldest_versions_are_the_floors():
-    extras = set(setup_cfg()["options.extras_require"]) - {"curvature", "mutants"}  # constraints-oldest.txt says why
+    extras = set(setup_cfg()["options.extras_require"]) - {
+        "curvature",
+        "dev",
+        "mutants",
+    }  # constraints-oldest.txt says why
     assert versions(pins("constraints-oldest.txt"), "==") == versions(required(*extras), ">=")
 
 
