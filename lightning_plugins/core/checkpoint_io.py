@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_folders import replace_folders
+from lightning_plugins.core.lightning_internals import given_checkpoint_io
 from lightning_plugins.core.replacing import is_address, replacing, write_error
 
 
@@ -107,7 +108,7 @@ def keep_checkpoints_whole(trainer: Trainer) -> None:
     """
     must.instance(Trainer, "a Trainer")("trainer", trainer)
     strategy = trainer.strategy
-    given = strategy._checkpoint_io
+    given = given_checkpoint_io(strategy)
     if isinstance(given, AsyncCheckpointIO) and given.checkpoint_io is None:
         given.checkpoint_io = AtomicCheckpointIO()
     elif given is None and type(strategy.checkpoint_io) is TorchCheckpointIO:  # a TPU's strategy has its own

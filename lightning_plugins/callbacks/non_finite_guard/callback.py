@@ -21,8 +21,9 @@ from lightning_plugins.callbacks.non_finite_guard.verdict import (
     over_ranks,
     spoilt,
 )
-from lightning_plugins.callbacks.run_checks import put_in_order, require_plain_optimizers, skips_backward
+from lightning_plugins.callbacks.run_checks import put_in_order, require_plain_optimizers
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import skips_backward
 from lightning_plugins.replay.recorder import is_replaying
 
 Policy = Literal["raise", "skip", "stop"]

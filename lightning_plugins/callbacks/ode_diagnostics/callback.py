@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,9 +29,15 @@ from lightning_plugins.callbacks.ode_diagnostics.rows import (
     start_rows,
     suggested_lr,
 )
-from lightning_plugins.callbacks.ode_diagnostics.step_watch import StepWatch, batches_that_stepped
-from lightning_plugins.callbacks.run_checks import put_in_order, require_strategy, skips_backward
+from lightning_plugins.callbacks.ode_diagnostics.step_watch import StepWatch
+from lightning_plugins.callbacks.run_checks import put_in_order, require_strategy
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import (
+    batches_that_stepped,
+    is_no_optimizer,
+    own_state_key,
+    skips_backward,
+)
 from lightning_plugins.core.vectors import norm
 from lightning_plugins.replay.recorder import StepRecorder
 
@@ -212,7 +217,7 @@ class ODEDiagnostics(Callback):
     def state_key(self) -> str:
         """One for each optimizer."""
         index = self.optimizer_index
-        return self._generate_state_key(optimizer_index=index) if index else super().state_key
+        return own_state_key(self, optimizer_index=index) if index else super().state_key
 
     # Before and after training
 
@@ -243,7 +248,7 @@ class ODEDiagnostics(Callback):
             )
         self._release()  # of a run within the run, as a search for the learning rate is
         optimizer = trainer.optimizers[self.optimizer_index]
-        if isinstance(optimizer, _MockOptimizer):
+        if is_no_optimizer(optimizer):
             return  # configure_optimizers gave none, and Lightning has said so
         self._trainer, self._warned = trainer, set[str]()
         self._watch = StepWatch(trainer, optimizer, self._end, self._warn_once)

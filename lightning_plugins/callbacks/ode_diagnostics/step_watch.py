@@ -14,6 +14,7 @@ from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import (
     rule_of,
     why_unreadable,
 )
+from lightning_plugins.core.lightning_internals import batches_that_stepped
 
 
 class StepWatch:
@@ -117,8 +118,3 @@ class StepWatch:
         """Go on from there."""
         self.time.load_state_dict(state["flow"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-
-
-def batches_that_stepped(trainer: Trainer) -> int:
-    """What Lightning logs as the step: unlike ``global_step`` it does not count every optimizer."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
