@@ -22,6 +22,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer,
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -137,26 +138,34 @@ def loss_scale(trainer: Trainer) -> Tensor | float:
 CLASS_PATH, INSTANTIATOR = "_class_path", "_instantiator"
 
 
+# Methods of Trainer, from the innermost, whose argument ckpt_path is the file itself and no longer "best" or "last".
+_RUNS = ("_run", "_fit_impl", "_validate_impl", "_test_impl", "_predict_impl")
+
+
 def checkpoint_to_load(trainer: Trainer | None) -> str | None:
     """Path of the checkpoint that the running ``fit``, ``validate``, ``test`` or ``predict`` was given.
 
     A network or tokenizer that a checkpoint describes must be built in ``configure_model`` or ``setup``, which come
-    before the checkpoint is read. Lightning 2.6 tells ``trainer.ckpt_path`` only afterwards; until then the path is an
-    argument of the running ``Trainer._run``, where this function finds it.
+    before the checkpoint is read. Until then ``trainer.ckpt_path`` of Lightning 2.6 is that of an earlier call, and the
+    path is an argument of a method that runs. Its frame is found by name, so that a tool may wrap these methods; where
+    none tells, ``trainer.ckpt_path`` does. When ``_run`` goes: read ``Trainer.fit`` for what has that argument now.
 
     Args:
-        trainer: the module's trainer, or ``None`` without one.
+        trainer: The module's trainer, or ``None`` without one.
 
     Returns:
         The file, or the folder of a sharded checkpoint; ``None`` if none is to be loaded.
     """
-    frame = sys._getframe(1) if trainer is not None else None
+    if trainer is None:
+        return None
+    path = trainer.ckpt_path if trainer.state.status == TrainerStatus.RUNNING else None
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
+        if frame.f_code.co_name in _RUNS and frame.f_locals.get("self") is trainer and "ckpt_path" in frame.f_locals:
             path = frame.f_locals["ckpt_path"]
-            return str(path) if path else None
+            break
         frame = frame.f_back
-    return None
+    return str(path) if path else None
 
 
 def given_hyperparameters() -> dict[str, Any] | None:
