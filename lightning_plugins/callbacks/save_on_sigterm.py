@@ -9,7 +9,7 @@ from lightning_plugins.core.lightning_internals import save_last
 
 
 class SaveOnSigterm(Callback):
-    """Write ``last.ckpt`` when SIGTERM arrives (``kill``, ``docker stop``, a scheduler), so that no step is lost.
+    """Write last.ckpt when SIGTERM arrives (kill, docker stop, a scheduler), so that no step is lost.
 
     Lightning finishes the batch and then leaves; here the checkpoint is written in between, in the folder of the run's
     ``ModelCheckpoint``, whether that keeps a last checkpoint or not. The command line adds this callback to every run.

@@ -41,9 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Args:
-            checkpoint: what is kept of the run.
-            path: the file, or an address.
-            storage_options: must be ``None``.
+            checkpoint: what is kept of the run, as Lightning has gathered it.
+            path: the file to write, or an address.
+            storage_options: nothing but ``None``, as for files of torch.
 
         Raises:
             OSError: the file cannot be written; what had its name is as it was.
@@ -95,13 +95,15 @@ def write_torch_file(content: Any, path: Path) -> None:
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
-    """Let a trainer write its checkpoints by :class:`AtomicCheckpointIO`, and folders of sharded ones as safely.
+    """Let a trainer write each checkpoint whole or not at all, also the folders of sharded ones.
 
-    A ``CheckpointIO`` that the trainer was given stays; one that writes in the background gets this one to write with.
+    Files are written by :class:`AtomicCheckpointIO`. A ``CheckpointIO`` that the trainer was given stays; one that
+    writes in the background gets this one to write with.
+
     Folders get a file of checksums, ``checksums.json``, which is compared when they are read.
 
     Args:
-        trainer: before it is run.
+        trainer: the trainer, before it runs.
 
     Raises:
         ValueError: it is no trainer.

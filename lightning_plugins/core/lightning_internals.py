@@ -151,7 +151,7 @@ def checkpoint_to_load(trainer: Trainer | None) -> str | None:
     none tells, ``trainer.ckpt_path`` does. When ``_run`` goes: read ``Trainer.fit`` for what has that argument now.
 
     Args:
-        trainer: The module's trainer, or ``None`` without one.
+        trainer: the module's trainer, or ``None`` without one.
 
     Returns:
         The file, or the folder of a sharded checkpoint; ``None`` if none is to be loaded.

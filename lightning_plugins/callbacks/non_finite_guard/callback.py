@@ -74,12 +74,13 @@ class NonFiniteGuard(Callback):
     leaves out samples by itself (:class:`SiD`) is only asked whether one was left.
 
     Args:
-        policy: ``raise`` ends the run with a FloatingPointError, but for a loss whose gradients are finite, which is
-            told once and counts towards ``patience``; ``skip`` leaves the step out and goes on, ``stop`` leaves it out
-            and ends training as early stopping does.
-        patience: most steps in a row that may be left out, by this callback, by a GradScaler or by the module; one more
-            raises under every policy. The default of 16 is how often a GradScaler halves its first scale, 2^16, until
-            there is nothing left to halve; a defect of single samples does not come that often in a row.
+        policy: what happens to a step that is not finite. The default of raise ends the run with a FloatingPointError,
+            but for a loss whose gradients are finite, which is told once and counts towards patience. With skip the
+            step is left out and training goes on, with stop it is left out and training ends as by early stopping.
+        patience: most steps in a row that may be left out, 0 or more, by this callback, by a GradScaler or by the
+            module; one more raises under every policy. The default of 16 is how often a GradScaler halves its first
+            scale, 2^16, until there is nothing left to halve; a defect of single samples does not come that often in a
+            row.
 
     Raises:
         ValueError: an argument out of range.

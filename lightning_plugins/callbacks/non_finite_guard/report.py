@@ -53,9 +53,9 @@ def report(trainer: Trainer, module: LightningModule, step: Step, end: str, own:
 
     Args:
         trainer: the running trainer.
-        module: the one that is trained.
-        step: the one that is not finite.
-        end: the last line.
+        module: the trained module.
+        step: the step that is not finite.
+        end: the last line of the text.
         own: whether the module itself has left every sample out.
     """
     rows = list(_bad_rows(step.batch))

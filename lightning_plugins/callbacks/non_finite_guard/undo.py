@@ -13,7 +13,7 @@ class StateOfRun:
 
     Args:
         trainer: the running trainer.
-        module: the one that is trained; its weights, trained or frozen, are not kept, nor its attributes under manual
+        module: the trained module. Its weights, trained or frozen, are not kept, nor its attributes under manual
             optimization, where other optimizers of the same ``training_step`` go on.
     """
 

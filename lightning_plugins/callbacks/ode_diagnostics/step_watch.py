@@ -22,15 +22,15 @@ class StepWatch:
 
     Args:
         trainer: the running trainer.
-        optimizer: to follow.
-        ended: called after each step that :meth:`begin` saw: whether the optimizer has moved the parameters.
-        warn: called with a sentence.
+        optimizer: the optimizer to follow.
+        ended: called after each step that :meth:`begin` saw, with whether the optimizer has moved the parameters.
+        warn: called with a sentence to say once.
 
     Attributes:
-        optimizer: as given.
-        steps: seen so far, also skipped ones.
-        skipped: by the GradScaler.
-        time: flow time.
+        optimizer: the optimizer that is followed.
+        steps: the number of steps seen so far, skipped ones included.
+        skipped: the number of steps that the GradScaler has skipped.
+        time: the flow time of the steps taken.
     """
 
     def __init__(
