@@ -15,10 +15,13 @@ class StateOfRun:
         trainer: the running trainer.
         module: the trained module. Its weights, trained or frozen, are not kept, nor its attributes under manual
             optimization, where other optimizers of the same ``training_step`` go on.
+
+    Attributes:
+        is_due: whether all is put back at the end of the batch.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self._trainer = trainer
+        self._trainer, self.is_due = trainer, False
         self._module_state = ModuleState(module, frozen=False, attributes=module.automatic_optimization)
         self._metrics = [_MetricState(part) for part in module.modules() if isinstance(part, Metric)]
         self._logged = {name: _MetricState(metric) for name, metric in logged_so_far(trainer).items()}
