@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -13,6 +12,7 @@ from lightning_plugins.core.lightning_internals import (
     Place,
     between_steps,
     fit_progress,
+    has_state,
     is_cut,
     read_place,
     start_at,
@@ -121,7 +121,7 @@ class ExactResume(Callback):
                 "step is not that of a run that never stopped. For that take a checkpoint from between two steps."
             )
         for loader in train_loaders(trainer):
-            if isinstance(loader, _Stateful):
+            if has_state(loader):
                 continue
             if place.batches and not place.is_last:
                 rank_zero_warn(

@@ -8,6 +8,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from lightning_plugins.core import lightning_internals
+
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 DEVICES = ("cpu", "cuda")
 
@@ -93,4 +95,4 @@ def skips_backward(trainer: Trainer) -> bool:
 
     Optimizer steps then come with gradients of another epoch, which are nobody's to change.
     """
-    return trainer.fit_loop._skip_backward
+    return lightning_internals.skips_backward(trainer)

@@ -5,9 +5,11 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_plugins.core.lightning_internals import save_last
+
 
 class SaveOnSigterm(Callback):
-    """Write ``last.ckpt`` when SIGTERM arrives (``kill``, ``docker stop``, a scheduler), so that no step is lost.
+    """Write last.ckpt when SIGTERM arrives (kill, docker stop, a scheduler), so that no step is lost.
 
     Lightning finishes the batch and then leaves; here the checkpoint is written in between, in the folder of the run's
     ``ModelCheckpoint``, whether that keeps a last checkpoint or not. The command line adds this callback to every run.
@@ -38,4 +40,4 @@ class SaveOnSigterm(Callback):
         if callbacks:
             checkpoint = max(callbacks, key=lambda c: bool(c.save_last))
             checkpoint.save_last = True
-            checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+            save_last(checkpoint, trainer)

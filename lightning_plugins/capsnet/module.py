@@ -31,6 +31,7 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.core.lr_schedules import exponential_decay, with_scheduler
 from lightning_plugins.core.sharding import shard_parts
@@ -200,7 +201,7 @@ class CapsNet(LightningModule):
         Raises:
             ValueError: the strategy asks for tensor parallelism, which the capsules are not written for.
         """
-        widen(self, self._trainer)
+        widen(self, trainer_of(self))
         if shard_parts(self, self.features, self.capsules, self.decoder):
             register_fsdp_forward_method(self, "routing_trace")
             if hasattr(self.capsules, "trace"):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -98,7 +98,7 @@ class PluginsCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the model may also come from a checkpoint, so it is not required here."""
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        for key, base in (("model", self._model_class), ("data", self._datamodule_class)):
+        for key, base in (("model", LightningModule), ("data", LightningDataModule)):
             parser.add_lightning_class_args(base, key, subclass_mode=True, required=False)
             parser.groups[key].title = key.capitalize()
 
@@ -198,7 +198,7 @@ class PluginsCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer: with a NonFiniteGuard unless the config has one, and with checkpoints that survive."""
-        given = self._get(self.config_init, "trainer", default={}).get("callbacks") or []
+        given = self.config_init[self.subcommand].trainer.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         if not any(isinstance(callback, NonFiniteGuard) for callback in given):
             callbacks = [NonFiniteGuard(), *self.trainer_defaults["callbacks"]]

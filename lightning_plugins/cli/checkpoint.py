@@ -21,6 +21,7 @@ from lightning_plugins.cli.checkpoint_rules import (
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.core.checkpoint_damage import damage
+from lightning_plugins.core.lightning_internals import CLASS_PATH, INSTANTIATOR
 
 LINKS = ("image_shape", "num_classes", "num_labels")  # what the data decides for every model that takes it
 
@@ -144,7 +145,7 @@ def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -
             argument names what is not imported, or is no part of a model.
     """
     asked = given.class_path if given is not None else None
-    class_path = hparams.get("_class_path", asked)
+    class_path = hparams.get(CLASS_PATH, asked)
     if class_path is None:
         raise UsageError(
             f"{str(path)!r} does not say which class it holds (it was made in Python): add --model and the class."
@@ -154,7 +155,7 @@ def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -
         raise UsageError(f"--model {_short(asked)} was given, but {str(path)!r} holds a {_short(class_path)}.")
     refuse_other_names(path, hparams, cls, plain(given.get("init_args")) if given is not None else None)
     names = argument_names(class_path)
-    hparams = {key: value for key, value in hparams.items() if key not in ("_instantiator", "_class_path")}
+    hparams = {key: value for key, value in hparams.items() if key not in (INSTANTIATOR, CLASS_PATH)}
     hparams = {key: value for key, value in hparams.items() if key in names or key not in LINKS}
     unknown = [key for key in hparams if key not in names]
     if unknown and not _takes_anything(cls):

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule
 import lightning_plugins
 from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.core.checkpoint_data import arguments_in
+from lightning_plugins.core.lightning_internals import INSTANTIATOR
 from lightning_plugins.core.named_parts import check_named_parts, imported_object
 
 _TRUST = "If you trust it, import it in the module of your --model class, or name it in a --config."
@@ -137,7 +138,7 @@ def refuse_other_names(path: Path, arguments: Mapping[str, Any], cls: type, give
     Raises:
         UsageError: which one.
     """
-    if (maker := arguments.get("_instantiator")) not in _INSTANTIATORS:
+    if (maker := arguments.get(INSTANTIATOR)) not in _INSTANTIATORS:
         raise UsageError(f"{str(path)!r}: it wants to be made by {maker!r}, which is not Lightning's.")
     try:
         check_named_parts(arguments, cls, given)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
+from lightning_plugins.core.lightning_internals import INSTANTIATOR, load_any
 from lightning_plugins.core.named_parts import check_named_parts, nothing_imported_for
 
 Module = TypeVar("Module", bound=type[LightningModule])
@@ -62,7 +62,7 @@ def read_as_data(cls: Module) -> Module:
         refuse_damage(checkpoint_path)
         weights_only = True if weights_only is None else weights_only
         arguments = _read(checkpoint_path, weights_only) | kwargs
-        if "_instantiator" in arguments:  # only then are names looked up
+        if INSTANTIATOR in arguments:  # only then are names looked up
             try:
                 check_named_parts({key: value for key, value in arguments.items() if key not in kwargs}, cls)
             except ValueError as error:
@@ -88,7 +88,7 @@ def _read(source: Any, weights_only: bool) -> dict[str, Any]:
         content = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=True)
     else:
         start = source.tell() if hasattr(source, "tell") else None
-        content = _load(source, map_location="cpu", weights_only=weights_only)
+        content = load_any(source, weights_only)
         if start is not None:
             source.seek(start)
     return arguments_in(content)

@@ -12,6 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_folders import replace_folders
+from lightning_plugins.core.lightning_internals import given_checkpoint_io
 from lightning_plugins.core.replacing import is_address, replacing, write_error
 
 
@@ -40,9 +41,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Write a checkpoint.
 
         Args:
-            checkpoint: what is kept of the run.
-            path: the file, or an address.
-            storage_options: must be ``None``.
+            checkpoint: what is kept of the run, as Lightning has gathered it.
+            path: the file to write, or an address.
+            storage_options: nothing but ``None``, as for files of torch.
 
         Raises:
             OSError: the file cannot be written; what had its name is as it was.
@@ -94,20 +95,22 @@ def write_torch_file(content: Any, path: Path) -> None:
 
 
 def keep_checkpoints_whole(trainer: Trainer) -> None:
-    """Let a trainer write its checkpoints by :class:`AtomicCheckpointIO`, and folders of sharded ones as safely.
+    """Let a trainer write each checkpoint whole or not at all, also the folders of sharded ones.
 
-    A ``CheckpointIO`` that the trainer was given stays; one that writes in the background gets this one to write with.
+    Files are written by :class:`AtomicCheckpointIO`. A ``CheckpointIO`` that the trainer was given stays; one that
+    writes in the background gets this one to write with.
+
     Folders get a file of checksums, ``checksums.json``, which is compared when they are read.
 
     Args:
-        trainer: before it is run.
+        trainer: the trainer, before it runs.
 
     Raises:
         ValueError: it is no trainer.
     """
     must.instance(Trainer, "a Trainer")("trainer", trainer)
     strategy = trainer.strategy
-    given = strategy._checkpoint_io
+    given = given_checkpoint_io(strategy)
     if isinstance(given, AsyncCheckpointIO) and given.checkpoint_io is None:
         given.checkpoint_io = AtomicCheckpointIO()
     elif given is None and type(strategy.checkpoint_io) is TorchCheckpointIO:  # a TPU's strategy has its own

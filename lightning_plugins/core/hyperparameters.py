@@ -8,14 +8,16 @@ file asks for it again in one sentence. Under the command line every argument is
 import inspect
 import numbers
 import os
-import sys
 from types import FrameType
 from typing import Any
 
-from lightning.pytorch.core.mixins.hparams_mixin import (
-    HyperparametersMixin,
-    _given_hyperparameters,
-    _given_hyperparameters_context,
+from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
+
+from lightning_plugins.core.lightning_internals import (
+    INSTANTIATOR,
+    given_hyperparameters,
+    giving_hyperparameters,
+    running_constructors,
 )
 
 _MARK = "not-stored-in-the-checkpoint "
@@ -34,7 +36,7 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
     Raises:
         ValueError: an argument came from a checkpoint that could not hold its value.
     """
-    if _given_hyperparameters.get() is not None:
+    if given_hyperparameters() is not None:
         module.save_hyperparameters()  # the command line's own record: class path and plain values
         return
     arguments = _constructor_arguments(module)
@@ -47,28 +49,16 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
             )
     plain = {key: _plain_or_mark(value) for key, value in arguments.items()}
     # Through the context, because Lightning would first deep-copy and warn about every network among the arguments.
-    with _given_hyperparameters_context(plain, instantiator=""):
-        module.save_hyperparameters(ignore=["_instantiator"])
+    with giving_hyperparameters(plain):
+        module.save_hyperparameters(ignore=[INSTANTIATOR])
 
 
 def _constructor_arguments(module: object) -> dict[str, Any]:
     """Arguments of the outermost ``__init__`` that is running on ``module``, by name."""
-    frames = _init_frames(module)
+    frames = running_constructors(module)
     if not frames:
         raise RuntimeError("save_plain_hyperparameters(self) must be called inside __init__.")
     return _frame_arguments(frames)
-
-
-def _init_frames(module: object) -> list[FrameType]:
-    """The running ``__init__`` calls of ``module``, the innermost (the base class's) first."""
-    frames = []
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
-            frames.append(frame)
-        frame = frame.f_back
-    return frames
 
 
 def _frame_arguments(frames: list[FrameType]) -> dict[str, Any]:

@@ -1,20 +1,237 @@
-"""Every private name of Lightning that the package uses, each with what to do when it goes.
+"""Every private name of Lightning that the package uses, and every frame it walks, each with what to do when it goes.
 
-A canary test in ``tests/core/test_lightning_internals.py`` asks for each name, so that a new Lightning that renames one
-fails there and not in somebody's resumed run.
+``tests/core/test_lightning_internals.py`` asks for each name, so that a new Lightning that renames one fails there and
+not in somebody's resumed run; a gate refuses such names in any other file. First what is asked of a run, then what of a
+checkpoint and its arguments, at the end the counters by which a run goes on at any place.
 """
 
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer, do_nothing_closure
+from lightning.fabric.utilities.cloud_io import _load
+from lightning.fabric.utilities.types import _Stateful
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
+from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer, do_nothing_closure
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
+from torch.optim import Optimizer
+
+# What a run is and does
+
+
+def trainer_of(module: LightningModule) -> Trainer | None:
+    """A module's trainer, ``None`` without one; ``module.trainer`` raises there.
+
+    When ``_trainer`` goes: catch the ``RuntimeError`` of ``module.trainer``.
+    """
+    return module._trainer
+
+
+def is_compiled(module: LightningModule) -> bool:
+    """Whether ``torch.compile`` was given the module itself.
+
+    When ``_compiler_ctx`` goes: read ``from_compiled`` in Lightning's ``utilities/compile.py`` for where it is kept.
+    """
+    return getattr(module, "_compiler_ctx", None) is not None
+
+
+def ddp_option(strategy: DDPStrategy, name: str) -> Any:
+    """What DDP was told, such as ``static_graph``; ``None`` for its own default.
+
+    When ``_ddp_kwargs`` goes: read ``DDPStrategy.__init__``; the strategy's ``model`` tells only once it is set up.
+    """
+    return strategy._ddp_kwargs.get(name)
+
+
+def compresses_gradients(strategy: DDPStrategy) -> bool:
+    """Whether a communication hook stands between the ranks' gradients and their mean.
+
+    When ``_ddp_comm_hook`` goes: read ``DDPStrategy.__init__`` for what became of ``ddp_comm_hook``.
+    """
+    return strategy._ddp_comm_hook is not None
+
+
+def skips_backward(trainer: Trainer) -> bool:
+    """Whether Lightning only runs batches through, as in the epoch in which SWA renews batch-norm statistics.
+
+    When ``_skip_backward`` goes: read ``on_train_epoch_start`` of Lightning's ``StochasticWeightAveraging``.
+    """
+    return trainer.fit_loop._skip_backward
+
+
+def batches_that_stepped(trainer: Trainer) -> int:
+    """What Lightning logs as the step: unlike ``global_step`` it does not count every optimizer.
+
+    When ``_batches_that_stepped`` goes: read ``log_metrics`` of Lightning's logger connector for its step.
+    """
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def should_update_logs(trainer: Trainer) -> bool:
+    """Whether loggers are told of this batch (``log_every_n_steps``).
+
+    When ``_logger_connector`` goes: ``batches_that_stepped(trainer) % trainer.log_every_n_steps == 0``.
+    """
+    return trainer._logger_connector.should_update_logs
+
+
+def logged_so_far(trainer: Trainer) -> dict[str, Any]:
+    """Lightning's accumulators of ``self.log`` in the stage that runs; those that hold a torchmetric are left out.
+
+    Each is a torchmetrics ``Metric`` with ``meta`` (``name``, ``on_step``, ``on_epoch``), ``value`` and, where it is a
+    mean, ``cumulated_batch_size``. When ``_results`` goes: read ``LightningModule.log`` for where it writes to.
+    """
+    results = trainer.fit_loop._results
+    return {name: metric for name, metric in results.items() if metric.is_tensor}
+
+
+def is_no_optimizer(optimizer: Optimizer) -> bool:
+    """Whether it stands for ``configure_optimizers`` having given none.
+
+    When ``_MockOptimizer`` goes: read ``_init_optimizers_and_lr_schedulers`` for what a run without one has.
+    """
+    return isinstance(optimizer, _MockOptimizer)
+
+
+def count_no_step(optimizer: LightningOptimizer) -> None:
+    """Keep an optimizer's steps out of Lightning's ``global_step``; call it in ``training_step``.
+
+    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
+    the updates asked for. It sets these two hooks anew before each ``training_step``. When ``_on_before_step`` or
+    ``_on_after_step`` goes: read ``on_run_start`` of Lightning's ``manual.py`` for how steps are counted.
+    """
+    optimizer._on_before_step = do_nothing_closure
+    optimizer._on_after_step = do_nothing_closure
+
+
+def own_state_key(callback: Callback, **arguments: Any) -> str:
+    """The key of a callback's state in a checkpoint, by some of its arguments.
+
+    When ``_generate_state_key`` goes: keep the text that it made, or older checkpoints lose that state.
+    """
+    return callback._generate_state_key(**arguments)
+
+
+def loss_scale(trainer: Trainer) -> Tensor | float:
+    """What the GradScaler multiplies losses by now, as a tensor for nobody to wait for; 1 without one.
+
+    When ``scaler`` goes: read ``pre_backward`` of Lightning's ``MixedPrecision``.
+    """
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
+
+
+# Checkpoints, and the arguments in them
+
+# The keys by which a file of the command line says what it holds. When they go: print the hyperparameters of a
+# checkpoint that LightningCLI of the new version has written.
+CLASS_PATH, INSTANTIATOR = "_class_path", "_instantiator"
+
+
+# Methods of Trainer, from the innermost, whose argument ckpt_path is the file itself and no longer "best" or "last".
+_RUNS = ("_run", "_fit_impl", "_validate_impl", "_test_impl", "_predict_impl")
+
+
+def checkpoint_to_load(trainer: Trainer | None) -> str | None:
+    """Path of the checkpoint that the running ``fit``, ``validate``, ``test`` or ``predict`` was given.
+
+    A network or tokenizer that a checkpoint describes must be built in ``configure_model`` or ``setup``, which come
+    before the checkpoint is read. Until then ``trainer.ckpt_path`` of Lightning 2.6 is that of an earlier call, and the
+    path is an argument of a method that runs. Its frame is found by name, so that a tool may wrap these methods; where
+    none tells, ``trainer.ckpt_path`` does. When ``_run`` goes: read ``Trainer.fit`` for what has that argument now.
+
+    Args:
+        trainer: the module's trainer, or ``None`` without one.
+
+    Returns:
+        The file, or the folder of a sharded checkpoint; ``None`` if none is to be loaded.
+    """
+    if trainer is None:
+        return None
+    path = trainer.ckpt_path if trainer.state.status == TrainerStatus.RUNNING else None
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name in _RUNS and frame.f_locals.get("self") is trainer and "ckpt_path" in frame.f_locals:
+            path = frame.f_locals["ckpt_path"]
+            break
+        frame = frame.f_back
+    return str(path) if path else None
+
+
+def given_hyperparameters() -> dict[str, Any] | None:
+    """What ``LightningCLI`` says of the module that is being built; ``None`` for one built in Python.
+
+    When ``_given_hyperparameters`` goes: read ``HyperparametersMixin.save_hyperparameters``.
+    """
+    return _given_hyperparameters.get()
+
+
+def giving_hyperparameters(arguments: dict[str, Any]) -> AbstractContextManager[None]:
+    """Let ``save_hyperparameters(ignore=[INSTANTIATOR])`` take these in place of the running constructors' arguments.
+
+    When ``_given_hyperparameters_context`` goes: Lightning would deep-copy and warn about every network among them.
+    """
+    return _given_hyperparameters_context(arguments, instantiator="")
+
+
+def running_constructors(module: object) -> list[FrameType]:
+    """The frames of the ``__init__`` calls that run on ``module``, the innermost (the base class's) first.
+
+    No name of Lightning, whose ``collect_init_args`` walks the same frames.
+    """
+    frames = []
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        if code.co_name == "__init__" and code.co_argcount and frame.f_locals.get(code.co_varnames[0]) is module:
+            frames.append(frame)
+        frame = frame.f_back
+    return frames
+
+
+def load_any(source: Any, weights_only: bool) -> Any:
+    """``torch.load`` on the CPU of a file, an open file or an address.
+
+    When ``_load`` goes: read ``_load_from_checkpoint`` of Lightning's ``core/saving.py``.
+    """
+    return _load(source, map_location="cpu", weights_only=weights_only)
+
+
+def given_checkpoint_io(strategy: Strategy) -> CheckpointIO | None:
+    """The ``CheckpointIO`` that a trainer was given; ``None`` where the strategy's own serves.
+
+    When ``_checkpoint_io`` goes: read ``Strategy.checkpoint_io``.
+    """
+    return strategy._checkpoint_io
+
+
+def save_last(checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
+    """Let a ``ModelCheckpoint`` with ``save_last`` write that file now.
+
+    When ``_save_last_checkpoint`` or ``_monitor_candidates`` goes: read ``ModelCheckpoint.on_train_epoch_end``.
+    """
+    checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
+
+
+def has_state(loader: object) -> bool:
+    """Whether Lightning keeps a loader's ``state_dict`` in checkpoints.
+
+    When ``_Stateful`` goes: read ``CombinedLoader._state_dicts``.
+    """
+    return isinstance(loader, _Stateful)
+
+
+# The place in a run
 
 
 @dataclass(frozen=True)
@@ -145,7 +362,7 @@ def start_at(trainer: Trainer, place: Place) -> None:
 def around_validation(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
     """Run each validation of the training within a context, from before its loaders' iterators are made.
 
-    Without the private name: ``on_validation_start`` comes after a ``DataLoader`` has drawn the seed of its workers.
+    When ``val_loop.run`` goes: ``on_validation_start`` comes after a ``DataLoader`` has drawn the seed of its workers.
     """
     loop = trainer.fit_loop.epoch_loop.val_loop
     run = type(loop).run
@@ -158,54 +375,25 @@ def around_validation(trainer: Trainer, context: Callable[[], AbstractContextMan
 
 
 def between_steps(trainer: Trainer) -> bool:
-    """Whether the last batch ended with a step of the optimizer, or none was begun (``False``: it accumulates)."""
+    """Whether the last batch ended with a step of the optimizer, or none was begun (``False``: it accumulates).
+
+    When ``_should_accumulate`` goes: read ``_TrainingEpochLoop.advance`` for what decides on a step.
+    """
     return not trainer.fit_loop._should_accumulate()
 
 
 def is_cut(trainer: Trainer) -> bool:
-    """Whether the trainer ends this epoch before its loader does; a loader may also give less than its length."""
+    """Whether the trainer ends this epoch before its loader does; a loader may also give less than its length.
+
+    When ``_is_training_done`` goes: read ``_TrainingEpochLoop.done`` for what ends an epoch.
+    """
     return trainer.should_stop or trainer.fit_loop.epoch_loop._is_training_done
 
 
 def train_loaders(trainer: Trainer) -> list[Any]:
-    """The run's training loaders; without the private name: ``trainer.train_dataloader``, a collection of them."""
+    """The run's training loaders.
+
+    When ``_combined_loader`` goes: ``trainer.train_dataloader`` is a collection of them.
+    """
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else combined.flattened
-
-
-def loss_scale(trainer: Trainer) -> Tensor | float:
-    """What the GradScaler multiplies losses by now, as a tensor for nobody to wait for; 1 without one."""
-    scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
-
-
-def checkpoint_to_load(trainer: Trainer | None) -> str | None:
-    """Path of the checkpoint that the running ``fit``, ``validate``, ``test`` or ``predict`` was given.
-
-    A network or tokenizer that a checkpoint describes must be built in ``configure_model`` or ``setup``, which come
-    before the checkpoint is read. Lightning 2.6 tells ``trainer.ckpt_path`` only afterwards; until then the path is an
-    argument of the running ``Trainer._run``, where this function finds it.
-
-    Args:
-        trainer: the module's trainer, or ``None`` without one.
-
-    Returns:
-        The file, or the folder of a sharded checkpoint; ``None`` if none is to be loaded.
-    """
-    frame = sys._getframe(1) if trainer is not None else None
-    while frame is not None:
-        if frame.f_code is Trainer._run.__code__ and frame.f_locals.get("self") is trainer:
-            path = frame.f_locals["ckpt_path"]
-            return str(path) if path else None
-        frame = frame.f_back
-    return None
-
-
-def count_no_step(optimizer: LightningOptimizer) -> None:
-    """Keep an optimizer's steps out of Lightning's ``global_step``; call it in ``training_step``.
-
-    Lightning counts every optimizer's step in manual optimization: ``max_steps`` and checkpoints would come at half of
-    the updates asked for. It sets these two hooks anew before each ``training_step``.
-    """
-    optimizer._on_before_step = do_nothing_closure
-    optimizer._on_after_step = do_nothing_closure

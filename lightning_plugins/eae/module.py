@@ -17,6 +17,7 @@ from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.core.lr_schedules import with_scheduler
 from lightning_plugins.core.sharding import shard_parts
@@ -173,7 +174,7 @@ class EAE(LightningModule):
         Raises:
             ValueError: the strategy asks for tensor parallelism, which the networks are not written for.
         """
-        widen(self, self._trainer)
+        widen(self, trainer_of(self))
         if shard_parts(self, self.encoder, self.decoder):
             for name in ("encode", "codes", "decode", "sample", "interpolate", "reconstruct"):
                 register_fsdp_forward_method(self, name)

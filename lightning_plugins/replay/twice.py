@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
+from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
 from lightning_plugins.replay.graph import operations
 
 
@@ -40,11 +41,11 @@ def why_not_exact(trainer: Trainer, pl_module: LightningModule) -> str | None:
     """Why differentiating twice would fail or be wrong, as far as it can be told before training."""
     strategy = trainer.strategy
     cure = "use engine='finite_difference'"
-    if isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph"):
+    if isinstance(strategy, DDPStrategy) and ddp_option(strategy, "static_graph"):
         return f"DDP(static_graph=True) counts each gradient hook of its first step; {cure} or static_graph=False"
     if isinstance(strategy, ModelParallelStrategy):
         return f"FSDP2 differentiates once only; {cure}"
-    compiled = getattr(pl_module, "_compiler_ctx", None) is not None or any(
+    compiled = is_compiled(pl_module) or any(
         isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
         for part in pl_module.modules()
     )

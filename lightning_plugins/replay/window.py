@@ -13,7 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
-from lightning_plugins.core.lightning_internals import loss_scale
+from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
 from lightning_plugins.replay.recorder import Call, without_trace
@@ -148,7 +148,7 @@ class WindowLoss:
 
 def _counts_hooks(strategy: DDPStrategy) -> bool:
     """Whether DDP counts every gradient that arrives: a replay's would be taken for the next step's."""
-    return any(strategy._ddp_kwargs.get(name) for name in ("find_unused_parameters", "static_graph"))
+    return any(ddp_option(strategy, name) for name in ("find_unused_parameters", "static_graph"))
 
 
 def _quotient(

@@ -17,6 +17,7 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import log_image
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.new_folder import new_folder
@@ -157,7 +158,7 @@ class DiffusionTeacher(LightningModule):
 
     def configure_model(self) -> None:
         """Shard the networks under ``ModelParallelStrategy`` (FSDP2); no effect otherwise."""
-        widen(self, self._trainer)
+        widen(self, trainer_of(self))
         if self.device_mesh is not None:
             shard_networks(self, self.denoiser, self.average)
 

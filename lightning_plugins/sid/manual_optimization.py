@@ -8,6 +8,8 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
+
 
 @torch.no_grad()
 def finite_gradients_(parameters: Iterable[nn.Parameter]) -> None:
@@ -25,12 +27,12 @@ def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
         ValueError: weights in half precision.
     """
     strategy, precision = trainer.strategy, str(trainer.precision)
-    if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
+    if isinstance(strategy, DDPStrategy) and not ddp_option(strategy, "find_unused_parameters"):
         raise MisconfigurationException(
             "SiD has two optimizers, each of which trains a part of the parameters: under DDP use "
             "strategy='ddp_find_unused_parameters_true'."
         )
-    if getattr(module, "_compiler_ctx", None) is not None:
+    if is_compiled(module):
         raise MisconfigurationException(
             "SiD steps two optimizers and cannot be compiled whole: in place of torch.compile(module) let "
             "build_network call network.compile() before it returns the network."

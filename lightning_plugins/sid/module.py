@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
-from lightning_plugins.core.lightning_internals import count_no_step, loss_scale
+from lightning_plugins.core.lightning_internals import count_no_step, loss_scale, trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
@@ -206,13 +206,13 @@ class SiD(LightningModule):
         Raises:
             ValueError: FSDP2 with ``lora_rank``, or with tensor parallelism.
         """
-        if self._trainer is None:  # a checkpoint is being read, which says itself what to build
+        if trainer_of(self) is None:  # a checkpoint is being read, which says itself what to build
             return
         nets = self.networks
         if not nets.is_built:
             with torch.device("cpu"):  # the trainer makes new tensors on its device, and moves the networks there later
                 nets.build(self.build_network)
-        widen(self, self._trainer)
+        widen(self, trainer_of(self))
         if self.lora_rank is not None and self.device_mesh is not None:
             raise ValueError(f"lora_rank={self.lora_rank} shares the teacher's weights, which FSDP2 cannot shard.")
         if self.device_mesh is not None:

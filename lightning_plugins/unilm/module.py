@@ -20,7 +20,7 @@ from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
-from lightning_plugins.core.lightning_internals import checkpoint_to_load
+from lightning_plugins.core.lightning_internals import checkpoint_to_load, should_update_logs, trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
@@ -259,12 +259,12 @@ class UniLMSeq2Seq(LightningModule):
 
     def configure_model(self) -> None:
         """Build the network; shard it layer by layer under ``ModelParallelStrategy`` (FSDP2)."""
-        if self._trainer is None:  # a checkpoint is being read, which says itself what to build
+        if trainer_of(self) is None:  # a checkpoint is being read, which says itself what to build
             return
         if self.net is None:
             self._refuse_early_copy()
         network = self.network
-        widen(self, self._trainer)
+        widen(self, trainer_of(self))
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
         if shard_parts(self, *layers) and "loss" not in vars(self):
@@ -299,7 +299,7 @@ class UniLMSeq2Seq(LightningModule):
         self.net = network.train(self.training).to(self.device)  # it may be built after eval() and to()
 
     def _data_tokenizer(self) -> "PreTrainedTokenizerBase":
-        data = getattr(self._trainer, "datamodule", None)
+        data = getattr(trainer_of(self), "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
         if tokenizer is None:
             raise ValueError(
@@ -309,7 +309,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def _checkpoint_record(self) -> Mapping[str, Any] | None:
         """What the checkpoint that the trainer is about to load says of network and tokenizer."""
-        given = checkpoint_to_load(self._trainer)
+        given = checkpoint_to_load(trainer_of(self))
         if given is None:
             return None
         path = Path(given) / "meta.pt" if Path(given).is_dir() else Path(given)  # sharded checkpoints are folders
@@ -334,7 +334,7 @@ class UniLMSeq2Seq(LightningModule):
         if self.net is None:
             self._build(record)
         self._results = record["results"]
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if trainer_of(self) is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._window = record.get("window", ())
 
     # What the network computes.
@@ -429,7 +429,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log real tokens per second of all ranks on the logger's cadence."""
-        if self.trainer._logger_connector.should_update_logs:
+        if should_update_logs(self.trainer):
             self.log("train/tokens_per_second", self.speed.per_second() * self.trainer.world_size, batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
@@ -599,7 +599,7 @@ class UniLMSeq2Seq(LightningModule):
         if isinstance(self, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             weights = get_model_state_dict(self.network, options=options)
-        if self._trainer is None or self.trainer.is_global_zero:
+        if trainer_of(self) is None or self.trainer.is_global_zero:
             export_model(
                 self.network,
                 self.tokenizer,
@@ -610,7 +610,7 @@ class UniLMSeq2Seq(LightningModule):
                 name=self.model_name_or_path or "a network from scratch",
                 state_dict=weights,
             )
-        if self._trainer is not None:
+        if trainer_of(self) is not None:
             self.trainer.strategy.barrier("export")
         return Path(folder)
 

@@ -64,17 +64,22 @@ class GenerativeEvaluation(Callback):
     patience, since it counts validations and there is no figure before the first evaluation.
 
     Args:
-        every_n_epochs: evaluate in the validation of epochs n, 2 n, ...
-        num_samples: images drawn by all processes together. Distances of different numbers do not compare; 5,000 hold
-            1,250 near-duplicates if they are as diverse as the data.
-        metrics: some of ``"frechet"``, ``"kernel"``, ``"precision_recall"``, ``"birthday"``; all by default.
-        feature: what images are compared by, see :func:`feature_extractor`: ``"digits"``, ``"inception"`` or an
-            ``nn.Module`` with ``num_features``.
-        reference: ``"val"``, ``"train"`` or ``"test"``: images of this split, see :func:`reference_images`, read once
-            in a run; or a file of :meth:`FrechetDistance.save_reference`, for ``metrics=["frechet"]`` alone.
-        batch_size: images drawn at a time by one process.
-        seed: of the samples; each process has numbers of its own.
-        sample_options: further arguments of the module's ``sample``, such as ``{"prior": "gaussian"}``.
+        every_n_epochs: epochs from one evaluation in training to the next, 1 or more; 1 by default, which is each
+            validation.
+        num_samples: images drawn by all processes together, 2 or more. Distances of different numbers do not compare;
+            the default of 5,000 holds some 1,250 near-duplicates if the samples are as diverse as the data.
+        metrics: names of the figures to compute, some of frechet, kernel, precision_recall and birthday; by default all
+            four.
+        feature: network by whose features images are compared. The default of digits is a small classifier of digits in
+            this package, inception is the InceptionV3 of torchmetrics, and a module with the attribute num_features is
+            taken, too.
+        reference: real images to compare with. With val, the default, train or test they are those of that split, read
+            once in a run; else it is a file that FrechetDistance.save_reference has written, which serves frechet
+            alone.
+        batch_size: images drawn at a time by one process, 1 or more; the default is 256, and less needs less memory.
+        seed: start of the random numbers that the samples are drawn with, 0 or more; each process has numbers of its
+            own. The default is 0.
+        sample_options: further arguments of the module's method sample, by name, such as a prior; none by default.
 
     Raises:
         ValueError: a wrong argument.

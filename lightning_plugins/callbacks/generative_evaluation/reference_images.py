@@ -29,8 +29,8 @@ def reference_images(trainer: Trainer, split: str) -> Iterator[Tensor]:
     the loader's first epoch. Without a data module the trainer's validation or test loaders serve.
 
     Args:
-        trainer: in validation or test, between batches.
-        split: ``"train"``, ``"val"`` or ``"test"``.
+        trainer: the running trainer, in validation or test between two batches.
+        split: the split's name, ``"train"``, ``"val"`` or ``"test"``.
 
     Raises:
         MisconfigurationException: no such loader.
@@ -95,13 +95,13 @@ def gather_chosen(images: Tensor, first: int, chosen: Tensor, device: torch.devi
     """Some rows of all processes, on every process.
 
     Args:
-        images: ``(n, C, H, W)`` this process's rows.
-        first: rows of processes before it.
-        chosen: ``(K,)`` int64, counted over all processes.
-        device: to communicate on.
+        images: this process's rows ``(n, C, H, W)``.
+        first: the number of rows of processes before it.
+        chosen: numbers of the wanted rows ``(K,)`` int64, counted over all processes.
+        device: the device to communicate on.
 
     Returns:
-        ``(K, C, H, W)`` on ``device``.
+        Float32 ``(K, C, H, W)`` on ``device``.
     """
     own = (chosen >= first) & (chosen < first + len(images))
     rows = torch.zeros(len(chosen), *images.shape[1:], device=device)

@@ -17,6 +17,7 @@ from lightning_plugins.callbacks.run_checks import (
     require_strategy,
 )
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import compresses_gradients
 from lightning_plugins.replay.twice import why_not_exact
 
 _NAME = "GradientPenalty"
@@ -122,7 +123,7 @@ def require_plain_gradients(name: str, trainer: Trainer, pl_module: LightningMod
         raise MisconfigurationException(
             f"{name} needs the curvature of all parameters, and an embedding has sparse gradients: give sparse=False."
         )
-    if isinstance(trainer.strategy, DDPStrategy) and trainer.strategy._ddp_comm_hook is not None:
+    if isinstance(trainer.strategy, DDPStrategy) and compresses_gradients(trainer.strategy):
         raise MisconfigurationException(
             f"{name} needs the mean of all ranks' gradients, and a ddp_comm_hook compresses or delays it: leave it out."
         )

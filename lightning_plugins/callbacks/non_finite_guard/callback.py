@@ -2,27 +2,18 @@
 
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_plugins.callbacks.non_finite_guard.report import Step, logged_losses, report
+from lightning_plugins.callbacks.non_finite_guard.report import report
 from lightning_plugins.callbacks.non_finite_guard.undo import StateOfRun
-from lightning_plugins.callbacks.non_finite_guard.verdict import (
-    Row,
-    Verdict,
-    flags_of,
-    nan_buffers,
-    norms_of,
-    not_finite,
-    over_ranks,
-    spoilt,
-)
-from lightning_plugins.callbacks.run_checks import put_in_order, require_plain_optimizers, skips_backward
+from lightning_plugins.callbacks.non_finite_guard.verdict import Row, Start, Verdict, Window
+from lightning_plugins.callbacks.run_checks import put_in_order, require_plain_optimizers
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import skips_backward
 from lightning_plugins.replay.recorder import is_replaying
 
 Policy = Literal["raise", "skip", "stop"]
@@ -73,12 +64,13 @@ class NonFiniteGuard(Callback):
     leaves out samples by itself (:class:`SiD`) is only asked whether one was left.
 
     Args:
-        policy: ``raise`` ends the run with a FloatingPointError, but for a loss whose gradients are finite, which is
-            told once and counts towards ``patience``; ``skip`` leaves the step out and goes on, ``stop`` leaves it out
-            and ends training as early stopping does.
-        patience: most steps in a row that may be left out, by this callback, by a GradScaler or by the module; one more
-            raises under every policy. The default of 16 is how often a GradScaler halves its first scale, 2^16, until
-            there is nothing left to halve; a defect of single samples does not come that often in a row.
+        policy: what happens to a step that is not finite. The default of raise ends the run with a FloatingPointError,
+            but for a loss whose gradients are finite, which is told once and counts towards patience. With skip the
+            step is left out and training goes on, with stop it is left out and training ends as by early stopping.
+        patience: most steps in a row that may be left out, 0 or more, by this callback, by a GradScaler or by the
+            module; one more raises under every policy. The default of 16 is how often a GradScaler halves its first
+            scale, 2^16, until there is nothing left to halve; a defect of single samples does not come that often in a
+            row.
 
     Raises:
         ValueError: an argument out of range.
@@ -99,21 +91,17 @@ class NonFiniteGuard(Callback):
     def __init__(self, policy: Policy = "raise", patience: int = 16) -> None:
         must.check(locals(), policy=must.one_of(Policy), patience=must.whole(0, why="it is counted in steps"))
         self.policy, self.patience = policy, patience
-        self.skipped = 0
-        self._row = Row()
-        self._forget()
-        self._nan_at_start: set[str] | None = None
+        self.skipped, self._row = 0, Row()
+        self._start: Start | None = None  # from the first batch on
         self._told = False  # of a loss without consequence
+        self._forget()
 
-    def _forget(self) -> None:
-        self._open = False  # a window has begun
-        self._losses: list[Tensor] = []
-        self._suspect: tuple[int, Any] | None = None
+    def _forget(self, scaled: bool = False) -> None:
+        self._window = Window(scaled)
         self._before: StateOfRun | None = None
         self._pending: Verdict | None = None
-        self._undo_at_end = False
-        self._evaluated: tuple[int, int] | None = None
-        self._alone = True  # until training starts, and from an exception on
+        if self._start is not None:
+            self._start.alone = True  # until training starts, and from an exception on
 
     # Before training
 
@@ -129,131 +117,98 @@ class NonFiniteGuard(Callback):
         on_gpu = trainer.strategy.root_device.type == "cuda"
         unasked = any(getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks)
         self._late = self.policy == "raise" and on_gpu and not unasked
-        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._forget()
+        self._forget(scaled=getattr(trainer.precision_plugin, "scaler", None) is not None)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """What is not finite by intention is asked for when the first batch comes: on_train_start may fill buffers."""
-        self._nan_at_start, self._alone = None, False
+        self._start = None
 
     # During training
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins with the first batch of an accumulation window."""
-        if self._nan_at_start is None:
-            self._nan_at_start = nan_buffers(pl_module) | not_finite(pl_module)
+        self._start = self._start or Start(pl_module)
         self._batch = batch_idx, batch
-        if self._open and pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches:
+        goes_on = pl_module.automatic_optimization and batch_idx % trainer.accumulate_grad_batches
+        if self._window.is_open and goes_on:
             return
-        self._open, self._losses, self._suspect = True, [], None
+        self._window.open()
         if self.policy != "raise":
             self._before = StateOfRun(trainer, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Remember the loss of each micro-batch."""
-        if is_replaying():
-            return
-        loss = loss.detach()
-        if self._scaler is not None:  # it is scaled: an infinity may be the scale's, and shows in the gradients
-            loss = torch.where(loss.isinf(), 0.0, loss)
-        self._losses.append(loss)
-        if self._suspect is None and loss.device.type == "cpu" and not loss.isfinite().all():
-            self._suspect = self._batch
+        if not is_replaying():
+            self._window.add(loss, self._batch)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Look at the window's losses and gradients, and keep the optimizer from a step that is not finite."""
         self._settle(trainer, pl_module)
         if skips_backward(trainer) or hasattr(pl_module, "left_out_all"):
             return
-        if isinstance(optimizer, torch.optim.LBFGS):  # its line search may try what is not finite
-            key = trainer.global_step, self._batch[0]
-            if self._evaluated == key:
-                self._losses = []
-                return
-            self._evaluated = key
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not params and not self._losses:  # training_step returned None
-            return
-        norms = norms_of([param.grad for param in params])
-        flags = over_ranks(trainer, flags_of(self._losses, norms, trainer.strategy.root_device))
-        verdict = Verdict(self._step(trainer, params, norms), flags, self._late)
-        self._open = False
-        if not pl_module.automatic_optimization:  # each optimizer's step has losses of its own
-            self._losses = []
-        if self._late:
-            self._pending = verdict
-        elif self._act(trainer, pl_module, verdict):
-            self._leave_out(trainer, pl_module, params, verdict)
+        verdict = self._window.judge(trainer, optimizer, self._batch, self._late)
+        if verdict is not None and self._act(trainer, pl_module, verdict):
+            self._leave_out(trainer, pl_module, verdict)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Put buffers back after a manual step; ask a module that leaves samples out by itself whether any was left."""
-        if self._undo_at_end:
+        if self._before is not None and self._before.is_due:
             self._before.restore()
-            self._undo_at_end = False
+            self._before.is_due = False
         all_lost = getattr(pl_module, "left_out_all", None)
         if all_lost is not None:
-            self._ask_module(trainer, pl_module, all_lost)
+            self._settle(trainer, pl_module)
+            self._act(trainer, pl_module, self._window.judge_module(trainer, all_lost, self._batch, self._late))
         self._batch = batch_idx, None  # else a batch stays on the device beside the next one
-
-    def _ask_module(self, trainer: Trainer, pl_module: LightningModule, all_lost: Tensor) -> None:
-        self._settle(trainer, pl_module)
-        lost = over_ranks(trainer, all_lost.float().reshape(1), everywhere=True)
-        verdict = Verdict(self._step(trainer, [], []), torch.cat([lost, torch.zeros_like(lost)]), self._late, own=True)
-        if self._late:
-            self._pending = verdict
-        else:
-            self._act(trainer, pl_module, verdict)
-
-    def _step(self, trainer: Trainer, params: list[nn.Parameter], norms: list[Tensor]) -> Step:
-        batch_idx, batch = self._suspect or self._batch
-        at = trainer.global_step, trainer.current_epoch, batch_idx, trainer.global_rank
-        return Step(*at, batch, list(self._losses), logged_losses(trainer), params, norms)
 
     def _settle(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read a verdict that was not waited for."""
         verdict, self._pending = self._pending, None
         if verdict is not None:
-            self._act(trainer, pl_module, verdict)
+            self._act_now(trainer, pl_module, verdict)
 
     def _act(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> bool:
-        """Count, raise or warn; returns whether this callback has to leave the step out."""
-        loss_is_bad, gradient_is_bad = verdict.read()
-        self._row.add((verdict.step.epoch, verdict.step.batch_idx), loss_is_bad or gradient_is_bad)
-        if not (loss_is_bad or gradient_is_bad):
+        """Act upon a verdict, or keep it to be read later; returns whether this callback has to leave the step out."""
+        if self._late:
+            self._pending = verdict
             return False
-        harmless = self.policy == "raise" and not gradient_is_bad  # no weight can become NaN by it
-        counts = self.policy != "raise" or harmless or verdict.own or self._scaler is not None
-        if self._row.length > self.patience and counts:
+        return self._act_now(trainer, pl_module, verdict)
+
+    def _act_now(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> bool:
+        """Count, raise or warn."""
+        self._row.add(verdict)
+        if not verdict.is_bad:
+            return False
+        raises = self.policy == "raise" and not verdict.is_harmless
+        if self._row.length > self.patience and (not raises or verdict.own or verdict.scaled):
             cure = f"It is step {self._row.length} in a row to be left out, more than patience={self.patience}: "
             raise FloatingPointError(report(trainer, pl_module, verdict.step, cure + _LOST, verdict.own))
-        if verdict.own or (self._scaler is not None and not loss_is_bad):
-            return False  # the module's or the scaler's matter
-        if harmless:
-            if not self._told:
-                rank_zero_warn(report(trainer, pl_module, verdict.step, _CURES["loss"]))
-            self._told = True
+        if verdict.is_anothers:
             return False
-        if self.policy == "raise":
-            raise FloatingPointError(
-                report(trainer, pl_module, verdict.step, _CURES["late" if self._late else "raise"])
-            )
-        return True
+        if raises:
+            cure = _CURES["late" if self._late else "raise"]
+            raise FloatingPointError(report(trainer, pl_module, verdict.step, cure))
+        if self.policy != "raise":
+            return True
+        if not self._told:
+            rank_zero_warn(report(trainer, pl_module, verdict.step, _CURES["loss"]))
+        self._told = True
+        return False
 
-    def _leave_out(
-        self, trainer: Trainer, pl_module: LightningModule, params: list[nn.Parameter], verdict: Verdict
-    ) -> None:
+    def _leave_out(self, trainer: Trainer, pl_module: LightningModule, verdict: Verdict) -> None:
         """Optimizers pass over parameters without gradient: no weight, moment or count of steps moves."""
         self.skipped += 1
         if self.skipped == 1 or self.policy == "stop":
             rank_zero_warn(report(trainer, pl_module, verdict.step, _CURES[self.policy]))
-        if self._scaler is None or not verdict.read()[1]:  # else the scaler has found it, and skips
-            for param in params:
+        if not verdict.scaler_skips:
+            for param in verdict.step.params:
                 param.grad = None
         if pl_module.automatic_optimization:
             self._before.restore()
-        self._undo_at_end = not pl_module.automatic_optimization  # the rest of training_step may write more
+        else:
+            self._before.is_due = True  # the rest of training_step may write more
         pl_module.log("guard/skipped_steps", float(self.skipped), batch_size=1)
         trainer.should_stop |= self.policy == "stop"
 
@@ -278,9 +233,9 @@ class NonFiniteGuard(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse to write weights that are NaN; all processes do."""
         self._settle(trainer, pl_module)
-        if trainer.state.fn != TrainerFn.FITTING or self._nan_at_start is None:
+        if trainer.state.fn != TrainerFn.FITTING or self._start is None:
             return
-        if name := spoilt(trainer, pl_module, self._nan_at_start, self._alone):
+        if name := self._start.spoilt(trainer, pl_module):
             raise FloatingPointError(
                 f"NonFiniteGuard: {name} is NaN or infinite, so that this checkpoint is not written: go on from the "
                 "last one."

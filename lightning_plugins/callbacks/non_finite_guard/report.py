@@ -8,6 +8,7 @@ import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_plugins.core.lightning_internals import logged_so_far
 from lightning_plugins.core.vectors import local
 
 _SHOWN = 3  # names or rows of a kind; a sentence is to be read
@@ -38,7 +39,7 @@ class Step(NamedTuple):
 
 def logged_losses(trainer: Trainer) -> list[tuple[str, Tensor, Tensor | int]]:
     """Name, value and divisor of what ``training_step`` has logged; of what is only averaged, the mean so far."""
-    metrics = [metric for metric in trainer.fit_loop._results.values() if metric.is_tensor and metric._update_count]
+    metrics = [metric for metric in logged_so_far(trainer).values() if metric._update_count]
     return [
         (m.meta.name, m._forward_cache, 1)
         if m.meta.on_step
@@ -52,9 +53,9 @@ def report(trainer: Trainer, module: LightningModule, step: Step, end: str, own:
 
     Args:
         trainer: the running trainer.
-        module: the one that is trained.
-        step: the one that is not finite.
-        end: the last line.
+        module: the trained module.
+        step: the step that is not finite.
+        end: the last line of the text.
         own: whether the module itself has left every sample out.
     """
     rows = list(_bad_rows(step.batch))

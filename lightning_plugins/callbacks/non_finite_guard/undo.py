@@ -4,6 +4,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_plugins.core.lightning_internals import logged_so_far
 from lightning_plugins.replay.module_state import ModuleState
 
 
@@ -12,22 +13,25 @@ class StateOfRun:
 
     Args:
         trainer: the running trainer.
-        module: the one that is trained; its weights, trained or frozen, are not kept, nor its attributes under manual
+        module: the trained module. Its weights, trained or frozen, are not kept, nor its attributes under manual
             optimization, where other optimizers of the same ``training_step`` go on.
+
+    Attributes:
+        is_due: whether all is put back at the end of the batch.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self._trainer = trainer
+        self._trainer, self.is_due = trainer, False
         self._module_state = ModuleState(module, frozen=False, attributes=module.automatic_optimization)
         self._metrics = [_MetricState(part) for part in module.modules() if isinstance(part, Metric)]
-        self._logged = {name: _MetricState(metric) for name, metric in _logged(trainer).items()}
+        self._logged = {name: _MetricState(metric) for name, metric in logged_so_far(trainer).items()}
 
     def restore(self) -> None:
         """Put everything back; values that were logged for the first time since then are in no mean."""
         self._module_state.restore()
         for state in self._metrics:
             state.restore()
-        for name, metric in _logged(self._trainer).items():
+        for name, metric in logged_so_far(self._trainer).items():
             if name in self._logged:
                 self._logged[name].restore()
             elif metric.meta.on_epoch:
@@ -54,9 +58,3 @@ class _MetricState:
             entries[:] = kept  # Metric.forward clears them
             setattr(metric, name, entries)
         metric._update_count, metric._computed = self._counts
-
-
-def _logged(trainer: Trainer) -> dict[str, Metric]:
-    """Lightning's accumulators of ``self.log`` in training; those that hold a torchmetric have it elsewhere."""
-    results = trainer.fit_loop._results
-    return {name: metric for name, metric in results.items() if metric.is_tensor}

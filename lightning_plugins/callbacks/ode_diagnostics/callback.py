@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.core.optimizer import _MockOptimizer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,9 +29,15 @@ from lightning_plugins.callbacks.ode_diagnostics.rows import (
     start_rows,
     suggested_lr,
 )
-from lightning_plugins.callbacks.ode_diagnostics.step_watch import StepWatch, batches_that_stepped
-from lightning_plugins.callbacks.run_checks import put_in_order, require_strategy, skips_backward
+from lightning_plugins.callbacks.ode_diagnostics.step_watch import StepWatch
+from lightning_plugins.callbacks.run_checks import put_in_order, require_strategy
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import (
+    batches_that_stepped,
+    is_no_optimizer,
+    own_state_key,
+    skips_backward,
+)
 from lightning_plugins.core.vectors import norm
 from lightning_plugins.replay.recorder import StepRecorder
 
@@ -41,28 +46,17 @@ OnEdge = Literal["log", "warn"]
 
 @dataclass
 class _Begun:
-    """A step under way, from its gradient on.
+    """A step under way, from its gradient on; what comes after ``logs`` has values only in steps that are logged."""
 
-    Attributes:
-        params: those with a gradient.
-        logs: the step is logged; only then have the others values.
-        probes: the window can be run again.
-        loss: raw mean.
-        signed_loss: mean with the calls' signs.
-        implicit: the implicit term.
-        theta: copy of the parameters, in due steps.
-        gradient: copy of the raw gradients, in due steps.
-    """
-
-    params: list[Tensor]
+    params: list[Tensor]  # with a gradient
     logs: bool
-    probes: bool = False
+    probes: bool = False  # the window can be run again
     grad_norm: Tensor | None = None
-    loss: Tensor | None = None
-    signed_loss: Tensor | None = None
-    implicit: Tensor | None = None
-    theta: list[Tensor] | None = None
-    gradient: list[Tensor] | None = None
+    loss: Tensor | None = None  # raw mean
+    signed_loss: Tensor | None = None  # mean with the calls' signs
+    implicit: Tensor | None = None  # the implicit term
+    theta: list[Tensor] | None = None  # copy of the parameters, in due steps
+    gradient: list[Tensor] | None = None  # copy of the raw gradients, in due steps
 
 
 class ODEDiagnostics(Callback):
@@ -137,19 +131,29 @@ class ODEDiagnostics(Callback):
     it can be repeated.
 
     Args:
-        every_n_steps: optimizer steps from probe to probe.
-        sharpness_every_n_steps: the same for sharpness (with a probe); ``None`` leaves out the four rows of the search.
-        tol: relative local error per step, above 0, for ``lr_for_tol``; 0.1 is a step that bends by a tenth.
-        on_edge: ``"warn"`` says once when the edge ratio was above one in three probes in a row.
-        optimizer_index: which of the module's optimizers. Give one ODEDiagnostics to each that is to be watched: rows
-            of index ``i > 0`` are logged as ``ode/i/...``, of index 0 as ``ode/...``.
-        sharpness_engine: ``"exact"`` differentiates twice, ``"finite_difference"`` runs the window at displaced
-            parameters (central differences) and works with fused attention, compiled modules and FSDP2. ``"auto"`` is
-            exact where that is possible, and warns once where it is not: with kinks (ReLU, max pooling) gradients jump
-            between displaced points, which the search takes for curvature; smooth nets agree to some 1e-2 in fp32.
-        sharpness_rtol: stop the search when the eigenvalue changes by less in each of two products.
-        sharpness_max_products: stop it there in any case.
-        picture: log one page of panels at the end of training, if the trainer has a logger.
+        every_n_steps: optimizer steps from one probe to the next, 1 or more; the default of 50 adds one forward and
+            backward pass to fifty.
+        sharpness_every_n_steps: optimizer steps from one search for the sharpness to the next, 1 or more; a step in
+            which it is searched for is probed as well. The default of None leaves out the four rows of the search,
+            which costs tens of passes.
+        tol: relative local error that a step may have, above 0, for the row lr_for_tol; 0.1 is a step that bends by a
+            tenth of its length. The default of None leaves that row out.
+        on_edge: what happens when the edge ratio was above one in three probes in a row. With warn it is said once,
+            with log, the default, it only shows in the rows.
+        optimizer_index: place of the watched optimizer among those of configure_optimizers, counted from 0, the
+            default. Give one ODEDiagnostics to each that is to be watched: rows of optimizer 0 are logged as ode/...,
+            those of optimizer 1 as ode/1/....
+        sharpness_engine: how products with the Hessian are computed. With exact the loss is differentiated twice; with
+            finite_difference the window is run at displaced parameters (central differences), which also works with
+            fused attention, compiled modules and FSDP2. The default of auto is exact where that is possible, and warns
+            once where it is not: with kinks (ReLU, max pooling) gradients jump between displaced points, which the
+            search takes for curvature; smooth nets agree to some 1e-2 in fp32.
+        sharpness_rtol: relative change of the eigenvalue, above 0, at which the search for the sharpness ends, if each
+            of two products in a row changes it by less; 1e-3 by default.
+        sharpness_max_products: most products of one search for the sharpness, 1 or more; 50 by
+            default.
+        picture: whether one page of panels is logged at the end of training, if the trainer has a logger; true by
+            default.
 
     Attributes:
         history: one dict for each logged step of this run, with ``"step"``, the rows as ``"ode/..."`` (whatever the
@@ -212,7 +216,7 @@ class ODEDiagnostics(Callback):
     def state_key(self) -> str:
         """One for each optimizer."""
         index = self.optimizer_index
-        return self._generate_state_key(optimizer_index=index) if index else super().state_key
+        return own_state_key(self, optimizer_index=index) if index else super().state_key
 
     # Before and after training
 
@@ -243,7 +247,7 @@ class ODEDiagnostics(Callback):
             )
         self._release()  # of a run within the run, as a search for the learning rate is
         optimizer = trainer.optimizers[self.optimizer_index]
-        if isinstance(optimizer, _MockOptimizer):
+        if is_no_optimizer(optimizer):
             return  # configure_optimizers gave none, and Lightning has said so
         self._trainer, self._warned = trainer, set[str]()
         self._watch = StepWatch(trainer, optimizer, self._end, self._warn_once)

@@ -68,11 +68,12 @@ def plot_ode_diagnostics(run: str | Path, output: str | Path | None = None, opti
     """Draw what ODEDiagnostics logged in a run on one page of panels over flow time.
 
     Args:
-        run: a CSV of Lightning's ``CSVLogger``, a TensorBoard events file, or a folder with either: the run's own or
-            one above, of which the newest ``version_N`` counts.
-        output: file to write, in the format of its ending (``.png``, ``.pdf``, ``.svg`` ...); an existing picture is
-            replaced. ``ode_diagnostics.png`` beside the log by default.
-        optimizer_index: of the ODEDiagnostics whose rows are drawn, where a run has several.
+        run: a CSV file of Lightning's CSVLogger, a TensorBoard events file, or a folder with either, which may be the
+            run's own or one above, of whose runs the newest version_N counts.
+        output: file to write, in the format of its ending, such as .png, .pdf or .svg; an existing picture is replaced.
+            By default it is ode_diagnostics.png beside the log.
+        optimizer_index: place of the optimizer whose rows are drawn, as ODEDiagnostics was given it; 0 by default,
+            which is right for a run with one optimizer.
 
     Returns:
         The picture's path.
@@ -106,7 +107,7 @@ def ode_figure(columns: Mapping[str, Sequence[float] | np.ndarray]) -> "Figure":
     Losses that were logged at other steps are put at the flow time of their step, by interpolation.
 
     Args:
-        columns: table with one row for each of N increasing steps, each column ``(N,)`` with NaN where nothing was
+        columns: a table with one row for each of N increasing steps, each column ``(N,)`` with NaN where nothing was
             logged. ``step`` is required; ``ode/...`` as ODEDiagnostics logs them, losses such as ``train/loss`` and
             ``val/loss``, and ``lr-...`` of LearningRateMonitor are drawn, others are not. Without ``ode/time`` the
             panels are over steps.

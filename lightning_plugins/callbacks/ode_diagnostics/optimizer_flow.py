@@ -60,9 +60,9 @@ class Rule(NamedTuple):
     Attributes:
         family: ``"SGD"``, ``"RMSprop"``, ``"NormRMSprop"``, ``"Adam"`` or ``"AdamW"``.
         momentum: ``b``; Adam's ``beta1``.
-        dampening: ``d`` of SGD.
-        nesterov: SGD's flag.
-        maximize: the optimizer climbs: the objective is minus the loss.
+        dampening: ``d``, which SGD alone has.
+        nesterov: whether SGD looks ahead.
+        maximize: whether the optimizer climbs, so that the objective is minus the loss.
     """
 
     family: str
@@ -103,7 +103,7 @@ class Rule(NamedTuple):
         """Friction of heavy ball over the critical one, ``(1-b) / (2 sqrt((1-d) h lambda))``; below one it rings.
 
         Args:
-            stiff: ``h lambda``.
+            stiff: ``h lambda``, the rate times a curvature.
         """
         if self.adaptive or self.nesterov or not self.momentum or stiff <= 0:
             return None
@@ -115,7 +115,7 @@ class Flow(NamedTuple):
 
     Attributes:
         h: the largest learning rate of the groups.
-        limit: on ``h * lambda``, with decoupled weight decay.
+        limit: the largest stable ``h * lambda``, decoupled weight decay included.
         rates: ``h_i / P`` of each parameter: a number, or a tensor shaped (and sharded) like it.
         decays: coupled weight decay of each parameter.
     """
@@ -180,9 +180,9 @@ def why_unreadable(optimizer: Optimizer, scaled: bool, params: Sequence[Tensor])
     """Why gradients before a step are not what they seem; ``None`` if they are.
 
     Args:
-        optimizer: about to step.
-        scaled: under a GradScaler.
-        params: those with a gradient.
+        optimizer: the optimizer, about to step.
+        scaled: whether the run has a GradScaler.
+        params: the parameters with a gradient.
     """
     if scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
         return "a fused optimizer under a GradScaler hides unscaled gradients and skipped steps: use fused=False"
@@ -236,9 +236,9 @@ def read_flow(optimizer: Optimizer, rule: Rule, params: Sequence[Tensor]) -> Flo
     """The numbers of the step that was just made.
 
     Args:
-        optimizer: right after its step: the preconditioner is that of this step.
-        rule: of :func:`rule_of`.
-        params: those that had a gradient, in any order.
+        optimizer: the optimizer right after its step, so that the preconditioner is that of this step.
+        rule: its rule, from :func:`rule_of`.
+        params: the parameters that had a gradient, in any order.
     """
     groups = _groups(optimizer)
     h = largest_rate(optimizer)

@@ -51,13 +51,13 @@ class Probe:
 
     Args:
         trainer: the running trainer.
-        module: with automatic optimization.
-        recorder: of the module, keeping calls.
-        engine: of Hessian products.
+        module: the trained module, under automatic optimization.
+        recorder: the module's recorder, which keeps the window's calls.
+        engine: how Hessian products are computed.
 
     Attributes:
         repeats: whether a second run gives the same gradient; ``None`` until that was seen.
-        products: Hessian products of the last search for the sharpness.
+        products: the number of Hessian products of the last search for the sharpness.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, engine: Engine) -> None:
@@ -122,13 +122,13 @@ class Probe:
         """All rows that need a second gradient; call it right after the step.
 
         Args:
-            optimizer: that made the step.
+            optimizer: the optimizer that made the step.
             rule: its rule.
-            params: those that had a gradient.
-            step: the step.
-            before: signed mean loss before it.
-            tol: allowed relative local error.
-            search: relative accuracy and most products for the sharpness; ``None`` for none.
+            params: the parameters that had a gradient.
+            step: the step that it made.
+            before: the signed mean loss before the step, a 0-dim tensor.
+            tol: relative local error that ``lr_for_tol`` allows; ``None`` leaves that row out.
+            search: relative accuracy and most products of a search for the sharpness; ``None`` for no search.
         """
         window = self._window(params)
         loss, change = self._gradient(window)

@@ -22,12 +22,12 @@ class Step:
     """One optimizer step from ``theta`` to ``theta + move``.
 
     Attributes:
-        gradient: ``g0``, of the objective at ``theta``, unclipped.
-        move: ``d``.
-        start_norm: ``|theta|``.
+        gradient: ``g0``, the unclipped gradient of the objective at ``theta``.
+        move: ``d``, by which the parameters moved.
+        start_norm: ``|theta|``, a 0-dim tensor.
         clip_factor: norm of the clipped gradient over that of the raw one; ``None`` if unknown.
-        turned: clipping changed the gradient's direction too.
-        sign: -1 where the optimizer climbs.
+        turned: whether clipping changed the gradient's direction too.
+        sign: -1 where the optimizer climbs, else 1.
     """
 
     gradient: list[Tensor]
@@ -59,10 +59,10 @@ def start_rows(
     """What is known without looking at the move.
 
     Args:
-        gradient: ``|g0|``.
-        clip_factor: see :class:`Step`.
-        loss: raw loss, where it is known.
-        implicit: implicit term, which is not that of a clipped step.
+        gradient: the raw gradient's norm ``|g0|``.
+        clip_factor: norm of the clipped gradient over that of the raw one; ``None`` if unknown.
+        loss: the raw loss; ``None`` where it is not known.
+        implicit: the implicit term of an unclipped step; ``None`` where the optimizer has none.
     """
     rows = {"grad_norm": gradient, "clip_factor": clip_factor, "loss": loss}
     if implicit is not None and (clip_factor is None or clip_factor > 1 - _SCALAR):
@@ -105,11 +105,11 @@ def flow_rows(step: Step, change: Sequence[Tensor], flow: Flow, rule: Rule, tol:
     """What is said of the step as a solver's: edge ratio along it, and for Euler steps the local error.
 
     Args:
-        step: the step.
-        change: ``g1 - g0``.
+        step: the optimizer step.
+        change: change of the gradient along it, ``g1 - g0``.
         flow: the optimizer's numbers in this step.
         rule: the optimizer's rule.
-        tol: relative local error that ``lr_for_tol`` allows.
+        tol: relative local error that ``lr_for_tol`` allows; ``None`` leaves that row out.
     """
     rows, length = {}, norm(step.move).item()
     if not (flow.h > 0 and length > 0):
@@ -153,10 +153,10 @@ def sharpness_rows(value: float, flow: Flow, rule: Rule, along: float | None) ->
     """What the top eigenvalue ``h lambda`` tells.
 
     Args:
-        value: largest eigenvalue of ``rates^1/2 H rates^1/2``, that is ``h lambda``.
-        flow: the optimizer's numbers.
+        value: the largest eigenvalue of ``rates^1/2 H rates^1/2``, that is ``h lambda``.
+        flow: the optimizer's numbers in this step.
         rule: the optimizer's rule.
-        along: edge ratio along the step.
+        along: the edge ratio along the step; ``None`` where the step has none.
     """
     rows = {"sharpness": value / flow.h, "edge_ratio": value / flow.limit}
     if along:
@@ -199,7 +199,7 @@ def as_columns(history: Sequence[Mapping[str, float]]) -> dict[str, list[float]]
 
 
 def suggested_lr(history: Sequence[Mapping[str, float]], rule: Rule | str | None, tol: float | None) -> float:
-    """See :meth:`ODEDiagnostics.suggest_lr`; ``rule`` is ``None`` before any training."""
+    """What ``ODEDiagnostics.suggest_lr`` returns; ``rule`` is ``None`` before any training."""
     if tol is not None and (error := _median_per_rate(history, "ode/rel_local_error") or 0.0) > 0:
         return tol / error
     edge = _median_per_rate(history, "ode/edge_ratio")

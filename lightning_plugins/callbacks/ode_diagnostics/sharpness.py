@@ -19,8 +19,8 @@ class TopEigenpair(NamedTuple):
     Attributes:
         value: the Rayleigh quotient of ``vector``, a lower bound of the largest eigenvalue; NaN if a product was not
             finite.
-        vector: of length one, shaped like the start.
-        products: operator products used.
+        vector: its vector, of length one, shaped like the start.
+        products: the number of operator products used.
     """
 
     value: float
@@ -38,10 +38,11 @@ def top_eigenpair(
     finds the largest eigenvalue also where a negative one is larger in size, and starts well from an earlier vector.
 
     Args:
-        product: the operator ``A``, symmetric; may be inexact (finite differences).
-        start: not zero; parameters' shapes, plain or sharded (``DTensor``: every rank gets the same value).
-        rtol: stop when the value grew by less than this share in each of two rounds.
-        max_products: stop there in any case.
+        product: the symmetric operator ``A``, which may be inexact (finite differences).
+        start: a vector that is not zero, in the parameters' shapes, plain or sharded (``DTensor``: every rank gets the
+            same value).
+        rtol: share of the value, above 0; the search stops when the value grew by less in each of two rounds.
+        max_products: most operator products, 1 or more.
 
     Source: Knyazev 2001, Toward the Optimal Preconditioned Eigensolver, algorithm 4.1 without preconditioner.
 

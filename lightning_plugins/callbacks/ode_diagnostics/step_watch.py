@@ -14,6 +14,7 @@ from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import (
     rule_of,
     why_unreadable,
 )
+from lightning_plugins.core.lightning_internals import batches_that_stepped
 
 
 class StepWatch:
@@ -21,15 +22,15 @@ class StepWatch:
 
     Args:
         trainer: the running trainer.
-        optimizer: to follow.
-        ended: called after each step that :meth:`begin` saw: whether the optimizer has moved the parameters.
-        warn: called with a sentence.
+        optimizer: the optimizer to follow.
+        ended: called after each step that :meth:`begin` saw, with whether the optimizer has moved the parameters.
+        warn: called with a sentence to say once.
 
     Attributes:
-        optimizer: as given.
-        steps: seen so far, also skipped ones.
-        skipped: by the GradScaler.
-        time: flow time.
+        optimizer: the optimizer that is followed.
+        steps: the number of steps seen so far, skipped ones included.
+        skipped: the number of steps that the GradScaler has skipped.
+        time: the flow time of the steps taken.
     """
 
     def __init__(
@@ -117,8 +118,3 @@ class StepWatch:
         """Go on from there."""
         self.time.load_state_dict(state["flow"])
         self.steps, self.skipped = state["steps"], state["skipped"]
-
-
-def batches_that_stepped(trainer: Trainer) -> int:
-    """What Lightning logs as the step: unlike ``global_step`` it does not count every optimizer."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
