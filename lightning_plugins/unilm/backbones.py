@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.unilm.masks import segments_from_lengths, seq2seq_mask
 
 if TYPE_CHECKING:
@@ -210,12 +211,8 @@ def check_for_leaks(model: "PreTrainedModel") -> None:
     for row, place in enumerate(changed):
         if place is not None:
             ids[row, place] = (ids[row, place] + V // 2) % V
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(ids.to(model.device), attention_mask=seq2seq_mask(segments)).logits.float()
-    finally:
-        model.train(was_training)
     effect = (logits[1:] - logits[:1]).abs().amax(-1)  # (2, T)
     hidden, seen = effect[0, :-1].max(), torch.minimum(effect[0, -1], effect[1, :num_source].min())
     name = model.config.model_type

@@ -1,6 +1,6 @@
 """UniLM as a LightningModule. Shapes: B rows, T tokens of a row, N predicted tokens of a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import checkpoint_to_load
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
-from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.unilm.backbones import check_config
@@ -438,21 +439,21 @@ class UniLMSeq2Seq(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
-        optimizer = self._optimizer(self.parameters()) if self._optimizer else self._adamw()
-        if self._scheduler:
-            return with_scheduler(optimizer, self._scheduler)
-        if self._optimizer:
-            return optimizer
-        schedule = linear_warmup_decay(optimizer, self.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer_or_own(
+            self.parameters(), self._adamw, self._warmup_and_decay, self._optimizer, self._scheduler
+        )
 
-    def _adamw(self) -> torch.optim.AdamW:
-        parameters = [p for p in self.parameters() if p.requires_grad]
+    def _adamw(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        trained = [p for p in parameters if p.requires_grad]
         groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
         ]
         return torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
+
+    def _warmup_and_decay(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        steps = linear_warmup_decay(optimizer, self.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
+        return {"scheduler": steps, "interval": "step"}
 
     # Evaluation.
 
@@ -549,14 +550,10 @@ class UniLMSeq2Seq(LightningModule):
         if "seq2seq" not in self.shares:
             raise ValueError(f"Trained with mask={[*self.shares]}, the network cannot generate: that needs 'seq2seq'.")
         options = {**self.generation, **generation}
-        training = self.network.training
-        self.network.eval()
-        try:
+        with evaluating(self.network):
             output = self.network.generate(
                 input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
             )
-        finally:
-            self.network.train(training)
         return output[:, input_ids.shape[1] :]
 
     def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
