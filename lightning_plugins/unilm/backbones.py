@@ -89,7 +89,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Refuse what transformers would pass over: it keeps any name, and the default is trained.
 
     Args:
-        config: of a network from scratch, with ``model_type``.
+        config: configuration of a network from scratch, with ``model_type``.
 
     Raises:
         ValueError: an unknown family, or a name that its configuration does not have.
@@ -149,7 +149,7 @@ def choose_implementation(backbone: Backbone, attn_implementation: str | None) -
     """The attention implementation to load a model with.
 
     Args:
-        backbone: of the model.
+        backbone: facts of the model's family.
         attn_implementation: the user's choice; the fastest that obeys every mask by default.
 
     Raises:
