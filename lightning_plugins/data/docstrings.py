@@ -18,6 +18,7 @@ from lightning_plugins.data.text_pairs import Texts
 _NOT_MINED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _SHARE = 0.1  # of the pairs that test and validation have at least
 # a docstring with a summary, an empty line and more: other files need not be parsed
+_WithDocstring = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 _CANDIDATE = re.compile(rb"(\"\"\"|''')\s*\S[^\n]*\n[ \t]*\r?\n")
 
 
@@ -156,7 +157,7 @@ def _in_file(path: Path, name: str) -> Iterator[Docstring]:
             yield Docstring(body.strip(), summary.strip(), f"{name}, line {line}")
 
 
-def _documented(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[ast.AST]:
+def _documented(node: _WithDocstring) -> Iterator[_WithDocstring]:
     """What may carry a docstring: the module, and classes and functions in one another, not below ``if`` or ``try``."""
     yield node
     for child in node.body:

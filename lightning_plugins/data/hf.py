@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,20 +39,21 @@ def load_splits(owner: str, path: str, name: str | None, train_split: str, folde
         FileNotFoundError: nothing readable there.
     """
     import datasets
+    from datasets.exceptions import DatasetsError
 
     place = str(Path(path).expanduser())
     try:
         if place.endswith(".parquet"):
             return datasets.load_dataset("parquet", data_files={train_split: place})
         return datasets.load_dataset(place, name)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script
         raise FileNotFoundError(
             f"{owner} cannot read path={path!r}: {reason_of(error)}. Give a dataset id of the Hub (its first use "
             f"needs the network), {folder}, or a parquet file."
         ) from error
 
 
-def find_validation(splits: Iterable[str]) -> str | None:
+def find_validation(splits: Container[Any]) -> str | None:
     """The split that goes by one of the usual names of validation."""
     return next((name for name in _VALIDATION_NAMES if name in splits), None)
 
@@ -194,7 +195,7 @@ class HFImages(ImageData):
     def _split(self, split: str) -> "datasets.Dataset":
         name = self.split_names[split]
         if name not in self._raw:
-            raise ValueError(f"{self.path!r} has no split {name!r}; its splits are {', '.join(self._raw)}.")
+            raise ValueError(f"{self.path!r} has no split {name!r}; its splits are {', '.join(map(str, self._raw))}.")
         if not len(self._raw[name]):
             raise ValueError(f"{self.path!r} has no rows in its split {name!r}: name another, or add some.")
         return self._raw[name]

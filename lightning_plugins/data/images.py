@@ -3,6 +3,7 @@
 Shapes: N images of a split, B images of a batch, C channels, H height, W width.
 """
 
+from collections.abc import Sized
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,9 +23,10 @@ _RESOLUTION = 2**30  # of a probability
 class Pixels(Protocol):
     """Images that can be gathered: a uint8 tensor ``(N, C, H, W)``, or something on disk that acts like one."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
-    def __getitem__(self, index: Tensor) -> Tensor: ...
+    def __getitem__(self, index: Tensor, /) -> Tensor: ...
 
 
 class LabelledImages(NamedTuple):
@@ -211,6 +213,7 @@ class ImageData(SplitLoaders):
 
     def _loader(self, split: str) -> KeyLoader:
         dataset = self.dataset(split)
+        assert isinstance(dataset, Sized)  # torch's Dataset need not be; those of images are
         batches = KeyBatches(
             len(dataset),
             self.batch_size,

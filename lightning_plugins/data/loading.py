@@ -10,7 +10,7 @@ import copy
 import math
 import numbers
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
@@ -116,7 +116,8 @@ class KeyBatches(Batches):
 def share_of_run(trainer: Trainer | None, split: str) -> dict[str, Any]:
     """``train``, ``world_size`` and ``rank`` for the batches of a split in a trainer's run, or without a trainer."""
     share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-    repeats = bool(trainer and trainer.overfit_batches)  # overfitting repeats the same batches
+    # overfitting repeats the same batches; Lightning sets the attribute without declaring it
+    repeats = bool(trainer and cast(Any, trainer).overfit_batches)
     return {"train": split == "train" and not repeats, "world_size": share["num_replicas"], "rank": share["rank"]}
 
 

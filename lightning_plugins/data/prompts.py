@@ -1,6 +1,7 @@
 """What to draw, for models that learn without images: classes, or texts of a file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ class KeyedPrompts(Dataset):
     def __init__(self, prompts: list[str] | None, num_classes: int | None = None, seed: int | None = None) -> None:
         self.prompts, self.num_classes, self.seed = prompts, num_classes, seed
 
+    @property
+    def num_kinds(self) -> int:
+        """P prompts or J classes."""
+        if self.prompts is not None:
+            return len(self.prompts)
+        assert self.num_classes is not None  # one of the two is given
+        return self.num_classes
+
     def __getitem__(self, key: int) -> dict[str, Tensor | str]:
         return {name: value[0] for name, value in self.__getitems__([key]).items()}
 
@@ -34,25 +43,25 @@ class KeyedPrompts(Dataset):
         if self.prompts is not None:
             return {"prompt": [self.prompts[key % len(self.prompts)] for key in keys]}
         k = torch.tensor(keys, dtype=torch.int64)
-        in_turn = self.seed is None
-        return {"label": k % self.num_classes if in_turn else random_integers(k, self.num_classes, self.seed, _LABEL)}
+        if self.seed is None:
+            return {"label": k % self.num_kinds}
+        return {"label": random_integers(k, self.num_kinds, self.seed, _LABEL)}
 
 
 class PromptBatches(KeyBatches):
     """Batches of keys, which cannot be resumed with other prompts or classes."""
 
-    def __init__(self, dataset: KeyedPrompts, num_samples: int, batch_size: int, **share: int) -> None:
+    def __init__(self, dataset: KeyedPrompts, num_samples: int, batch_size: int, **share: Any) -> None:
         super().__init__(num_samples, batch_size, **share)
         self._dataset = dataset
 
     @property
     def identity(self) -> dict[str, int]:
         """Batches, conditions in a batch of all processes, prompts or classes, seed."""
-        kinds = self._dataset.num_classes if self._dataset.prompts is None else len(self._dataset.prompts)
         return {
             "batch_size times processes": self.batch_size * self.world_size,
             "number of batches_per_epoch": self.num_samples // (self.batch_size * self.world_size),
-            "number of prompts or classes": kinds,
+            "number of prompts or classes": self._dataset.num_kinds,
             "seed of the data": self.seed,
         }
 

@@ -191,13 +191,14 @@ class Seq2SeqData(TextData):
         return texts.select(train), texts.select(val) if val else None
 
     def _read(self, split: str) -> Texts | None:
-        if self.files[split] is not None:
-            rows: Iterable[Row] = (row for file in self.files[split] for row in read_rows(file, self.columns))
-            origin = ", ".join(map(str, self.files[split]))
+        files = self.files[split]
+        if files is not None:
+            rows: Iterable[Row] = (row for file in files for row in read_rows(file, self.columns))
+            origin = ", ".join(map(str, files))
         elif split == "train" and self.pairs is not None:
             return _in_memory(self.pairs)
         elif (hub := self._split_name(split)) is not None:
-            rows = (Row(values, f"{self.path}, {hub} row {n}") for n, values in enumerate(self._hub[hub]))
+            rows = (Row(dict(values), f"{self.path}, {hub} row {n}") for n, values in enumerate(self._hub[hub]))
             origin = f"{self.path}, split {hub},"
         else:
             return None
@@ -205,18 +206,21 @@ class Seq2SeqData(TextData):
 
     def _filled(self, split: str, rows: Iterable[Row], origin: str) -> Texts:
         """The templates, filled from every row."""
-        texts = Texts([], [], [])
+        sources: list[str] = []
+        targets: list[str] = []
+        places: list[str] = []
         for row in rows:
-            texts.sources.append(self.source_format.fill(row))
-            texts.places.append(row.place)
+            sources.append(self.source_format.fill(row))
+            places.append(row.place)
             if split != "predict" and self.text_column is None:
-                texts.targets.append(self.target_format.fill(row))
-        if not texts.places:
+                targets.append(self.target_format.fill(row))
+        if not places:
             raise ValueError(f"{origin} holds no rows.")
-        return texts if texts.targets else texts._replace(targets=None)
+        return Texts(sources, targets or None, places)
 
     @cached_property
     def _hub(self) -> "datasets.DatasetDict":
+        assert self.path is not None  # nothing asks for splits without one
         return load_splits("Seq2SeqData", self.path, self.name, self.split_names["train"], "a folder of text files")
 
     def _split_name(self, split: str) -> str | None:
@@ -230,7 +234,7 @@ class Seq2SeqData(TextData):
             return name
         if split == "test":
             return None
-        raise ValueError(f"{self.path!r} has no split {name!r}; its splits are {', '.join(self._hub)}.")
+        raise ValueError(f"{self.path!r} has no split {name!r}; its splits are {', '.join(map(str, self._hub))}.")
 
     def encode(self, split: str, texts: Texts, tokenizer: "PreTrainedTokenizerBase") -> KeyedText:
         """Running text as pieces, pairs as they are."""

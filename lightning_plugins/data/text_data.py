@@ -3,7 +3,8 @@
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
@@ -131,6 +132,7 @@ class TextData(SplitLoaders):
 
     @cached_property
     def _named(self) -> "PreTrainedTokenizerBase":
+        assert self.tokenizer_name is not None  # asked for only where there is one
         return load_tokenizer(self.tokenizer_name)
 
     @cached_property
@@ -142,7 +144,7 @@ class TextData(SplitLoaders):
                 "training texts to learn one from."
             )
         trainer = self.trainer
-        files = None
+        files: dict[str, Tensor] = {}  # the first process's count
         if trainer is None or trainer.is_global_zero:
             content = [*texts.sources, *(texts.targets or [])]
             tokenizer = train_wordpiece(content, self.vocab_size, self.lowercase)
@@ -178,6 +180,7 @@ class TextData(SplitLoaders):
 
     def _targets(self, split: str, texts: Texts, tokenizer: "PreTrainedTokenizerBase", marks: Marks) -> Ragged:
         """Framed targets; empty for those that are too long."""
+        assert texts.targets is not None  # asked for where they are known
         found: list[list[int]] = []
         for place, ids in zip(texts.places, encode(tokenizer, texts.targets), strict=True):
             _not_empty("target", ids, place)

@@ -5,7 +5,7 @@ The batch stands in the docstring of :class:`KeyedText`. Shapes: N samples, B ro
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -32,7 +32,8 @@ class Texts(NamedTuple):
     def select(self, index: Iterable[int]) -> "Texts":
         """Some of the samples."""
         index = list(index)
-        return Texts(*(None if column is None else [column[i] for i in index] for column in self))
+        targets = None if self.targets is None else [self.targets[i] for i in index]
+        return Texts([self.sources[i] for i in index], targets, [self.places[i] for i in index])
 
 
 class Marks(NamedTuple):
@@ -49,7 +50,8 @@ def marks_of(tokenizer: "PreTrainedTokenizerBase") -> Marks:
     Raises:
         ValueError: it has no ``[SEP]`` or no ``[PAD]``.
     """
-    cls, sep, pad = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+    named = cast(Any, tokenizer)  # transformers declares these as whatever a token or a setting may be
+    cls, sep, pad = named.cls_token_id, named.sep_token_id, named.pad_token_id
     for name, token in (("sep_token", sep), ("pad_token", pad)):
         if token is None:
             raise ValueError(
@@ -179,6 +181,7 @@ class KeyedPairs(KeyedText):
 
     def texts(self, key: int) -> dict[str, str]:
         """As they were read, uncut."""
+        assert self.content is not None  # batches ask for texts under with_texts alone
         names = {"source": self.content.sources, "target": self.content.targets}
         return {name: column[key % len(self)] for name, column in names.items() if column is not None}
 
@@ -229,5 +232,5 @@ class KeyedPieces(KeyedText):
 
     def texts(self, key: int) -> dict[str, str]:
         """The halves, decoded."""
-        source, target = (self.tokenizer.decode(half.tolist()) for half in self.halves(key))
+        source, target = (cast(str, self.tokenizer.decode(half.tolist())) for half in self.halves(key))  # one text
         return {"source": source, "target": target}

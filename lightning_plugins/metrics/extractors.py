@@ -2,13 +2,14 @@
 
 import hashlib
 from copy import deepcopy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torchmetrics.image.fid import NoTrainInceptionV3  # from torchmetrics.image it is missing without torch-fidelity
 
 from lightning_plugins.core import arguments as must
-from lightning_plugins.metrics.digits_classifier import trained_digits_classifier
+from lightning_plugins.metrics.digits_classifier import DigitsClassifier, trained_digits_classifier
 
 
 def feature_extractor(feature: str | nn.Module) -> "FeatureExtractor":
@@ -38,7 +39,7 @@ def feature_extractor(feature: str | nn.Module) -> "FeatureExtractor":
     if isinstance(feature, FeatureExtractor):
         return feature
     if isinstance(feature, nn.Module):
-        return FeatureExtractor(deepcopy(feature), feature.num_features)
+        return FeatureExtractor(deepcopy(feature), cast(int, feature.num_features))  # check_feature has seen to it
     if feature == "digits":
         return DigitsExtractor()
     return FeatureExtractor(_Inception(), 2048)
@@ -127,6 +128,8 @@ class DigitsExtractor(FeatureExtractor):
         torch.Size([2])
     """
 
+    network: "_Features"
+
     def __init__(self) -> None:
         classifier = trained_digits_classifier()
         super().__init__(_Features(classifier), classifier.num_features)
@@ -139,7 +142,7 @@ class DigitsExtractor(FeatureExtractor):
 class _Features(nn.Module):
     """A classifier's features as its output."""
 
-    def __init__(self, classifier: nn.Module) -> None:
+    def __init__(self, classifier: DigitsClassifier) -> None:
         super().__init__()
         self.classifier = classifier
 

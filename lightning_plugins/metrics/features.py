@@ -9,7 +9,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_plugins.core import arguments as must
-from lightning_plugins.metrics.extractors import feature_extractor
+from lightning_plugins.metrics.extractors import FeatureExtractor, feature_extractor
 
 
 class FeatureMetric(Metric):
@@ -22,6 +22,8 @@ class FeatureMetric(Metric):
     Args:
         feature: a name or module, see :func:`feature_extractor`, or ``None`` if ``update`` is given features.
     """
+
+    extractor: FeatureExtractor | None
 
     def __init__(self, feature: str | nn.Module | None, /, **kwargs: Any) -> None:
         super().__init__(**kwargs)

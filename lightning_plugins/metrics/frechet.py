@@ -22,6 +22,14 @@ class _Sums(NamedTuple):
     count: Tensor
 
 
+class _Rows(nn.Identity):
+    """Features as they come; torchmetrics asks a network for their number."""
+
+    def __init__(self, num_features: int | None) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+
 class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
     r"""Fréchet distance of two normal distributions with the mean and covariance of real and generated features.
 
@@ -62,9 +70,8 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
             told = must.told(feature)
             raise ValueError(f"num_features={num_features} and feature={told}: give one of them, the other None.")
         extractor = None if feature is None else feature_extractor(feature)
-        rows = nn.Identity()
-        rows.num_features = num_features if extractor is None else extractor.num_features
-        super().__init__(extractor, feature=rows, reset_real_features=reset_real_features)
+        rows = num_features if extractor is None else extractor.num_features
+        super().__init__(extractor, feature=_Rows(rows), reset_real_features=reset_real_features)
         self._reference: _Sums | None = None  # not a state: the same on all ranks, so not to be summed
 
     def compute(self) -> Tensor:

@@ -71,8 +71,8 @@ class KernelDistance(FeatureMetric, FeatureRows):
         generator = torch.Generator().manual_seed(self.seed)
         total = real.new_zeros(())
         for _ in range(subsets := 1 if all_rows else self.num_subsets):
-            pair = (
+            first, second = (
                 rows[torch.randperm(len(rows), generator=generator)[:size].to(rows.device)] for rows in (real, fake)
             )
-            total += poly_mmd(*pair)
+            total += poly_mmd(first, second)
         return (total / subsets).float()
