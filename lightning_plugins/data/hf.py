@@ -2,7 +2,7 @@
 
 import math
 import struct
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

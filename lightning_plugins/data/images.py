@@ -24,7 +24,9 @@ class Pixels(Protocol):
     """Images that can be gathered: a uint8 tensor ``(N, C, H, W)``, or something on disk that acts like one."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """N, C, H, W."""
+        ...
 
     def __getitem__(self, index: Tensor, /) -> Tensor: ...
 
