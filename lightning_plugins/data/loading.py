@@ -1,9 +1,13 @@
-"""Keys: one integer names a sample of an epoch, and everything random about it.
+"""Loaders that stop and resume exactly, because one integer names a sample of an epoch and everything random about it.
 
 A loader draws integer keys, ``key = epoch * N + i`` with ``N`` samples and ``i`` the sample. All randomness of a sample
 (its shift, its partner) is a hash of (seed, key), so it depends neither on workers, nor on how keys are arranged in
 batches, nor on the number of processes, nor on torch's global random state; and a run that stops after any batch
 resumes at the next one by naming an epoch and a batch.
+
+From keys to a data module: :class:`KeyBatches` cuts an epoch's keys into batches for one process, :class:`KeyLoader`
+turns them into finished batches and counts those handed out, :class:`SplitLoaders` has a loader for each split. Last,
+how validation samples are held out.
 """
 
 import copy
@@ -19,11 +23,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.random_numbers import hash_keys
-
-
-def epoch_generator(epoch: int, seed: int) -> torch.Generator:
-    """The random numbers that order an epoch."""
-    return torch.Generator().manual_seed(int(hash_keys(torch.tensor(epoch), seed, stream=-1)))
 
 
 class Batches(Sampler[list]):
@@ -113,21 +112,9 @@ class KeyBatches(Batches):
             yield keys[k * step + self.rank : end : self.world_size].tolist()
 
 
-def share_of_run(trainer: Trainer | None, split: str) -> dict[str, Any]:
-    """``train``, ``world_size`` and ``rank`` for the batches of a split in a trainer's run, or without a trainer."""
-    share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
-    # overfitting repeats the same batches; Lightning sets the attribute without declaring it
-    repeats = bool(trainer and cast(Any, trainer).overfit_batches)
-    return {"train": split == "train" and not repeats, "world_size": share["num_replicas"], "rank": share["rank"]}
-
-
-def pins_memory(trainer: Trainer | None) -> bool:
-    """Whether batches go to a GPU."""
-    return trainer is not None and trainer.strategy.root_device.type == "cuda"
-
-
-def _as_is(batch: Any) -> Any:
-    return batch
+def epoch_generator(epoch: int, seed: int) -> torch.Generator:
+    """The random numbers that order an epoch."""
+    return torch.Generator().manual_seed(int(hash_keys(torch.tensor(epoch), seed, stream=-1)))
 
 
 class KeyLoader:
@@ -207,35 +194,8 @@ class KeyLoader:
         self._loader._iterator = value
 
 
-def _is_val_size(value: Any) -> bool:
-    return must.whole(0).holds(value) or (must.is_number(value) and 0 <= value < 1)
-
-
-VAL_SIZE = must.Rule(_is_val_size, "a count of 0 or more, or a fraction in [0, 1) if a float")
-
-
-def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor, Tensor]:
-    """Split ``range(num_samples)`` at random, the same way on every machine and for every version of torch.
-
-    Args:
-        num_samples: N.
-        size: of the second part; an integer counts samples, a float in [0, 1) is a fraction of N.
-        seed: of the choice.
-
-    Returns:
-        Sorted int64 indices of the first and of the second part.
-
-    Raises:
-        ValueError: the first part would be empty, or ``size`` is negative.
-    """
-    VAL_SIZE("val_size", size)
-    count = int(size) if isinstance(size, numbers.Integral) else round(float(size) * num_samples)
-    if not 0 <= count < num_samples:
-        raise ValueError(
-            f"val_size={size} must leave training samples: give a count below {num_samples} or a fraction below 1."
-        )
-    order = hash_keys(torch.arange(num_samples), seed, stream=-2).argsort()
-    return order[count:].sort().values, order[:count].sort().values
+def _as_is(batch: Any) -> Any:
+    return batch
 
 
 class SplitLoaders(LightningDataModule):
@@ -267,3 +227,47 @@ class SplitLoaders(LightningDataModule):
     def predict_dataloader(self) -> KeyLoader:
         """The batches to predict, in their order."""
         return self._loader(self.predict_split)
+
+
+def share_of_run(trainer: Trainer | None, split: str) -> dict[str, Any]:
+    """``train``, ``world_size`` and ``rank`` for the batches of a split in a trainer's run, or without a trainer."""
+    share: dict[str, Any] = (trainer and trainer.distributed_sampler_kwargs) or {"num_replicas": 1, "rank": 0}
+    # overfitting repeats the same batches; Lightning sets the attribute without declaring it
+    repeats = bool(trainer and cast(Any, trainer).overfit_batches)
+    return {"train": split == "train" and not repeats, "world_size": share["num_replicas"], "rank": share["rank"]}
+
+
+def pins_memory(trainer: Trainer | None) -> bool:
+    """Whether batches go to a GPU."""
+    return trainer is not None and trainer.strategy.root_device.type == "cuda"
+
+
+def _is_val_size(value: Any) -> bool:
+    return must.whole(0).holds(value) or (must.is_number(value) and 0 <= value < 1)
+
+
+VAL_SIZE = must.Rule(_is_val_size, "a count of 0 or more, or a fraction in [0, 1) if a float")
+
+
+def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor, Tensor]:
+    """Split ``range(num_samples)`` at random, the same way on every machine and for every version of torch.
+
+    Args:
+        num_samples: N.
+        size: of the second part; an integer counts samples, a float in [0, 1) is a fraction of N.
+        seed: of the choice.
+
+    Returns:
+        Sorted int64 indices of the first and of the second part.
+
+    Raises:
+        ValueError: the first part would be empty, or ``size`` is negative.
+    """
+    VAL_SIZE("val_size", size)
+    count = int(size) if isinstance(size, numbers.Integral) else round(float(size) * num_samples)
+    if not 0 <= count < num_samples:
+        raise ValueError(
+            f"val_size={size} must leave training samples: give a count below {num_samples} or a fraction below 1."
+        )
+    order = hash_keys(torch.arange(num_samples), seed, stream=-2).argsort()
+    return order[count:].sort().values, order[:count].sort().values

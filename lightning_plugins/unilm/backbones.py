@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.unilm.masks import segments_from_lengths, seq2seq_mask
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def check_config(config: Mapping[str, Any]) -> None:
     """Refuse what transformers would pass over: it keeps any name, and the default is trained.
 
     Args:
-        config: of a network from scratch, with ``model_type``.
+        config: configuration of a network from scratch, with ``model_type``.
 
     Raises:
         ValueError: an unknown family, or a name that its configuration does not have.
@@ -148,7 +149,7 @@ def choose_implementation(backbone: Backbone, attn_implementation: str | None) -
     """The attention implementation to load a model with.
 
     Args:
-        backbone: of the model.
+        backbone: facts of the model's family.
         attn_implementation: the user's choice; the fastest that obeys every mask by default.
 
     Raises:
@@ -210,12 +211,8 @@ def check_for_leaks(model: "PreTrainedModel") -> None:
     for row, place in enumerate(changed):
         if place is not None:
             ids[row, place] = (ids[row, place] + V // 2) % V
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         logits = model(ids.to(model.device), attention_mask=seq2seq_mask(segments)).logits.float()
-    finally:
-        model.train(was_training)
     effect = (logits[1:] - logits[:1]).abs().amax(-1)  # (2, T)
     hidden, seen = effect[0, :-1].max(), torch.minimum(effect[0, -1], effect[1, :num_source].min())
     name = model.config.model_type

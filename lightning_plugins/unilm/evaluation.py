@@ -52,11 +52,11 @@ class Evaluation(nn.Module):
         They are evenly spaced, because batches may be sorted by length.
 
         Args:
-            batch_idx: of this batch; the choice is made at 0.
+            batch_idx: number of this batch; the choice is made at 0.
             rows: samples in it, on this rank.
-            wanted: samples over all ranks.
+            wanted: samples to be chosen over all ranks.
             batches: number of batches in the pass, which may be infinite.
-            device: for the ranks' talk.
+            device: where tensors live that the ranks exchange.
         """
         if batch_idx == 0:
             ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

@@ -84,9 +84,10 @@ def export_model(
     complete: an interrupted export leaves no half of a model under the name.
 
     Args:
-        model: as it was trained; not changed.
-        tokenizer: its fast tokenizer; not changed. The folder's pads on the left and gives the scheme's token types.
-        folder: new, or empty.
+        model: the trained model, which is not changed.
+        tokenizer: its fast tokenizer, which is not changed; the folder's pads on the left and gives the scheme's
+            token types.
+        folder: path of a new or empty folder.
         metrics: results for the model card, by name (``val/rougeL``).
         generation: default options of ``generate()``, such as ``max_new_tokens`` (64 by default) and ``num_beams``;
             where it names none, those of ``model.generation_config``. Options of the cache are left out: they change no

@@ -165,13 +165,7 @@ class UniLMMixin(PrefixGeneration):
         return attention_mask(given, self.attn_implementation, self.dtype)
 
     def _with_window(self, allow: Tensor, queries: Tensor, keys: Tensor) -> "Tensor | dict[str, Tensor]":
-        """A mask for each kind of layer where some see a window only.
-
-        Args:
-            allow: ``(B, Q, K)`` bool.
-            queries: ``(B, Q)`` positions.
-            keys: ``(B, K)`` positions, or fewer: what lies behind them is hidden anyway.
-        """
+        """A mask for each kind of layer where some see a window only; keys behind the given positions are hidden."""
         if self.backbone.window is None:
             return allow
         if keys.shape[1] > allow.shape[2] or (keys is queries and keys.shape[1] < allow.shape[2]):

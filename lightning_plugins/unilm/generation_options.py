@@ -1,10 +1,7 @@
 """The options of generate() that a user may give, and those that would mislead."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 
 def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lightning_plugins.unilm.backbones import (
     freeze_unread,
 )
 from lightning_plugins.unilm.cached_attention import cached_name
-from lightning_plugins.unilm.forward import Decoding, Settings, UniLMMixin, unilm_class
+from lightning_plugins.unilm.forward import Decoding, Settings, unilm_class
 from lightning_plugins.unilm.surgery import extend_token_types
 from lightning_plugins.unilm.token_types import NUM_V1_TYPES, Segment, fitting_segment
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 _PLACES = "Give an id of the Hub (its first use needs the network), a folder with a model, or package:NAME/FOLDER."
-__all__ = ["Decoding", "Segment", "Settings", "UniLMMixin", "load_unilm"]
 
 
 def load_unilm(
@@ -43,16 +42,18 @@ def load_unilm(
     """A sequence-to-sequence model from a masked language model, checked for leaks.
 
     Args:
-        model_name_or_path: weights: an id of the Hub, a folder, or ``package:NAME/FOLDER``.
-        config: in its place a configuration with ``model_type``, for random weights.
-        pad_token_id: the tokenizer's, as are the next two.
-        sep_token_id: ends sources and targets; the end of what ``generate()`` writes.
-        mask_token_id: ``None`` if there is none.
-        vocab_size: the tokenizer's. A model from ``config`` gets as many rows; weights must have at least as many.
+        model_name_or_path: pretrained weights: an id of the Hub, a folder, or ``package:NAME/FOLDER``.
+        config: configuration with ``model_type`` of a network with random weights, in place of pretrained ones.
+        pad_token_id: the tokenizer's [PAD], which fills rows up.
+        sep_token_id: the tokenizer's [SEP], which ends sources, targets and what ``generate()`` writes.
+        mask_token_id: the tokenizer's [MASK], or ``None`` if it has none.
+        vocab_size: tokens of the tokenizer. A model from ``config`` gets as many rows; weights must have at least as
+            many.
         segment: scheme of the token types, see :func:`token_types`. A family with fewer than two types
             takes ``sep_as_bos`` as ``none``; for ``unilm_v1`` the table is extended to six.
-        decoding: ``next_token``; ``mask`` for models trained to fill [MASK]s (UniLM v1 and v2).
-        attn_implementation: ``sdpa`` where the family has it, else ``eager``; ``flex_attention`` on a GPU.
+        decoding: ``next_token``, or ``mask`` for models trained to fill [MASK]s (UniLM v1 and v2).
+        attn_implementation: ``sdpa``, ``eager`` or, on a GPU, ``flex_attention``; by default the fastest that the
+            family has.
 
     Returns:
         A ``PreTrainedModel`` with :class:`UniLMMixin`, in fp32 (torch's default dtype).
@@ -76,7 +77,7 @@ def load_unilm(
     model = _build(model_name_or_path, full, backbone, on_cpu)
     model.settings = Settings(segment, decoding, pad_token_id, sep_token_id, mask_token_id)
     if segment == "unilm_v1" and backbone.num_token_types < NUM_V1_TYPES:
-        extend_token_types(model, NUM_V1_TYPES)
+        extend_token_types(model)
         model.backbone = find_backbone(model.config)
     defaults = model.generation_config
     defaults.eos_token_id, defaults.pad_token_id, defaults.bos_token_id = sep_token_id, pad_token_id, None
@@ -91,6 +92,7 @@ def load_unilm(
 def _read_config(
     name: str | None, config: dict[str, Any] | None, ids: dict[str, int | None], vocab_size: int | None
 ) -> "PreTrainedConfig":
+    """The configuration of the weights, or the given one with the tokenizer's ids and size."""
     from transformers import AutoConfig
 
     if config is None:
@@ -124,6 +126,7 @@ def _check_ids(size: int, vocab_size: int | None, ids: dict[str, int | None]) ->
 
 
 def _build(name: str | None, config: "PreTrainedConfig", backbone: Backbone, implementation: str) -> "PreTrainedModel":
+    """The family's class with our mixin, from weights or from scratch, on the CPU."""
     if backbone.cache == "own":
         config.is_decoder = True  # returns its cache; the mask is always given, so that nothing becomes causal
         config.add_cross_attention = False  # that of an encoder-decoder's half, which nothing here would train

@@ -234,8 +234,8 @@ def attention_mask(allow: Tensor, implementation: str, dtype: torch.dtype) -> "T
 
     Args:
         allow: ``(B, Q, K)`` bool, True = may attend, no row empty.
-        implementation: of ``model.config._attn_implementation``: ``"sdpa"``, ``"eager"`` or ``"flex_attention"``.
-        dtype: of the model's weights; only eager's mask is made of it.
+        implementation: ``"sdpa"``, ``"eager"`` or ``"flex_attention"``, as ``model.config._attn_implementation`` says.
+        dtype: type of the model's weights, of which eager's mask is made.
 
     Returns:
         sdpa: ``(B, 1, Q, K)`` bool. eager: ``(B, 1, Q, K)`` of ``dtype``, 0 where allowed, else its lowest finite

@@ -1,6 +1,6 @@
 """UniLM as a LightningModule. Shapes: B rows, T tokens of a row, N predicted tokens of a batch."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,18 +22,20 @@ from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import checkpoint_to_load, should_update_logs, trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
-from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
 from lightning_plugins.unilm.generation_options import check_generation, refuse_misleading
-from lightning_plugins.unilm.loading import Segment, load_unilm
+from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import positions
 from lightning_plugins.unilm.objectives import InputBuilder, Inputs, MaskKind, Objective, check_objective
 from lightning_plugins.unilm.plots import plot_masks
 from lightning_plugins.unilm.surgery import extend_positions, keep_rows, trim_vocabulary
+from lightning_plugins.unilm.token_types import Segment
 from lightning_plugins.unilm.token_weights import TokenSpeed, TokenWeights, refuse_blind_callbacks
 from lightning_plugins.unilm.tokenizing import (
     as_written,
@@ -89,38 +91,45 @@ class UniLMSeq2Seq(LightningModule):
     evaluation ``source`` and ``target``, lists of texts. :class:`Seq2SeqData` makes them.
 
     Args:
-        model_name_or_path: pretrained masked language model: an id of the Hub, a folder, or
-            ``package:NAME/FOLDER`` inside an installed package. BERT, RoBERTa, XLM-R, ELECTRA, ALBERT, DistilBERT,
-            ModernBERT and more, see ``lightning_plugins.unilm.backbones``.
-        config: in its place the configuration of a network to be trained from scratch, such as
-            ``{"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 4, ...}``.
-        tokenizer: name or folder. Default: that of ``model_name_or_path``; from scratch that of the data.
-        objective: ``lm`` predicts each target token from those before it (s2s-ft v0, bert4keras); ``masked`` the
-            hidden ones of the target (UniLM v1); ``pseudo`` each at a [MASK] copy beside the target (UniLMv2, s2s-ft's
+        model_name_or_path: pretrained masked language model to start from: an id of the Hub, a folder, or
+            package:NAME/FOLDER inside an installed package. BERT, RoBERTa, XLM-R, ELECTRA, ALBERT, DistilBERT,
+            ModernBERT and others; a family in which a mask cannot hide a token is refused. Give this or config.
+        config: configuration of a network to be trained from scratch, with its model_type, such as
+            {"model_type": "bert", "hidden_size": 256, "num_hidden_layers": 4}. Give this or model_name_or_path.
+        tokenizer: name or folder of the tokenizer. Default: that of model_name_or_path; from scratch that of the data.
+        objective: lm predicts each target token from those before it (s2s-ft v0, bert4keras); masked predicts hidden
+            tokens of the target (UniLM v1); pseudo predicts each at a [MASK] copy beside the target (UniLMv2, s2s-ft's
             default). The last two decode with a [MASK] appended to every step.
-        mask: ``seq2seq``; or ``bidirectional``, ``l2r``, ``r2l``, ``permutation``; or shares of several, drawn for
-            each row: ``{bidirectional: 0.3333, l2r: 0.1667, r2l: 0.1667, seq2seq: 0.3333}`` with ``objective: masked``
-            and ``mask_probability: 0.15`` is UniLM's pretraining (without its next-sentence task).
-        segment: token types. ``sep_as_bos``: the source's last [SEP] and the target 1, the rest 0, which plain
-            ``generate()`` reproduces; ``su``: target 1; ``unilm_v1``: 4 and 5, 2 for l2r, 3 for r2l; ``none``.
-        label_smoothing: of the training loss, in [0, 1); 0.1 in s2s-ft. Never of ``val/loss``.
-        target_noise: share of target input tokens that are hidden from later ones in training (``lm``, ``pseudo``);
-            s2s-ft's ``target_mask_prob``, which its README puts at 0.4 to 0.8.
-        mask_probability: share of tokens that ``masked`` hides; 0.7 in UniLM v1's fine-tuning, 0.15 in pretraining.
-        lr: AdamW's highest rate; 5e-5 in s2s-ft, which advises up to 1e-4 for base and MiniLM, 1e-5 to 3e-5 for large.
-        warmup_steps: optimiser steps of linear warm-up; below 1 a share of all steps (UniLM v1: 0.1). The rate then
-            falls linearly to 0 at the last step, or stays where the number of steps is not known.
-        weight_decay: AdamW's, of matrices only; 0.01 in s2s-ft.
-        generation: options of ``generate()`` for validation, test, predict and the text methods, such as
-            ``{max_new_tokens: 48, num_beams: 4, no_repeat_ngram_size: 3}``; 64 new tokens, greedy, by default.
-        generate_every_n_epochs: validation texts are generated and scored every so many epochs; 0: never.
-        num_generate: validation samples they are generated for, over all ranks.
-        keep_tokens: tokens of the vocabulary to keep, besides the special ones; the rest is cut off the tokenizer and
-            the embeddings (Su's simplification for small domains).
-        max_positions: longest row after extending learned positions, old ones repeated (s2s-ft).
-        attn_implementation: ``sdpa`` or ``eager``; the family's best by default.
-        optimizer: replaces AdamW (``lr``, ``weight_decay`` and the warm-up are then ignored).
-        scheduler: replaces warm-up and decay, stepped once per epoch.
+        mask: who may attend to whom: seq2seq, bidirectional, l2r, r2l or permutation; or shares of several, drawn for
+            each row. UniLM's pretraining, without its next-sentence task, is {bidirectional: 0.3333, l2r: 0.1667,
+            r2l: 0.1667, seq2seq: 0.3333} with objective masked and mask_probability 0.15.
+        segment: scheme of the token types. sep_as_bos gives 1 to the source's last [SEP] and to the target, else 0,
+            which plain generate() reproduces; su gives 1 to the target; unilm_v1 gives 4 to the source and 5 to the
+            target, 2 under l2r and 3 under r2l; none gives 0 to all.
+        label_smoothing: probability that the training loss spreads over all tokens, in [0, 1); 0.1 as in s2s-ft. The
+            validation loss is never smoothed.
+        target_noise: share of target input tokens in [0, 1) that training hides from later ones, for the objectives lm
+            and pseudo; 0 hides none. In s2s-ft it is target_mask_prob, which its README puts at 0.4 to 0.8.
+        mask_probability: share of tokens that the objective masked hides; 0.7 in UniLM v1's fine-tuning, 0.15 in its
+            pretraining.
+        lr: highest learning rate of AdamW; 5e-5 as in s2s-ft, which advises up to 1e-4 for base and MiniLM, and 1e-5
+            to 3e-5 for large models.
+        warmup_steps: optimizer steps of linear warm-up, or below 1 their share of all steps; 0.1 as in UniLM v1. The
+            rate then falls linearly to 0 at the last step, or stays where the number of steps is not known.
+        weight_decay: weight decay of AdamW, on matrices only; 0.01 as in s2s-ft.
+        generation: options of generate() for validation, test, predict and the text methods, such as
+            {max_new_tokens: 48, num_beams: 4, no_repeat_ngram_size: 3}. Default: greedy, 64 new tokens at most.
+        generate_every_n_epochs: texts are generated and scored in every n-th validation epoch; 0 is for never, in the
+            test neither.
+        num_generate: validation samples that texts are generated for, over all ranks; the test generates for all.
+        keep_tokens: tokens of a pretrained vocabulary to keep, besides the special ones, as the tokenizer spells them;
+            the rest is cut off the tokenizer and the embeddings (Su's simplification for small domains). Default: all.
+        max_positions: most tokens of a row, source and target, after the learned positions of a pretrained model have
+            been extended by repeating them (s2s-ft). Default: as many as it was trained with.
+        attn_implementation: how transformers computes attention: sdpa, eager, or on a GPU flex_attention. Default: the
+            fastest that the family has.
+        optimizer: optimizer in place of AdamW; lr, weight_decay and the warm-up are then ignored.
+        scheduler: learning-rate scheduler in place of warm-up and decay, stepped once per epoch.
 
     Raises:
         ValueError: arguments contradict each other, or the backbone leaks whatever the mask.
@@ -200,47 +209,247 @@ class UniLMSeq2Seq(LightningModule):
         self._results: dict[str, float] = {}  # of the last evaluation, for the model card
         self._window: tuple[Any, ...] = ()  # of accumulated batches in which the checkpoint to resume was written
 
-    # Network and tokenizer: override these two in a subclass.
+    # Training.
 
-    def build_tokenizer(self) -> "PreTrainedTokenizerBase | None":
-        """The tokenizer by name, or ``None``: the data's is taken then."""
-        name = self._tokenizer_name
-        if name is None:
-            return None
-        tokenizer = load_tokenizer(name)
-        return tokenizer if self.keep_tokens is None else trim_vocabulary(tokenizer, self.keep_tokens)[0]
+    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
+        """Sum the terms of :meth:`loss`, log them, and weight the batch by its tokens."""
+        self._check_batch(batch, batch_idx)
+        inputs = self.build_inputs(batch)
+        terms = self.loss(batch, inputs)
+        loss = torch.stack([*terms.values()]).sum()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs.input_ids))
+        if len(terms) > 1:
+            named = {f"train/{name}": term for name, term in terms.items()}
+            self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(inputs.input_ids), sync_dist=True)
+        self.speed.add(batch["segment_ids"])
+        return loss * self.weights.weight(len(inputs.labels), self.device)
 
-    def build_network(self, tokenizer: "PreTrainedTokenizerBase", config: dict[str, Any] | None = None) -> nn.Module:
-        """The network: pretrained, or with random weights from a configuration.
+    def loss(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> dict[str, Tensor]:
+        """The named terms whose sum is trained: ``nll``, the mean over the batch's predicted tokens.
 
         Args:
-            tokenizer: decides the vocabulary and the special tokens.
-            config: of a network that is about to be filled from a checkpoint; the constructor's arguments by default.
+            batch: dict of tensors as the class describes it.
+            inputs: ``build_inputs(batch)`` where it has been computed already.
         """
-        common = {
-            "pad_token_id": tokenizer.pad_token_id,
-            "sep_token_id": tokenizer.sep_token_id,
-            "mask_token_id": tokenizer.mask_token_id,
-            "segment": self.segment,
-            "decoding": "next_token" if self.objective == "lm" else "mask",
-            "attn_implementation": self.attn_implementation,
-        }
-        if config is not None:
-            return load_unilm(config=config, **common)
-        if self.config is not None:
-            return load_unilm(config=self.config, vocab_size=len(tokenizer), **common)
-        if self.keep_tokens is not None:  # keep_rows renumbers the special tokens, so load with their old numbers
-            whole = load_tokenizer(self._tokenizer_name)
-            common |= {name: getattr(whole, name) for name in common if name.endswith("_token_id")}
-        network = load_unilm(self.model_name_or_path, **common)
-        # the search is an argument of this module: a checkpoint's own would be lost when resumed
-        ids = {name: getattr(network.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
-        network.generation_config = type(network.generation_config)(**ids)
-        if self.keep_tokens is not None:
-            keep_rows(network, trim_vocabulary(whole, self.keep_tokens)[1])
-        if self.max_positions is not None:
-            extend_positions(network, self.max_positions)
-        return network
+        inputs = self.build_inputs(batch) if inputs is None else inputs
+        logits = widened(self.logits(inputs))
+        total = F.cross_entropy(logits, inputs.labels, label_smoothing=self.label_smoothing, reduction="sum")
+        return {"nll": total / max(len(inputs.labels), 1)}
+
+    def forward(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> Tensor:
+        """Logits ``(N, V)`` of the predicted tokens of a batch, row by row; for the arguments see :meth:`loss`."""
+        return self.logits(self.build_inputs(batch) if inputs is None else inputs)
+
+    def logits(self, inputs: Inputs) -> Tensor:
+        """Logits ``(N, V)`` at the places ``inputs.predict``; no others are ever computed."""
+        return self.network(
+            inputs.input_ids,
+            attention_mask=inputs.allow,
+            position_ids=inputs.position_ids,
+            token_type_ids=inputs.token_type_ids,
+            use_cache=False,
+            logits_to_keep=inputs.predict,
+        ).logits
+
+    def build_inputs(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Inputs:
+        """What the network reads and must say for a batch, by the objective and the masks.
+
+        Args:
+            batch: dict of tensors as the class describes it.
+            generator: random numbers of the masks and of what is hidden; torch's global ones by default.
+        """
+        types = self.network.token_types  # the network first: the vocabulary is known with it
+        build = InputBuilder(
+            self.objective, self.shares, self.mask_probability, self.target_noise, self._vocabulary, types
+        )
+        return build(batch, self.training, generator)
+
+    def _check_batch(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Refuse samples that are too long and tokens that are unknown."""
+        longest = self.network.max_length
+        if batch_idx and batch["input_ids"].shape[1] <= longest:
+            return  # not each batch is looked at, because looking waits for the device
+        width = int(positions(batch["segment_ids"], batch.get("sample_ids")).max())
+        if width >= longest:
+            raise ValueError(
+                f"A sample of {width + 1} tokens is longer than the network's {longest} positions: lower the data's "
+                "max_source_length or max_target_length, or set max_positions."
+            )
+        size = self.network.config.vocab_size
+        if (highest := int(batch["input_ids"].max())) >= size:
+            raise ValueError(
+                f"The data hold token {highest}, but the network knows {size}: they were made with another tokenizer."
+            )
+
+    def configure_optimizers(self) -> Any:
+        """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
+        return optimizer_or_own(
+            self.parameters(), self._adamw, self._warmup_and_decay, self._optimizer, self._scheduler
+        )
+
+    def _adamw(self, parameters: Iterable[nn.Parameter]) -> torch.optim.AdamW:
+        trained = [p for p in parameters if p.requires_grad]
+        groups = [
+            {"params": [p for p in trained if p.ndim > 1]},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
+        ]
+        return torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
+
+    def _warmup_and_decay(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        steps = linear_warmup_decay(optimizer, self.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
+        return {"scheduler": steps, "interval": "step"}
+
+    def on_train_start(self) -> None:
+        """Draw who may attend to whom."""
+        self.weights.reset(*self._window)
+        self._window = ()
+        if self.trainer.is_global_zero:
+            figure = plot_masks([*self.shares] if self.objective != "pseudo" else ["pseudo"])
+            log_image(self.trainer, "masks", figure_to_image(figure), self.global_step)
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock of the token counter."""
+        refuse_blind_callbacks(self.trainer)  # the accumulation may change from epoch to epoch
+        self.speed.start()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log real tokens per second of all ranks on the logger's cadence."""
+        if should_update_logs(self.trainer):
+            self.log("train/tokens_per_second", self.speed.per_second() * self.trainer.world_size, batch_size=1)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """Every token of the accumulated batches weighs the same."""
+        self.weights.scale_gradients(self, self.trainer.accumulate_grad_batches)
+
+    # Evaluation.
+
+    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add to loss and perplexity; generate texts in this epoch's share of the batches."""
+        self._add_nll(batch, batch_idx)
+        every, alone = self.generate_every_n_epochs, self.trainer.state.fn == TrainerFn.VALIDATING
+        if not (every and self.num_generate and "seq2seq" in self.shares):
+            return
+        if self.trainer.sanity_checking:
+            if batch_idx == 0:  # so that generate() fails now rather than after an epoch
+                self._score_texts({key: value[:1] for key, value in batch.items()})
+        elif alone or (self.current_epoch + 1) % every == 0:
+            batches = self.trainer.num_val_batches[0]
+            if self.evaluation.in_share(batch_idx, len(batch["input_ids"]), self.num_generate, batches, self.device):
+                self._score_texts(batch)
+
+    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add to loss and perplexity; generate a text for every sample."""
+        self._add_nll(batch, batch_idx)
+        if self.generate_every_n_epochs and "seq2seq" in self.shares:
+            self._score_texts(batch)
+
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """``source``, ``prediction`` and, where the data know it, ``reference`` of each sample."""
+        sources, references, predictions = self._texts(batch)
+        rows = [{"source": s, "prediction": p} for s, p in zip(sources, predictions, strict=True)]
+        if references is None:
+            return rows
+        return [{**row, "reference": reference} for row, reference in zip(rows, references, strict=True)]
+
+    def _add_nll(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+        """Add to the loss, without smoothing; what an objective draws is the same in every epoch."""
+        self._check_batch(batch, batch_idx)
+        inputs = self.build_inputs(batch, torch.Generator().manual_seed(batch_idx))
+        self.evaluation.add_nll(self(batch, inputs), inputs.labels)
+
+    def _score_texts(self, batch: Mapping[str, Any]) -> None:
+        sources, references, predictions = self._texts(batch)
+        if references is None:
+            raise ValueError("Texts are scored against references, but the batch has no target.")
+        self.evaluation.add_texts(sources, references, predictions, as_written(self.tokenizer, references))
+
+    def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
+        """Sources, references and generated texts of a batch."""
+        if "sample_ids" in batch:
+            raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
+        ids, segments, pad = batch["input_ids"], batch["segment_ids"], self.tokenizer.pad_token_id
+        rows = left_padded(ids, segments == 1, pad)
+        predictions = decode(self.tokenizer, self.generate_ids(**rows))
+        sources = batch.get("source") or decode(self.tokenizer, rows["input_ids"])
+        references = batch.get("target")
+        if references is None and (segments == 2).any():
+            references = decode(self.tokenizer, left_padded(ids, segments == 2, pad)["input_ids"])
+        return sources, references, predictions
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin a new pass. Not at the last one's end, whose inference mode training could not go on with."""
+        self.evaluation.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Begin a new pass."""
+        self.evaluation.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log ``val/loss``, ``val/perplexity`` and, where texts were generated, their scores and a table of them."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log ``test/loss``, ``test/perplexity``, scores and the table."""
+        self._log_evaluation("test")
+
+    def _log_evaluation(self, stage: str) -> None:
+        results = self.evaluation.results(self.device)
+        for name, value in results.items():  # equal on all ranks; sync_dist says so to Lightning
+            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rougeL"), sync_dist=True)
+        if self.evaluation.samples and not self.trainer.sanity_checking:
+            log_text_table(self.trainer, f"{stage}/samples", COLUMNS, self.evaluation.samples, self.global_step)
+        if not self.trainer.sanity_checking:
+            self._results = {f"{stage}/{name}": float(value) for name, value in results.items()}
+
+    # Texts.
+
+    def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
+        """Texts for sources, as one batch.
+
+        Args:
+            sources: texts; what does not fit beside the new tokens is cut at the end.
+            **generation: options of ``generate()`` that go before the module's own, such as ``num_beams=4``; with
+                ``num_return_sequences`` each source has so many texts in succession.
+        """
+        return decode(self.tokenizer, self.generate_ids(**self._encode(sources, generation), **generation))
+
+    def stream_text(self, source: str, **generation: Any) -> Iterator[str]:
+        """Pieces of the text for one source, as they are decoded (not with beams)."""
+        rows = self._encode([source], generation)
+        return stream(self.generate_ids, self.tokenizer, rows, **generation)
+
+    def _encode(self, sources: list[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
+        if isinstance(sources, str) or not sources:
+            raise ValueError(f"sources={sources!r} must be a list of texts, at least one.")
+        network = self.network  # builds the tokenizer, too
+        refuse_misleading(generation)
+        new = {**self.generation, **generation}["max_new_tokens"]
+        if (room := network.max_length - new) < 3:  # [CLS], a token, [SEP]
+            raise ValueError(
+                f"max_new_tokens={new} leaves no room for a source in the network's {network.max_length} positions."
+            )
+        rows = encode_sources(self.tokenizer, sources, room)
+        return {name: value.to(self.device) for name, value in rows.items()}
+
+    @torch.no_grad()
+    def generate_ids(self, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Tensor:
+        """Generated tokens ``(B * num_return_sequences, new)`` for sources ``(B, T)`` padded on the left.
+
+        Args:
+            input_ids: ``[CLS] source [SEP]`` rows.
+            attention_mask: 1 at real tokens, 0 at padding.
+            **generation: options of ``generate()`` that go before the module's own.
+        """
+        if "seq2seq" not in self.shares:
+            raise ValueError(f"Trained with mask={[*self.shares]}, the network cannot generate: that needs 'seq2seq'.")
+        options = {**self.generation, **generation}
+        with evaluating(self.network):
+            output = self.network.generate(
+                input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
+            )
+        return output[:, input_ids.shape[1] :]
+
+    # Network and tokenizer: built from the arguments, or as a checkpoint describes them.
 
     @property
     def network(self) -> "PreTrainedModel":
@@ -298,6 +507,47 @@ class UniLMSeq2Seq(LightningModule):
             )
         self.net = network.train(self.training).to(self.device)  # it may be built after eval() and to()
 
+    def build_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """The tokenizer by name, or ``None``: the data's is taken then."""
+        name = self._tokenizer_name
+        if name is None:
+            return None
+        tokenizer = load_tokenizer(name)
+        return tokenizer if self.keep_tokens is None else trim_vocabulary(tokenizer, self.keep_tokens)[0]
+
+    def build_network(self, tokenizer: "PreTrainedTokenizerBase", config: dict[str, Any] | None = None) -> nn.Module:
+        """The network: pretrained, or with random weights from a configuration.
+
+        Args:
+            tokenizer: decides the vocabulary and the special tokens.
+            config: configuration that a checkpoint describes, whose weights come later. Default: the constructor's
+                arguments decide.
+        """
+        common = {
+            "pad_token_id": tokenizer.pad_token_id,
+            "sep_token_id": tokenizer.sep_token_id,
+            "mask_token_id": tokenizer.mask_token_id,
+            "segment": self.segment,
+            "decoding": "next_token" if self.objective == "lm" else "mask",
+            "attn_implementation": self.attn_implementation,
+        }
+        if config is not None:
+            return load_unilm(config=config, **common)
+        if self.config is not None:
+            return load_unilm(config=self.config, vocab_size=len(tokenizer), **common)
+        if self.keep_tokens is not None:  # keep_rows renumbers the special tokens, so load with their old numbers
+            whole = load_tokenizer(self._tokenizer_name)
+            common |= {name: getattr(whole, name) for name in common if name.endswith("_token_id")}
+        network = load_unilm(self.model_name_or_path, **common)
+        # the search is an argument of this module: a checkpoint's own would be lost when resumed
+        ids = {name: getattr(network.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+        network.generation_config = type(network.generation_config)(**ids)
+        if self.keep_tokens is not None:
+            keep_rows(network, trim_vocabulary(whole, self.keep_tokens)[1])
+        if self.max_positions is not None:
+            extend_positions(network, self.max_positions)
+        return network
+
     def _data_tokenizer(self) -> "PreTrainedTokenizerBase":
         data = getattr(trainer_of(self), "datamodule", None)
         tokenizer = getattr(data, "tokenizer", None)
@@ -306,6 +556,8 @@ class UniLMSeq2Seq(LightningModule):
                 "UniLMSeq2Seq from a config needs a tokenizer: give tokenizer=, or data that have one (Seq2SeqData)."
             )
         return tokenizer
+
+    # Checkpoints, and a folder for others.
 
     def _checkpoint_record(self) -> Mapping[str, Any] | None:
         """What the checkpoint that the trainer is about to load says of network and tokenizer."""
@@ -317,6 +569,15 @@ class UniLMSeq2Seq(LightningModule):
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=path.suffix == ".ckpt")
         return _checked(content) if _RECORD in content else None
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the network that the checkpoint describes, unless there is one."""
+        record = _checked(checkpoint)
+        if self.net is None:
+            self._build(record)
+        self._results = record["results"]
+        if trainer_of(self) is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._window = record.get("window", ())
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the network's configuration and the tokenizer's files, so that the checkpoint needs nothing else."""
         if self._packed is None:
@@ -327,265 +588,6 @@ class UniLMSeq2Seq(LightningModule):
             "results": self._results,
             "window": self.weights.window,
         }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Build the network that the checkpoint describes, unless there is one."""
-        record = _checked(checkpoint)
-        if self.net is None:
-            self._build(record)
-        self._results = record["results"]
-        if trainer_of(self) is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._window = record.get("window", ())
-
-    # What the network computes.
-
-    def forward(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> Tensor:
-        """Logits ``(N, V)`` of the predicted tokens of a batch, row by row; arguments as in :meth:`loss`."""
-        return self.logits(self.build_inputs(batch) if inputs is None else inputs)
-
-    def logits(self, inputs: Inputs) -> Tensor:
-        """Logits ``(N, V)`` at the places ``inputs.predict``; no others are ever computed."""
-        return self.network(
-            inputs.input_ids,
-            attention_mask=inputs.allow,
-            position_ids=inputs.position_ids,
-            token_type_ids=inputs.token_type_ids,
-            use_cache=False,
-            logits_to_keep=inputs.predict,
-        ).logits
-
-    def build_inputs(self, batch: Mapping[str, Any], generator: torch.Generator | None = None) -> Inputs:
-        """What the network reads and must say for a batch, by the objective and the masks.
-
-        Args:
-            batch: see the class.
-            generator: of the random choices; torch's global one by default.
-        """
-        network = self.network  # builds the vocabulary, too
-        build = InputBuilder(
-            self.objective,
-            self.shares,
-            self.mask_probability,
-            self.target_noise,
-            self._vocabulary,
-            network.token_types,
-        )
-        return build(batch, self.training, generator)
-
-    # Training.
-
-    def loss(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> dict[str, Tensor]:
-        """The named terms whose sum is trained: ``nll``, the mean over the batch's predicted tokens.
-
-        Args:
-            batch: see the class.
-            inputs: ``build_inputs(batch)`` where it has been computed already.
-        """
-        inputs = self.build_inputs(batch) if inputs is None else inputs
-        logits = widened(self.logits(inputs))
-        total = F.cross_entropy(logits, inputs.labels, label_smoothing=self.label_smoothing, reduction="sum")
-        return {"nll": total / max(len(inputs.labels), 1)}
-
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
-        """Sum the terms of :meth:`loss`, log them, and weight the batch by its tokens."""
-        if batch_idx == 0 or batch["input_ids"].shape[1] > self.network.max_length:
-            self._check_batch(batch)
-        inputs = self.build_inputs(batch)
-        terms = self.loss(batch, inputs)
-        loss = torch.stack([*terms.values()]).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs.input_ids))
-        if len(terms) > 1:
-            named = {f"train/{name}": term for name, term in terms.items()}
-            self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(inputs.input_ids), sync_dist=True)
-        self.speed.add(batch["segment_ids"])
-        return loss * self.weights.weight(len(inputs.labels), self.device)
-
-    def _check_batch(self, batch: Mapping[str, Any]) -> None:
-        """Of the first batch, and of rows that may be too long; not of each, as it waits for the device."""
-        longest, width = self.network.max_length, int((positions(batch["segment_ids"], batch.get("sample_ids"))).max())
-        if width >= longest:
-            raise ValueError(
-                f"A sample of {width + 1} tokens is longer than the network's {longest} positions: lower the data's "
-                "max_source_length or max_target_length, or set max_positions."
-            )
-        size = self.network.config.vocab_size
-        if (highest := int(batch["input_ids"].max())) >= size:
-            raise ValueError(
-                f"The data hold token {highest}, but the network knows {size}: they were made with another tokenizer."
-            )
-
-    def on_train_start(self) -> None:
-        """Draw who may attend to whom."""
-        self.weights.reset(*self._window)
-        self._window = ()
-        if self.trainer.is_global_zero:
-            figure = plot_masks([*self.shares] if self.objective != "pseudo" else ["pseudo"])
-            log_image(self.trainer, "masks", figure_to_image(figure), self.global_step)
-
-    def on_train_epoch_start(self) -> None:
-        """Start the clock of the token counter."""
-        refuse_blind_callbacks(self.trainer)  # the accumulation may change from epoch to epoch
-        self.speed.start()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log real tokens per second of all ranks on the logger's cadence."""
-        if should_update_logs(self.trainer):
-            self.log("train/tokens_per_second", self.speed.per_second() * self.trainer.world_size, batch_size=1)
-
-    def on_before_optimizer_step(self, optimizer: Any) -> None:
-        """Every token of the accumulated batches weighs the same."""
-        self.weights.scale_gradients(self, self.trainer.accumulate_grad_batches)
-
-    def configure_optimizers(self) -> Any:
-        """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
-        optimizer = self._optimizer(self.parameters()) if self._optimizer else self._adamw()
-        if self._scheduler:
-            return with_scheduler(optimizer, self._scheduler)
-        if self._optimizer:
-            return optimizer
-        schedule = linear_warmup_decay(optimizer, self.warmup_steps, lambda: self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _adamw(self) -> torch.optim.AdamW:
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        groups = [
-            {"params": [p for p in parameters if p.ndim > 1]},
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},  # biases and norms
-        ]
-        return torch.optim.AdamW(groups, self.lr, weight_decay=self.weight_decay)
-
-    # Evaluation.
-
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add to loss and perplexity; generate texts in this epoch's share of the batches."""
-        self._add_nll(batch, batch_idx)
-        every, alone = self.generate_every_n_epochs, self.trainer.state.fn == TrainerFn.VALIDATING
-        if not (every and self.num_generate and "seq2seq" in self.shares):
-            return
-        if self.trainer.sanity_checking:
-            if batch_idx == 0:  # so that generate() fails now rather than after an epoch
-                self._score_texts({key: value[:1] for key, value in batch.items()})
-        elif alone or (self.current_epoch + 1) % every == 0:
-            batches = self.trainer.num_val_batches[0]
-            if self.evaluation.in_share(batch_idx, len(batch["input_ids"]), self.num_generate, batches, self.device):
-                self._score_texts(batch)
-
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add to loss and perplexity; generate a text for every sample."""
-        self._add_nll(batch, batch_idx)
-        if self.generate_every_n_epochs and "seq2seq" in self.shares:
-            self._score_texts(batch)
-
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, str]]:
-        """``source``, ``prediction`` and, where the data know it, ``reference`` of each sample."""
-        sources, references, predictions = self._texts(batch)
-        rows = [{"source": s, "prediction": p} for s, p in zip(sources, predictions, strict=True)]
-        if references is None:
-            return rows
-        return [{**row, "reference": reference} for row, reference in zip(rows, references, strict=True)]
-
-    def _add_nll(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Without smoothing; the random choices of an objective are the same in every epoch."""
-        if batch_idx == 0 or batch["input_ids"].shape[1] > self.network.max_length:
-            self._check_batch(batch)
-        inputs = self.build_inputs(batch, torch.Generator().manual_seed(batch_idx))
-        self.evaluation.add_nll(self(batch, inputs), inputs.labels)
-
-    def _score_texts(self, batch: Mapping[str, Any]) -> None:
-        sources, references, predictions = self._texts(batch)
-        if references is None:
-            raise ValueError("Texts are scored against references, but the batch has no target.")
-        self.evaluation.add_texts(sources, references, predictions, as_written(self.tokenizer, references))
-
-    def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
-        """Sources, references and generated texts of a batch."""
-        if "sample_ids" in batch:
-            raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
-        ids, segments, pad = batch["input_ids"], batch["segment_ids"], self.tokenizer.pad_token_id
-        rows = left_padded(ids, segments == 1, pad)
-        predictions = decode(self.tokenizer, self.generate_ids(**rows))
-        sources = batch.get("source") or decode(self.tokenizer, rows["input_ids"])
-        references = batch.get("target")
-        if references is None and (segments == 2).any():
-            references = decode(self.tokenizer, left_padded(ids, segments == 2, pad)["input_ids"])
-        return sources, references, predictions
-
-    def on_validation_epoch_start(self) -> None:
-        """Begin a new pass. Not at the last one's end, whose inference mode training could not go on with."""
-        self.evaluation.reset()
-
-    def on_test_epoch_start(self) -> None:
-        """Begin a new pass."""
-        self.evaluation.reset()
-
-    def on_validation_epoch_end(self) -> None:
-        """Log ``val/loss``, ``val/perplexity`` and, where texts were generated, their scores and a table of them."""
-        self._log_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log ``test/loss``, ``test/perplexity``, scores and the table."""
-        self._log_evaluation("test")
-
-    def _log_evaluation(self, stage: str) -> None:
-        results = self.evaluation.results(self.device)
-        for name, value in results.items():  # equal on all ranks; sync_dist says so to Lightning
-            self.log(f"{stage}/{name}", value, prog_bar=name in ("loss", "rougeL"), sync_dist=True)
-        if self.evaluation.samples and not self.trainer.sanity_checking:
-            log_text_table(self.trainer, f"{stage}/samples", COLUMNS, self.evaluation.samples, self.global_step)
-        if not self.trainer.sanity_checking:
-            self._results = {f"{stage}/{name}": float(value) for name, value in results.items()}
-
-    # Texts.
-
-    @torch.no_grad()
-    def generate_ids(self, input_ids: Tensor, attention_mask: Tensor, **generation: Any) -> Tensor:
-        """Generated tokens ``(B * num_return_sequences, new)`` for sources ``(B, T)`` padded on the left.
-
-        Args:
-            input_ids: ``[CLS] source [SEP]`` rows.
-            attention_mask: 1 at real tokens, 0 at padding.
-            **generation: options of ``generate()`` that go before the module's own.
-        """
-        if "seq2seq" not in self.shares:
-            raise ValueError(f"Trained with mask={[*self.shares]}, the network cannot generate: that needs 'seq2seq'.")
-        options = {**self.generation, **generation}
-        training = self.network.training
-        self.network.eval()
-        try:
-            output = self.network.generate(
-                input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
-            )
-        finally:
-            self.network.train(training)
-        return output[:, input_ids.shape[1] :]
-
-    def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
-        """Texts for sources, as one batch.
-
-        Args:
-            sources: texts; what does not fit beside the new tokens is cut at the end.
-            **generation: options of ``generate()`` that go before the module's own, such as ``num_beams=4``; with
-                ``num_return_sequences`` each source has so many texts in succession.
-        """
-        return decode(self.tokenizer, self.generate_ids(**self._encode(sources, generation), **generation))
-
-    def stream_text(self, source: str, **generation: Any) -> Iterator[str]:
-        """Pieces of the text for one source, as they are decoded (not with beams)."""
-        rows = self._encode([source], generation)
-        return stream(self.generate_ids, self.tokenizer, rows, **generation)
-
-    def _encode(self, sources: list[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
-        if isinstance(sources, str) or not sources:
-            raise ValueError(f"sources={sources!r} must be a list of texts, at least one.")
-        network = self.network  # builds the tokenizer, too
-        refuse_misleading(generation)
-        new = {**self.generation, **generation}["max_new_tokens"]
-        if (room := network.max_length - new) < 3:  # [CLS], a token, [SEP]
-            raise ValueError(
-                f"max_new_tokens={new} leaves no room for a source in the network's {network.max_length} positions."
-            )
-        rows = encode_sources(self.tokenizer, sources, room)
-        return {name: value.to(self.device) for name, value in rows.items()}
 
     def export(self, folder: str | Path) -> Path:
         """Write a folder for plain transformers: weights, tokenizer, generation settings and a model card.

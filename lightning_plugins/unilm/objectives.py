@@ -184,12 +184,12 @@ class InputBuilder:
     """From batches to :class:`Inputs`, by objective and masks.
 
     Args:
-        objective: see :class:`UniLMSeq2Seq`, as the next three.
-        shares: of each kind of mask, see :func:`check_objective`.
-        mask_probability: of ``masked``.
-        target_noise: of ``lm`` and ``pseudo``.
-        vocabulary: of the tokenizer.
-        token_types: from segment ids ``(B, T)``, kind and sample ids to token types, or to ``None``.
+        objective: ``lm``, ``masked`` or ``pseudo``.
+        shares: share of the rows that each kind of mask gets, as :func:`check_objective` returns them.
+        mask_probability: share of the candidates that ``masked`` hides.
+        target_noise: share of the target's tokens that ``lm`` and ``pseudo`` hide where ``noisy`` is asked for.
+        vocabulary: the tokenizer's size and special ids.
+        token_types: from segment ids ``(B, T)``, kind of mask and sample ids to token types, or to ``None``.
     """
 
     objective: Objective

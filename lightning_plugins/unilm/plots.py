@@ -36,9 +36,9 @@ def plot_masks(
     """Draw masks with their tokens on both axes: a coloured cell is a column that the row may look at.
 
     Args:
-        kinds: of ``"bidirectional"``, ``"l2r"``, ``"r2l"``, ``"seq2seq"``, ``"permutation"``, ``"pseudo"``,
-            ``"packed"``; one panel each.
-        tokens: a source and a target, special tokens included; ``"packed"`` shows them twice.
+        kinds: masks to draw, a panel each: ``"bidirectional"``, ``"l2r"``, ``"r2l"``, ``"seq2seq"``,
+            ``"permutation"``, ``"pseudo"``, ``"packed"``; all by default.
+        tokens: tokens of a source and of a target, special ones included; ``"packed"`` shows them twice.
 
     Returns:
         A figure without a display; ``figure.savefig("masks.png")`` writes it.

@@ -22,7 +22,7 @@ _TYPE_STARTS_AS = (0, 1, 0, 0, 0, 1)
 
 
 def trim_vocabulary(
-    tokenizer: "PreTrainedTokenizerBase", keep: Sequence[str] | None
+    tokenizer: "PreTrainedTokenizerBase", keep: Sequence[str]
 ) -> tuple["PreTrainedTokenizerBase", Tensor]:
     """A tokenizer that knows only some of its tokens.
 
@@ -32,7 +32,7 @@ def trim_vocabulary(
 
     Args:
         tokenizer: a fast one (WordPiece, BPE or Unigram); left as it is.
-        keep: tokens as ``tokenizer.tokenize`` gives them, in any order; ``None`` keeps all.
+        keep: tokens in the spelling of ``tokenizer.tokenize``, in any order.
 
     Returns:
         The new tokenizer, and ``(V',)`` int64 the old ids of its tokens, ascending: token i was ``kept_ids[i]``.
@@ -41,8 +41,6 @@ def trim_vocabulary(
         ValueError: nothing or unknown tokens to keep, or a tokenizer of another kind.
     """
     vocabulary = tokenizer.get_vocab()
-    if keep is None:
-        return tokenizer, torch.arange(max(vocabulary.values()) + 1)
     if isinstance(keep, str) or not keep:
         raise ValueError(f"keep is {keep!r}: give a list of the tokens to keep, as tokenizer.tokenize gives them.")
     unknown = [token for token in dict.fromkeys(keep) if token not in vocabulary]
@@ -200,7 +198,7 @@ def extend_positions(model: "PreTrainedModel", max_positions: int) -> None:
     name, config = type(model).__name__, model.config
     tables = _tables(model, ("position_embeddings", "embed_positions"))
     rotary = getattr(config, "rope_parameters", None)
-    if len(tables) > 1 or (not tables and not rotary) or getattr(config, "relative_attention", False):
+    if len(tables) > 1 or not (tables or rotary):
         raise ValueError(f"The positions of {name} cannot be extended: they are neither one table nor rotary.")
     offset = tables[0].padding_idx + 1 if tables and tables[0].padding_idx is not None else 0
     old_positions = config.max_position_embeddings - offset
@@ -235,26 +233,23 @@ def _rope_types(parameters: dict[str, Any]) -> set[str]:
     return {kind.get("rope_type", "default") for kind in nested or [parameters]}
 
 
-def extend_token_types(model: "PreTrainedModel", num_types: int = 6) -> None:
-    """Let tokens have ``num_types`` types; new ones start as UniLM v1 has them: 2, 3, 4 as type 0, 5 as type 1.
+def extend_token_types(model: "PreTrainedModel") -> None:
+    """Let tokens have six types; new ones start as UniLM v1 has them: 2, 3, 4 as type 0, 5 as type 1.
 
     Args:
         model: any of the BERT kind with token types; changed in place. Outputs for the old types do not change.
-        num_types: at least as many as now, at most 6.
 
     Raises:
-        ValueError: fewer types than now, more than six, or a model without token types.
+        ValueError: a model without token types.
     """
     tables = _tables(model, ("token_type_embeddings",))
     if len(tables) != 1:
         raise ValueError(f"{type(model).__name__} has no table of token types that could be extended.")
     old_types = tables[0].num_embeddings
-    if not old_types <= num_types <= len(_TYPE_STARTS_AS):
-        raise ValueError(f"num_types is {num_types}: it must be from {old_types}, what the model has, to 6.")
     weight = tables[0].weight.detach()
-    starts = [min(start, old_types - 1) for start in _TYPE_STARTS_AS[old_types:num_types]]
+    starts = [min(start, old_types - 1) for start in _TYPE_STARTS_AS[old_types:]]
     _extend_rows(model, tables[0], torch.cat([weight, weight[starts]]))
-    model.config.type_vocab_size = num_types
+    model.config.type_vocab_size = len(_TYPE_STARTS_AS)
 
 
 def _tables(model: nn.Module, names: tuple[str, ...]) -> list[nn.Embedding]:

@@ -25,7 +25,7 @@ def token_types(
         segment: ``sep_as_bos``: the source's last [SEP] and the target are 1, all else 0; plain ``generate()``, which
             repeats the last type it is given, does the same. ``su``: source 0, target 1. ``unilm_v1``: source and
             target are 4 and 5 under seq2seq, 2 under l2r, 3 under r2l, else 0 and 1. ``none``: 0.
-        kind: of the mask; only ``unilm_v1`` looks at it.
+        kind: kind of the mask; only ``unilm_v1`` looks at it.
         sample_ids: ``(B, T)`` for packed rows, 0 at padding.
 
     Returns:

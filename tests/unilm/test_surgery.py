@@ -110,8 +110,6 @@ def test_unigram_keeps_the_price_of_the_unknown_token():
 
 def test_what_cannot_be_trimmed_is_said():
     tokenizer = trained("wordpiece")
-    same, ids = trim_vocabulary(tokenizer, None)
-    assert same is tokenizer and ids.tolist() == list(range(150))
     with pytest.raises(ValueError, match="keep is 'abc': give a list"):
         trim_vocabulary(tokenizer, "abc")
     with pytest.raises(ValueError, match=r"keep is \[\]: give a list"):
@@ -179,7 +177,7 @@ def test_surgery_changes_no_bit_of_what_stays(auto, tmp_path):
         extend_positions(model, 60)
         assert model.config.max_position_embeddings == 60 + offset
         if family not in WITHOUT_TYPES:
-            extend_token_types(model, 6)
+            extend_token_types(model)
             assert model.config.type_vocab_size == 6
         assert torch.equal(logits(model, ids), before), family
         keep_rows(model, kept_ids)
@@ -213,7 +211,7 @@ def test_new_positions_repeat_the_old_and_new_types_start_as_unilm_has_them():
     torch.testing.assert_close(model.roformer.encoder.embed_positions.weight, expected)
     for types in (1, 2):
         model = build("bert", AutoModelForMaskedLM, type_vocab_size=types)
-        extend_token_types(model, 6)
+        extend_token_types(model)
         table = model.bert.embeddings.token_type_embeddings.weight
         assert table.shape == (6, 32) and table.requires_grad
         starts = [0, types - 1, 0, 0, 0, types - 1]
@@ -251,10 +249,6 @@ def test_what_cannot_be_resized_is_said():
     model = build("bert", AutoModelForMaskedLM)
     with pytest.raises(ValueError, match="max_positions is 39, fewer than the 40 that BertForMaskedLM has"):
         extend_positions(model, 39)
-    with pytest.raises(ValueError, match="num_types is 7: it must be from 2, what the model has, to 6"):
-        extend_token_types(model, 7)
-    with pytest.raises(ValueError, match="num_types is 1"):
-        extend_token_types(model, 1)
     with pytest.raises(ValueError, match="kept_ids leaves out 1, the padding token"):
         keep_rows(model, torch.tensor([0, 2]))
     for wrong in ([], [1, 1], [1, 100], [-1, 1]):
@@ -262,10 +256,9 @@ def test_what_cannot_be_resized_is_said():
             keep_rows(model, torch.tensor(wrong, dtype=torch.long))
     for family in WITHOUT_TYPES:
         with pytest.raises(ValueError, match="has no table of token types"):
-            extend_token_types(build(family, AutoModelForMaskedLM), 6)
-    relative = build("deberta-v2", AutoModelForMaskedLM, relative_attention=True)
-    with pytest.raises(ValueError, match="positions of DebertaV2ForMaskedLM cannot be extended"):
-        extend_positions(relative, 60)
+            extend_token_types(build(family, AutoModelForMaskedLM))
+    with pytest.raises(ValueError, match="positions of IBertForMaskedLM cannot be extended"):
+        extend_positions(build("ibert", AutoModelForMaskedLM), 60)
     rope = {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}
     scaled = build("nomic_bert", AutoModelForMaskedLM, rope_parameters=rope)
     with pytest.raises(ValueError, match="rotary positions of NomicBertForMaskedLM are scaled"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -244,6 +244,25 @@ def test_predict_gives_records_and_texts_come_alone_or_in_batches(module, folder
     assert len(model.generate_text(["one two"], num_return_sequences=3, num_beams=3)) == 3
     with pytest.raises(ValueError, match="leaves no room"):
         list(model.stream_text("one", max_new_tokens=38))
+
+
+class _GenerateInTraining(Callback):
+    """Generates after a step, as a callback of the user's may, and writes down which parts are trained then."""
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        pl_module.generate_text(["one two"])
+        self.modes = [pl_module.network.bert.embeddings.training, pl_module.network.bert.encoder.training]
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_a_part_kept_in_evaluation_mode_stays_there_when_texts_are_generated(module, folder, tmp_path):
+    model, callback = module().train(), _GenerateInTraining()
+    model.network.bert.embeddings.eval()
+    list(model.stream_text("one two"))
+    assert (model.network.bert.embeddings.training, model.network.bert.encoder.training) == (False, True)
+    fit(model, data(folder), tmp_path, num_sanity_val_steps=1, limit_train_batches=1, callbacks=[callback])
+    assert callback.modes == [False, True]
+    assert (model.network.bert.embeddings.training, model.network.bert.encoder.training) == (False, True)
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")
