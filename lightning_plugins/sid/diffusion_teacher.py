@@ -19,6 +19,7 @@ from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.logging import log_image
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.core.sharding import shard_networks
@@ -194,10 +195,8 @@ class DiffusionTeacher(LightningModule):
         noise = torch.randn(num_samples, *self.image_shape, generator=generator, device=device).to(self.device)
         if self.conditional and labels is None:
             labels = torch.randint(self.num_classes, (num_samples,), generator=generator, device=device)
-        training = self.average.training
-        self.average.eval()
-        images = many_steps(self.average, noise, num_steps, self._conditioning(labels, num_samples))
-        self.average.train(training)
+        with evaluating(self.average):
+            images = many_steps(self.average, noise, num_steps, self._conditioning(labels, num_samples))
         return (images / 2 + 0.5).clamp(0, 1)
 
     def _conditioning(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:

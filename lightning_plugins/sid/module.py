@@ -20,6 +20,7 @@ from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import count_no_step, loss_scale
 from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.arguments import check_arguments
@@ -30,7 +31,7 @@ from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.manual_optimization import finite_gradients_, refuse_setup
-from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average, without_dropout
+from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average
 from lightning_plugins.sid.objectives import (
     Draws,
     Levels,
@@ -366,7 +367,7 @@ class SiD(LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
         fake = nets.fake_score
-        with torch.no_grad(), without_dropout(nets.generator):
+        with torch.no_grad(), evaluating(nets.generator):
             images = nets.generate(nets.generator, draws.latent, conditioning)
         score = self._score(fake, self._dropped(conditioning, draws.dropped), self.fake_guidance)
         with self._discriminator() as logits:
@@ -378,7 +379,7 @@ class SiD(LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
         images = nets.generate(nets.generator, draws.latent, conditioning)
-        with self._discriminator() as logits, without_dropout(nets.fake_score):  # which the teacher has not either
+        with self._discriminator() as logits, evaluating(nets.fake_score):  # which the teacher has not either
             terms = generator_terms(
                 images,
                 draws,
