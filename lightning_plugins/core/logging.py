@@ -77,6 +77,16 @@ def log_figures(trainer: Trainer, stage: str, figures: Mapping[str, "Figure"], s
         log_image(trainer, f"{stage}/{name}", figure_to_image(figure), step)
 
 
+def measured_figures(trainer: Trainer) -> dict[str, float]:
+    """Figures of the latest validation or test by name, such as a model card shows; none before the first.
+
+    Args:
+        trainer: whose ``callback_metrics`` are read; names begin with ``val/`` or ``test/``.
+    """
+    figures = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in figures if name.startswith(("val/", "test/"))}
+
+
 def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     """Write a table to ``<log_dir>/tables/<tag>/<step>.csv`` and show it in every logger that can.
 

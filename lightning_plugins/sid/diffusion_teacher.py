@@ -9,19 +9,20 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core import random_numbers
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import log_image
-from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, with_scheduler
+from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.new_folder import new_folder
-from lightning_plugins.core.pictures import image_grid
+from lightning_plugins.core.pictures import image_grid, pictures_are_due
 from lightning_plugins.core.sharding import shard_networks
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.networks import update_average
@@ -195,10 +196,8 @@ class DiffusionTeacher(LightningModule):
         noise = torch.randn(num_samples, *self.image_shape, generator=generator, device=device).to(self.device)
         if self.conditional and labels is None:
             labels = torch.randint(self.num_classes, (num_samples,), generator=generator, device=device)
-        training = self.average.training
-        self.average.eval()
-        images = many_steps(self.average, noise, num_steps, self._conditioning(labels, num_samples))
-        self.average.train(training)
+        with evaluating(self.average):
+            images = many_steps(self.average, noise, num_steps, self._conditioning(labels, num_samples))
         return (images / 2 + 0.5).clamp(0, 1)
 
     def _conditioning(self, labels: Tensor | None, count: int) -> dict[str, Tensor]:
@@ -241,10 +240,7 @@ class DiffusionTeacher(LightningModule):
 
     def _generator(self, *place: int) -> torch.Generator:
         """Random numbers of a place in the run, independent of the global random state."""
-        seed = self.seed
-        for number in (*place, self.global_rank):
-            seed = seed * 1_000_003 + number
-        return torch.Generator(self.device).manual_seed(seed % 2**63)
+        return random_numbers.generator(self.device, self.seed, *place, self.global_rank)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log the sum."""
@@ -261,17 +257,17 @@ class DiffusionTeacher(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with linear warm-up and decay, unless ``optimizer`` or ``scheduler`` is given."""
-        parameters = self.denoiser.parameters()
-        if self._optimizer:
-            optimizer = self._optimizer(parameters)
-        else:
-            optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay)
-        if self._scheduler:
-            return with_scheduler(optimizer, self._scheduler)
-        if self._optimizer:
-            return optimizer
+        return optimizer_or_own(
+            self.denoiser.parameters(),
+            lambda parameters: torch.optim.AdamW(parameters, self.lr, weight_decay=self.weight_decay),
+            self._schedule,
+            self._optimizer,
+            self._scheduler,
+        )
+
+    def _schedule(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         schedule = linear_warmup_decay(optimizer, self.warmup, lambda: self.trainer.estimated_stepping_batches)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"scheduler": schedule, "interval": "step"}
 
     def setup(self, stage: str) -> None:
         """Refuse before training what would fail after it.
@@ -313,9 +309,7 @@ class DiffusionTeacher(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the loss; draw samples on their cadence."""
         self.log("val/loss", self._mean_loss("val"), prog_bar=True, sync_dist=True)  # equal on all ranks
-        every = self.pictures_every_n_epochs
-        alone = self.trainer.state.fn == TrainerFn.VALIDATING
-        if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
+        if pictures_are_due(self, self.pictures_every_n_epochs):
             self._log_pictures("val")
 
     def on_test_epoch_end(self) -> None:
@@ -332,7 +326,7 @@ class DiffusionTeacher(LightningModule):
 
     def _log_pictures(self, stage: str) -> None:
         # Every rank computes, because a sharded forward is collective; rank zero writes. The same noise each time.
-        images = self.sample(_NUM_SHOWN, generator=torch.Generator(self.device).manual_seed(0))
+        images = self.sample(_NUM_SHOWN, generator=random_numbers.generator(self.device, self.seed))
         grid = image_grid(_visible(images), zoom=max(1, 32 // images.shape[-1]))
         log_image(self.trainer, f"{stage}/samples", grid, self.global_step)
 

@@ -1,6 +1,8 @@
-"""What manual optimization of several networks needs under Lightning's strategies."""
+"""Two networks trained in turn under Lightning: gradients made finite, and the runs that are refused before a step."""
 
+import warnings
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
 from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
+from lightning_plugins.sid.objectives import Draws, Score
 
 
 @torch.no_grad()
@@ -47,3 +50,34 @@ def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
             f"precision={precision!r} keeps the weights in half precision, where the small steps of score distillation "
             f"and of a running mean round to no change: use {precision.replace('true', 'mixed')!r}."
         )
+
+
+def refuse_endless_decay(trainer: Trainer, decay_from: float) -> None:
+    """Refuse rates that begin to fall after a share of a run that has no end.
+
+    Raises:
+        ValueError: ``decay_from`` is below 1, and the trainer has neither ``max_steps`` nor ``max_epochs``.
+    """
+    if decay_from < 1 and trainer.max_steps == -1 and trainer.max_epochs == -1:
+        raise ValueError(f"decay_from={decay_from} needs an end: give the trainer max_steps or max_epochs.")
+
+
+@torch.no_grad()
+def refuse_broken_teacher(teacher: Score, draws: Draws, source: Any) -> None:
+    """Refuse a teacher whose denoised images of mere noise are not finite, as those of a damaged file are.
+
+    Args:
+        teacher: its denoiser with conditions and guidance.
+        draws: noise and levels that it is tried with.
+        source: what the teacher was loaded from, for the message.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    if not teacher(draws.noise * draws.sigma.view(-1, 1, 1, 1), draws.sigma).isfinite().all():
+        raise ValueError(f"teacher={source!r} denoises noise to values that are not finite: is its file whole?")
+
+
+def allow_checkpoints_by_steps() -> None:
+    """Ignore Lightning's warning that ``every_n_train_steps`` saves after an update: that is what is wanted here."""
+    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)

@@ -1,9 +1,7 @@
 """SiD as a LightningModule. Shapes: B samples of a process, (C, H, W) of an image or latent."""
 
 import copy
-import functools
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -15,11 +13,14 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
+from lightning_plugins.core import random_numbers
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import count_no_step, loss_scale, trainer_of
-from lightning_plugins.core.logging import figure_to_image, log_image
+from lightning_plugins.core.logging import log_figures, measured_figures
+from lightning_plugins.core.modes import evaluating
+from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.arguments import check_arguments
@@ -29,8 +30,14 @@ from lightning_plugins.sid.description import check_progress
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
-from lightning_plugins.sid.manual_optimization import finite_gradients_, refuse_setup
-from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average, without_dropout
+from lightning_plugins.sid.manual_optimization import (
+    allow_checkpoints_by_steps,
+    finite_gradients_,
+    refuse_broken_teacher,
+    refuse_endless_decay,
+    refuse_setup,
+)
+from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average
 from lightning_plugins.sid.objectives import (
     Draws,
     Levels,
@@ -220,8 +227,7 @@ class SiD(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the networks are, the teacher's fingerprint, and how far training is."""
-        results = {name: float(value) for name, value in self.trainer.callback_metrics.items() if name[:4] == "val/"}
-        self._results = results or self._results
+        self._results = measured_figures(self.trainer) or self._results
         checkpoint[_RECORD] = {
             **self.networks.description,
             "start_level": self.networks.start_level,
@@ -366,7 +372,7 @@ class SiD(LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
         fake = nets.fake_score
-        with torch.no_grad(), without_dropout(nets.generator):
+        with torch.no_grad(), evaluating(nets.generator):
             images = nets.generate(nets.generator, draws.latent, conditioning)
         score = self._score(fake, self._dropped(conditioning, draws.dropped), self.fake_guidance)
         with self._discriminator() as logits:
@@ -378,7 +384,7 @@ class SiD(LightningModule):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
         images = nets.generate(nets.generator, draws.latent, conditioning)
-        with self._discriminator() as logits, without_dropout(nets.fake_score):  # which the teacher has not either
+        with self._discriminator() as logits, evaluating(nets.fake_score):  # which the teacher has not either
             terms = generator_terms(
                 images,
                 draws,
@@ -430,9 +436,7 @@ class SiD(LightningModule):
         return Draws(latent, noise, sigma, dropped)
 
     def _random(self, turn: int) -> torch.Generator:
-        numbers = (self.seed, self._updates, turn, self.global_rank)
-        seed = functools.reduce(lambda total, number: total * 1_000_003 + number, numbers, 1)
-        return torch.Generator(self.device).manual_seed(seed % 2**63)
+        return random_numbers.generator(self.device, self.seed, self._updates, turn, self.global_rank)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make gradients finite, as the paper's code does, and clip them; a GradScaler skips such steps itself."""
@@ -508,24 +512,17 @@ class SiD(LightningModule):
                 one whose output is not finite.
         """
         refuse_setup(self, self.trainer)
-        if self.decay_from < 1 and self.trainer.max_steps == -1 and self.trainer.max_epochs == -1:
-            raise ValueError(f"decay_from={self.decay_from} needs an end: give the trainer max_steps or max_epochs.")
+        refuse_endless_decay(self.trainer, self.decay_from)
+        allow_checkpoints_by_steps()
+        denoiser = self.teacher.denoiser
         if self.num_pictures:
-            step_levels(self.teacher.denoiser, self.teacher_steps)  # refuses more steps than levels
-        # Of ModelCheckpoint(every_n_train_steps): that weights are saved after an update, which is what is wanted.
-        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+            step_levels(denoiser, self.teacher_steps)  # refuses more steps than levels
         n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
         conditioning = self.networks.conditioning(n, None, prompts, self._random(self.fake_steps + 2), self.device)
         draws = self._draw(n, self.fake_steps)
         self._dropped(conditioning, draws.dropped)
         for scale in {self.guidance, self.fake_guidance}:
-            with torch.no_grad():
-                noise = draws.noise * draws.sigma.view(-1, 1, 1, 1)
-                denoised = self._score(self.teacher.denoiser, conditioning, scale)(noise, draws.sigma)
-            if not denoised.isfinite().all():
-                raise ValueError(
-                    f"teacher={self.networks.source!r} denoises noise to values that are not finite: is its file whole?"
-                )
+            refuse_broken_teacher(self._score(denoiser, conditioning, scale), draws, self.networks.source)
 
     def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
@@ -536,15 +533,13 @@ class SiD(LightningModule):
     def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions."""
         n, labels, prompts = conditions(batch, self.conditional)
-        random = torch.Generator(self.device).manual_seed(
-            (self.seed * 1_000_003 + batch_idx) * 4_099 + self.global_rank
-        )
+        random = random_numbers.generator(self.device, self.seed, batch_idx, self.global_rank)
         output = {"image": self.sample(n, labels=labels, prompts=prompts, generator=random)}
         return output if labels is None else {**output, "label": labels}
 
     def on_validation_epoch_end(self) -> None:
         """Draw the student's samples beside the teacher's, of the same noise."""
-        if self.num_pictures and not self.trainer.sanity_checking:
+        if pictures_are_due(self, every=min(1, self.num_pictures)):
             self._log_pictures("val")
 
     def on_test_epoch_end(self) -> None:
@@ -555,30 +550,16 @@ class SiD(LightningModule):
     def _log_pictures(self, stage: str) -> None:
         # Every rank computes, because a sharded forward is collective; rank zero writes.
         if self._shown_teacher is None:
-            self._shown_teacher = self.teacher_sample(**self._picture_options()).cpu()
-        student = self.sample(**self._picture_options())
-        figure = plots.plot_student(student, self._shown_teacher, self.teacher_steps, self.images)
-        log_image(self.trainer, f"{stage}/samples", figure_to_image(figure), self.global_step)
-
-    def _picture_options(self) -> dict[str, Any]:
-        n = self.num_pictures
-        options: dict[str, Any] = {"num_samples": n, "generator": torch.Generator(self.device).manual_seed(self.seed)}
-        if self.networks.description["takes_text"]:
-            options["prompts"] = self._picture_prompts()[:n] + [""] * (n - len(self._picture_prompts()))
-        elif (classes := self.num_classes) is not None:
-            options["labels"] = torch.arange(n, device=self.device) % classes
-        return options
-
-    def _picture_prompts(self) -> list[str]:
-        return list(getattr(getattr(self.trainer, "datamodule", None), "prompts", None) or [])
+            self._shown_teacher = self.teacher_sample(**plots.picture_options(self)).cpu()
+        log_figures(self.trainer, stage, plots.sid_figures(self, self._shown_teacher), self.global_step)
 
     def export(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:
         """Write the student as a diffusers pipeline that samples in one step, with no plugin installed.
 
         Args:
             folder: new or empty; written whole or not at all.
-            metrics: figures for the model card, such as ``{"FID": 1.92}``; by default the validation's, as they were
-                when the checkpoint was written.
+            metrics: figures for the model card, such as ``{"FID": 1.92}``; by default those of the last validation or
+                test before the checkpoint was written.
 
         Returns:
             The folder.

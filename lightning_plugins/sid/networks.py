@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.modes import evaluating
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_description
 from lightning_plugins.sid.sampling import clip, clips
@@ -196,7 +197,7 @@ class StudentNetworks(nn.Module):
     def student_images(self, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
         """What the student generates of noise, without dropout."""
         student = self.built(self.student)
-        with without_dropout(student):
+        with evaluating(student):
             return self.generate(student, noise, conditioning)
 
     def noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
@@ -247,17 +248,6 @@ class StudentNetworks(nn.Module):
         if self.description["in_pixels"]:
             return (x.float() / 2 + 0.5).clamp(0, 1)
         return self.teacher.decode(x)
-
-
-@contextmanager
-def without_dropout(network: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; Lightning warns of parts that are still in it when training starts."""
-    training = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(training)
 
 
 def _without_label_dropout(network: nn.Module) -> nn.Module:

@@ -1,14 +1,43 @@
 """Pictures of a one-step student beside its teacher. Images are ``(n, C, H, W)`` in [0, 1]."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from lightning_plugins.core import random_numbers
 from lightning_plugins.core.pictures import new_figure, show_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def sid_figures(model: Any, teacher: Tensor) -> dict[str, "Figure"]:
+    """All pictures of a :class:`~lightning_plugins.SiD` by name: its student's samples beside the teacher's.
+
+    Args:
+        model: the module, whose student is drawn from.
+        teacher: ``(n, C, H, W)`` the teacher's samples of :func:`picture_options`, which do not change in training.
+    """
+    student = model.sample(**picture_options(model))
+    return {"samples": plot_student(student, teacher, model.teacher_steps, model.images)}
+
+
+def picture_options(model: Any) -> dict[str, Any]:
+    """Arguments of ``sample`` and ``teacher_sample`` for a picture: always of the same noise and conditions.
+
+    Args:
+        model: the module; it has ``num_pictures`` samples, of its classes in turn, or of the data's first prompts.
+    """
+    n = model.num_pictures
+    options: dict[str, Any] = {"num_samples": n, "generator": random_numbers.generator(model.device, model.seed)}
+    if model.networks.description["takes_text"]:
+        prompts = list(getattr(getattr(model.trainer, "datamodule", None), "prompts", None) or [])[:n]
+        options["prompts"] = prompts + [""] * (n - len(prompts))
+    elif (classes := model.num_classes) is not None:
+        options["labels"] = torch.arange(n, device=model.device) % classes
+    return options
 
 
 def plot_student(student: Tensor, teacher: Tensor, num_steps: int, images: int) -> "Figure":

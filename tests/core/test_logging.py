@@ -5,11 +5,19 @@ import csv
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from lightning_plugins.core.logging import figure_to_image, log_dir, log_image, log_table, log_text_table, send_image
+from lightning_plugins.core.logging import (
+    figure_to_image,
+    log_dir,
+    log_image,
+    log_table,
+    log_text_table,
+    measured_figures,
+    send_image,
+)
 
 
 def trainer_with(logger, tmp_path):
@@ -227,3 +235,45 @@ def test_figure_becomes_a_picture_of_its_size_and_colours():
     assert image.dtype == torch.float32
     assert image[0].min() == 1
     assert image[1:].max() == 0
+
+
+class Measured(LightningModule):
+    """Logs a figure in each stage, and keeps what is measured where a checkpoint would be written."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.saved = []
+
+    def training_step(self, batch, batch_idx):
+        self.log("train/loss", 3.0)
+        return self.weight**2
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/score", 0.25 * self.weight.detach())
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/score", 0.5)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+    def on_train_epoch_start(self):
+        self.saved.append(measured_figures(self.trainer))
+
+    def on_save_checkpoint(self, checkpoint):
+        self.saved.append(measured_figures(self.trainer))
+
+
+@pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers")
+def test_the_figures_measured_are_those_of_the_latest_evaluation(tmp_path):
+    module, batches = Measured(), torch.utils.data.DataLoader([0.0])
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", max_epochs=1, **quiet)
+    assert measured_figures(trainer) == {}
+    trainer.fit(module, batches, batches)
+    assert module.saved == [{}, {"val/score": 0.25}]  # not of the sanity check; as a checkpoint would hold it
+    assert "train/loss" in trainer.callback_metrics and measured_figures(trainer) == {"val/score": 0.25}
+    assert type(measured_figures(trainer)["val/score"]) is float
+    trainer.test(module, batches, verbose=False)
+    assert measured_figures(trainer) == {"test/score": 0.5}

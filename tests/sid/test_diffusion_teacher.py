@@ -179,6 +179,13 @@ def test_samples_pictures_and_predictions(tmp_path):
         tiny().sample(5, labels=classes[0])
 
 
+def test_sampling_leaves_every_part_in_the_mode_it_was_in():
+    model = tiny().train()
+    kept = {id(part) for part in model.average.network.mid_block.eval().modules()}
+    model.sample(1, num_steps=1)
+    assert all(part.training != (id(part) in kept) for part in model.modules())
+
+
 @pytest.mark.parametrize("conditional", [False, True])
 def test_exported_folder_samples_the_same_in_plain_diffusers(tmp_path, conditional):
     import diffusers

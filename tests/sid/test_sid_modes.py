@@ -342,6 +342,24 @@ def test_dropout_is_for_training_alone(teacher_folder, tmp_path):
     assert module.networks.student.training  # as it was
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
+def test_a_part_that_is_kept_in_evaluation_mode_stays_there(teacher_folder, tmp_path):
+    """Through both updates, samples and pictures; the parts around it go on in train mode."""
+
+    class Frozen(SiD):
+        def build_network(self, network):
+            network = super().build_network(network)
+            network.mid_block.eval()
+            return network
+
+    module = build(teacher_folder("ddpm"), Frozen, num_pictures=1, teacher_steps=1)
+    fit(module, default_root_dir=tmp_path)
+    module.sample(1)
+    for denoiser in (module.networks.generator, module.networks.fake_score, module.networks.student):
+        kept = {id(part) for part in denoiser.network.mid_block.modules()}
+        assert all(part.training != (id(part) in kept) for part in denoiser.modules())
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, kept silent
 def test_compiled_networks_learn_the_same(teacher_folder):
     """In place, so that a checkpoint's names stay."""
