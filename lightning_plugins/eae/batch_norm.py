@@ -79,14 +79,12 @@ class LatentBatchNorm(nn.Module):
             if len(h) < 2:
                 raise ValueError(f"h has {len(h)} row, and a variance needs two or more: enlarge the batch.")
             var, mean = torch.var_mean(h, dim=0, correction=0)
-            self._remember(mean.detach(), var.detach() * len(h) / (len(h) - 1))
+            unbiased = var.detach() * len(h) / (len(h) - 1)
+            self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         else:
             own, mean, var = slice(0, len(h)), self.running_mean, self.running_var
         return ((h - mean) / (var + self.eps).sqrt()).to(h.dtype), own
-
-    def _remember(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), self.momentum)
 
     def extra_repr(self) -> str:
         """What ``print`` shows."""

@@ -7,7 +7,13 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core import arguments as must
-from lightning_plugins.eae.entropy import count_duplicates, gaussian_reference_entropy, knn_entropy
+from lightning_plugins.eae.entropy import (
+    NEIGHBOURS,
+    count_duplicates,
+    gaussian_reference_entropy,
+    knn_entropy,
+    more_than,
+)
 from lightning_plugins.eae.kept_codes import KeptCodes
 
 ACTIVE_VARIANCE = 0.01  # Burda et al. 2016, section 5.2
@@ -130,8 +136,10 @@ class LatentDiagnostics(KeptCodes):
     """
 
     def __init__(self, latent_dim: int, k: int | Sequence[int] = 1, max_codes: int = 4096) -> None:
-        must.count("latent_dim", latent_dim)
-        super().__init__(k, max_codes, latent_dim)
+        must.check(locals(), latent_dim=must.count, k=NEIGHBOURS)
+        more_than(k)("max_codes", max_codes)
+        super().__init__(max_codes, latent_dim)
+        self.k = k
 
     def compute(self) -> dict[str, Tensor]:
         """The values of :func:`latent_diagnostics`, the same on all processes."""

@@ -62,9 +62,11 @@ def knn_entropy(
 
     Source: Kozachenko & Leonenko 1987; Ghose, Rashwan & Poupart 2020 (arXiv 2002.10631).
     """
-    columns = _check(z, k, eps, chunk_size)
+    check_options(k, eps, chunk_size)
+    must.codes("z", z)
+    columns = several(k)
     with torch.autocast(z.device.type, enabled=False):
-        z = _widen(z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         if group is not None:
             z, _ = gather_rows(z, group)
         num_codes, dim = z.shape
@@ -108,12 +110,14 @@ def conditional_knn_entropy(
         >>> (conditional_knn_entropy(z, labels) - knn_entropy(torch.eye(4))).abs().item() < 1e-6
         True
     """
-    columns = _check(z, k, eps, chunk_size)
+    check_options(k, eps, chunk_size)
+    must.codes("z", z)
+    columns = several(k)
     must.tensor(dtype="any")("labels", labels)
     if labels.shape != z.shape[:1] or labels.is_floating_point():
         raise ValueError(f"labels must be ({len(z)},) integers, got {tuple(labels.shape)} {labels.dtype}.")
     with torch.autocast(z.device.type, enabled=False):
-        z = _widen(z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         counts = class_sizes(labels)
         counted = counts > max(columns)
         log_squares = _log_squares(z, nearest_neighbours(z, max(columns), chunk_size, labels), columns, eps).mean(1)
@@ -144,9 +148,10 @@ def koleo_loss(z: Tensor, *, eps: float = 1e-8, group: ProcessGroup | None = Non
 
     Source: Sablayrolles et al. 2019 (arXiv 1806.03198) eq. 4; Oquab et al. 2023 (DINOv2).
     """
-    _check(z, 1, eps, 1)
+    _EPS("eps", eps)
+    must.codes("z", z)
     with torch.autocast(z.device.type, enabled=False):
-        z = _widen(z)
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
         if group is not None:
             z, _ = gather_rows(z, group)
         u = F.normalize(z, eps=eps)
@@ -205,17 +210,9 @@ def gaussian_reference_entropy(
         9.5
     """
     NEIGHBOURS("k", k)
-    columns = tuple(several(k))
-    must.check(
-        locals(),
-        num_samples=must.whole(
-            max(columns) + 1, why=f"k={max(columns)} neighbours need more than {max(columns)} codes"
-        ),
-        dim=must.count,
-        num_draws=must.optional(must.count),
-        seed=must.seed,
-    )
-    return _simulated_entropy(num_samples, dim, columns, num_draws or -(-(2**15) // num_samples), seed)
+    sizes = {"num_samples": more_than(k), "dim": must.count, "num_draws": must.optional(must.count)}
+    must.check(locals(), **sizes, seed=must.seed)
+    return _simulated_entropy(num_samples, dim, tuple(several(k)), num_draws or -(-(2**15) // num_samples), seed)
 
 
 @functools.lru_cache(maxsize=256)
@@ -287,16 +284,15 @@ def several(k: int | Sequence[int]) -> list[int]:
     return list(k) if isinstance(k, Sequence) else [k]
 
 
+def more_than(k: int | Sequence[int]) -> must.Rule:
+    """So many codes that each has all its neighbours."""
+    largest = max(several(k))
+    return must.whole(largest + 1, why=f"k={largest} neighbours need more than {largest} codes")
+
+
 def check_options(k: int | Sequence[int], eps: float, chunk_size: int) -> None:
     """Raise a ValueError unless all are valid."""
     must.check({"k": k, "eps": eps, "chunk_size": chunk_size}, k=NEIGHBOURS, eps=_EPS, chunk_size=_CHUNK_SIZE)
-
-
-def _check(z: Tensor, k: int | Sequence[int], eps: float, chunk_size: int) -> list[int]:
-    """The neighbours asked for, as a list."""
-    check_options(k, eps, chunk_size)
-    must.codes("z", z)
-    return several(k)
 
 
 def _log_squares(z: Tensor, neighbours: Tensor, columns: Sequence[int], eps: float) -> Tensor:
@@ -310,10 +306,6 @@ def _constants(dim: int, columns: Sequence[int]) -> float:
     """What does not depend on the codes: minus the mean of psi(k), and the unit ball's log volume."""
     log_ball = dim / 2 * math.log(math.pi) - math.lgamma(dim / 2 + 1)
     return log_ball - sum(_digamma(column) for column in columns) / len(columns)
-
-
-def _widen(z: Tensor) -> Tensor:
-    return z if z.dtype == torch.float64 else z.float()
 
 
 def _digamma(n: int) -> float:

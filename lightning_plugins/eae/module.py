@@ -1,30 +1,33 @@
 """EAE as a LightningModule. Shapes: B images, n codes of a process, N of all processes, d latent dimensions."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.optim import Adam
+from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core import random_numbers
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import trainer_of
-from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.lr_schedules import with_scheduler
+from lightning_plugins.core.logging import log_figures
+from lightning_plugins.core.lr_schedules import optimizer_or_own
+from lightning_plugins.core.modes import evaluating
+from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
-from lightning_plugins.eae.diagnostics import LatentDiagnostics
-from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, gaussian_reference_entropy
+from lightning_plugins.eae.diagnostics import latent_diagnostics
+from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, gaussian_reference_entropy, several
 from lightning_plugins.eae.kept_codes import KeptCodes
 from lightning_plugins.eae.networks import Network, build_decoder, build_encoder
 from lightning_plugins.eae.objectives import (
@@ -32,6 +35,7 @@ from lightning_plugins.eae.objectives import (
     ObjectiveName,
     Reconstruction,
     check_class_sizes,
+    draw_posterior,
     reconstruction_error,
     regularization,
     resolve_objective,
@@ -67,31 +71,37 @@ class EAE(LightningModule):
     ``sync_batchnorm=True``.
 
     Args:
-        image_shape: ``(C, H, W)`` of the images.
-        num_classes: classes J; read only with ``conditional``.
-        latent_dim: d; 16 for MNIST and 64 for CelebA in Ghosh et al. 2020, at least 32 for CIFAR-10 and CelebA in the
-            paper's supplement.
-        network: ``rae``, the convolutions of Ghosh et al. 2020 for 32 x 32 (also 28 x 28) and 64 x 64, which the paper
-            uses, or ``mlp`` for small images.
-        width: channels of the first convolution [128], or of the hidden layers of ``mlp`` [256].
-        objective: ``eae``; ``ae`` (reconstruction alone), ``ae_bn`` (with batch norm), ``rae_l2`` (Ghosh et al. 2020),
-            ``vae``, ``wae`` (MMD, Tolstikhin et al. 2018), ``sigreg`` and ``mmd`` (these two with batch norm).
-        weight: of the term beside the reconstruction error: :math:`\lambda` of ``eae`` [3], :math:`\beta` of ``vae``
-            [1], and so on. 0: reconstruction alone; ``eae`` is then ``ae_bn`` (``rae_l2`` still decays its decoder).
-        k: nearest neighbour of the entropy's estimate, or several whose estimates are averaged; 1 as the supplement
-            advises.
-        weight_warmup_steps: optimiser steps in which the weight grows from 0, linearly.
-        conditional: give the class to the decoder, and choose it when sampling. ``eae`` then regularises within the
-            classes; the terms of other objectives stay those of all codes, which may still tell the class.
-        reconstruction: ``mse``, ``bce`` or ``l1``, summed over an image.
-        prior: what :meth:`sample` draws codes from if nothing else is asked for: ``normal``, or ``gaussian`` or
-            ``mixture`` fitted to the training codes, of which the checkpoint keeps the last 10,000.
-        num_components: of the mixture; 10 in Ghosh et al. 2020.
-        lr: Adam's rate; 5e-4 in the code of Ghosh et al. 2020.
-        lr_decay: factor on the rate after each epoch; the supplement calls 0.98 or more critical.
-        pictures_every_n_epochs: log pictures after every so many validation epochs; 0 for none.
-        optimizer: replaces Adam (``lr`` and ``lr_decay`` are then ignored).
-        scheduler: replaces the decay, stepped once per epoch.
+        image_shape: shape (C, H, W) of the images; a batch of another one is refused.
+        num_classes: number of classes J, whose labels are 0 to J - 1; only a conditional model reads them.
+        latent_dim: dimensions d of a code; 16 for MNIST and 64 for CelebA in Ghosh et al. 2020, at least 32 for
+            CIFAR-10 and CelebA in the paper's supplement.
+        network: encoder and decoder. "rae" are the convolutions of Ghosh et al. 2020 for 32 x 32 (also 28 x 28) and
+            64 x 64 pixels, which the paper uses; "mlp" has two hidden layers, for small images.
+        width: channels of the first convolution of "rae" (128 by default, from the code of Ghosh et al. 2020), or
+            units of the hidden layers of "mlp" (256 by default).
+        objective: which model is trained. "eae" maximises the entropy of batch-normalised codes; "ae" is
+            reconstruction alone, "ae_bn" that with batch norm; "rae_l2" is of Ghosh et al. 2020, "vae" the variational
+            autoencoder, "wae" that of Tolstikhin et al. 2018 by MMD; "sigreg" and "mmd" take these distances from
+            N(0, I) after batch norm.
+        weight: factor, 0 or more, on the term beside the reconstruction error, in error per nat for "eae" and "vae".
+            By default 3 for "eae" (the best on MNIST), 0.0128 for "rae_l2", 1 for "vae", 10 for "wae" and "sigreg",
+            100 for "mmd". With 0 "eae" is "ae_bn", and "rae_l2" still decays its decoder.
+        k: which nearest neighbour the entropy's estimate takes, or a list of several whose estimates are averaged; 1
+            as the paper's supplement advises.
+        weight_warmup_steps: optimiser steps in which the weight grows linearly from 0 to its value; 0 for none.
+        conditional: whether the decoder is given the class, which is then chosen when sampling. "eae" then maximises
+            the entropy within the classes; the terms of other objectives stay those of all codes, which may still
+            tell the class.
+        reconstruction: error between an image and its reconstruction, summed over pixels and channels. "mse" is the
+            squared and "l1" the absolute difference, "bce" the cross entropy in nats.
+        prior: distribution that samples are drawn from if nothing else is asked for. "normal" is N(0, I); "gaussian"
+            and "mixture" are fitted to the training codes, of which the checkpoint keeps the last 10,000.
+        num_components: number of Gaussians in the prior "mixture"; 10 in Ghosh et al. 2020.
+        lr: learning rate of Adam; 5e-4 in the code of Ghosh et al. 2020.
+        lr_decay: factor in (0, 1] on the learning rate after each epoch; the supplement calls 0.98 or more critical.
+        pictures_every_n_epochs: validation epochs from one set of logged pictures to the next; 0 for none.
+        optimizer: a factory of an optimizer in place of Adam; lr and lr_decay are then ignored.
+        scheduler: a factory of a learning-rate scheduler in place of the decay, stepped once per epoch.
 
     Raises:
         ValueError: an argument is out of range or does not fit another.
@@ -151,10 +161,11 @@ class EAE(LightningModule):
         self.prior = LatentPrior(latent_dim, num_components)
         # Every process remembers the codes of all: DDP need not send them round at each step.
         self._ddp_params_and_buffers_to_ignore = [f"prior.{name}" for name, _ in self.prior.named_buffers()]
-        self._build_metrics()
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": self._build_metrics() for stage in ("val", "test")})
+        # The entropy is that within the classes.
+        self._within_classes = conditional and self.objective.term == "entropy" and self.objective.weight > 0
         self._batch_idx = 0
-        self._shown: Tensor | None = None  # the images whose pictures are drawn
-        self._shown_labels: Tensor | None = None
+        self._shown: tuple[Tensor, Tensor | None] | None = None  # images that are drawn, with classes if conditional
 
     # Networks: override any of these two in a subclass.
 
@@ -179,20 +190,10 @@ class EAE(LightningModule):
             for name in ("encode", "codes", "decode", "sample", "interpolate", "reconstruct"):
                 register_fsdp_forward_method(self, name)
 
-    def _build_metrics(self) -> None:
-        self.metrics = nn.ModuleDict(
-            {
-                f"{stage}_metrics": nn.ModuleDict(
-                    {
-                        "reconstruction": FullPrecisionMean(),
-                        "divergence": FullPrecisionMean(),
-                        "latent": LatentDiagnostics(self.latent_dim, self.k),
-                        "labels": KeptCodes(self.k, latent_dim=1),  # draws the same numbers: keeps the same images
-                    }
-                )
-                for stage in ("val", "test")
-            }
-        )
+    def _build_metrics(self) -> nn.ModuleDict:
+        """What is summed up of a stage's images."""
+        means = {"reconstruction": FullPrecisionMean(), "divergence": FullPrecisionMean()}
+        return nn.ModuleDict({**means, "codes": KeptCodes(latent_dim=self.latent_dim)})
 
     # What the networks compute.
 
@@ -202,7 +203,8 @@ class EAE(LightningModule):
 
     def encode(self, image: Tensor) -> Tensor:
         """Codes ``(B, d)``: a VAE's are the means; in evaluation each depends on its image alone."""
-        h = self._encode(image)[:, : self.latent_dim]
+        self._check_image(image)
+        h = self.encoder(image.to(self.dtype))[:, : self.latent_dim]
         return h if self.batch_norm is None else self.batch_norm(h)
 
     def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
@@ -222,49 +224,45 @@ class EAE(LightningModule):
         """The images as the codes know them; ``forward`` by its name."""
         return self(image, label)
 
-    def _encode(self, image: Tensor) -> Tensor:
-        if tuple(image.shape[1:]) != self.image_shape:
-            raise ValueError(f"EAE was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}.")
-        return self.encoder(image.to(self.dtype))
-
     def codes(self, image: Tensor, label: Tensor | None = None) -> Codes:
         """What the decoder reads in training, and what the regulariser sees: the codes of all processes.
 
         Args:
-            image: ``(B, C, H, W)``.
-            label: ``(B,)``, read only if conditional.
+            image: ``(B, C, H, W)`` in [0, 1].
+            label: ``(B,)`` classes, read where the entropy is that within classes.
         """
-        h = self._encode(image)
-        labels = None
-        if self._within_classes:
-            if label is None:
-                raise ValueError(
-                    "This EAE is conditional: its entropy needs the class of each image, label=(B,) int64."
-                )
-            labels = self._all_rows(label)
+        self._check_image(image)
+        h = self.encoder(image.to(self.dtype))
         h = h.to(torch.promote_types(h.dtype, torch.float32))
+        labels = self._labels_of_all(label) if self._within_classes else None
+        if self.batch_norm is not None:
+            every, own = self.batch_norm.all_rows(h)
+            return Codes(every[own].clone(), every, labels=labels)  # FSDP2 warns of views
         if self.objective.term == "divergence":
-            mean, log_variance = h.chunk(2, dim=1)
-            source = {"generator": self._generator(self.global_rank), "device": h.device, "dtype": h.dtype}
-            noise = torch.randn(mean.shape, **source)
-            own = mean + (log_variance / 2).exp() * noise if self.training else mean
-            divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
-            return Codes(own, self._all_rows(mean), divergence, labels)
-        if self.batch_norm is None:
-            return Codes(h, self._all_rows(h), labels=labels)
-        every, own_rows = self.batch_norm.all_rows(h)
-        return Codes(every[own_rows].clone(), every, labels=labels)  # FSDP2 warns of views
+            noise = self._generator(self.global_rank) if self.training else None
+            z, mean, divergence = draw_posterior(h, noise)
+            return Codes(z, self._all_rows(mean), divergence)
+        return Codes(h, self._all_rows(h))
+
+    def _labels_of_all(self, label: Tensor | None) -> Tensor:
+        if label is None:
+            raise ValueError("This EAE is conditional: its entropy needs the class of each image, label=(B,) int64.")
+        return self._all_rows(label)
 
     def _all_rows(self, h: Tensor) -> Tensor:
         return gather_rows(h)[0] if self.training else h  # ranks may have different numbers of validation batches
 
+    def _check_image(self, image: Tensor) -> None:
+        if tuple(image.shape[1:]) != self.image_shape:
+            raise ValueError(f"EAE was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}.")
+
     def _generator(self, rank: int = 0) -> torch.Generator:
         """Random numbers of this batch: of one process, or the same on all. Independent of the global random state."""
         if not self.training:  # every evaluation draws the same: its numbers compare
-            return torch.Generator(self.device).manual_seed(0)
+            return random_numbers.generator(self.device)
         # The step alone would give the same noise to all batches of one accumulated gradient.
-        step = (torch.initial_seed() * 1_000_003 + self.global_step) * 1_000_003 + self._batch_idx
-        return torch.Generator(self.device).manual_seed((step * 4_099 + rank) % 2**63)
+        step = torch.initial_seed(), self.global_step, self._batch_idx
+        return random_numbers.generator(self.device, *step, rank)
 
     # Samples.
 
@@ -303,7 +301,7 @@ class EAE(LightningModule):
             labels = torch.randint(self.num_classes, (num_samples,), generator=generator, device=device)
         if labels is not None:
             labels = self._check_labels(labels.to(self.device), num_samples)
-        with _evaluation(self):
+        with evaluating(self):
             return self.decode(z, labels).float()
 
     @torch.no_grad()
@@ -334,7 +332,7 @@ class EAE(LightningModule):
             raise ValueError(f"Both ends need as many images, got {len(a)} and {len(b)}.")
         if labels is not None:
             labels = self._check_labels(labels.to(self.device), len(a)).repeat_interleave(num_steps)
-        with _evaluation(self):
+        with evaluating(self):
             z = interpolate_codes(self.encode(a).float(), self.encode(b).float(), num_steps, mode)
             return self.decode(z.flatten(0, 1), labels).float().unflatten(0, (len(a), num_steps))
 
@@ -353,7 +351,7 @@ class EAE(LightningModule):
             ValueError: fewer images than the mixture has components.
         """
         codes = [torch.empty(0, self.latent_dim, device=self.device)]  # a process may have no share
-        with _evaluation(self):
+        with evaluating(self):
             for batch in dataloader:
                 images = batch["image"] if isinstance(batch, Mapping) else batch
                 codes.append(self.encode(images.to(self.device)).float())
@@ -363,21 +361,40 @@ class EAE(LightningModule):
         must.class_labels(labels, count, self.num_classes)
         return labels.long()
 
-    # Training.
+    # Training: a step, its loss, and what is logged of it.
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
+        self._batch_idx = batch_idx
+        label = batch["label"] if self.conditional else None
+        if batch_idx == 0 and label is not None:  # once an epoch, as it waits for the device
+            self._check_labels(label, len(batch["image"]))
+        codes = self.codes(batch["image"], label)
+        if batch_idx == 0 and codes.labels is not None:
+            check_class_sizes(codes.labels, self.k)
+        terms = self.loss(batch, codes)
+        loss = torch.stack([*terms.values()]).sum()
+        self.prior.remember(codes.all.detach())
+        self._log_step(loss, terms, codes)
+        return loss
 
     def loss(self, batch: Mapping[str, Tensor], codes: Codes | None = None) -> dict[str, Tensor]:
         """The named terms whose sum is trained: ``reconstruction`` and, with a weight, ``regularization``.
 
         Args:
-            batch: see the class.
+            batch: images and, if conditional, labels, as the class documents them.
             codes: ``self.codes(batch["image"], batch["label"])`` where they have been computed already.
         """
-        codes = self._codes(batch) if codes is None else codes
-        error = self._errors(batch, codes.own).mean()
+        label = batch["label"] if self.conditional else None
+        codes = self.codes(batch["image"], label) if codes is None else codes
+        decoded = self.decode(codes.own, label)
+        error = reconstruction_error(decoded, batch["image"], self.reconstruction).mean()
         weight = self.current_weight()
         if not weight:
             return {"reconstruction": error}
-        return {"reconstruction": error, "regularization": weight * self._regularization(codes)}
+        draws = self._generator() if self.objective.draws else None
+        term = regularization(self.objective, codes, self.k, draws)
+        return {"reconstruction": error, "regularization": weight * term}
 
     def current_weight(self) -> float:
         """The weight of the regulariser at this step of its warm-up."""
@@ -385,32 +402,8 @@ class EAE(LightningModule):
             return self.objective.weight
         return self.objective.weight * min(1.0, self.global_step / self.weight_warmup_steps)
 
-    def _codes(self, batch: Mapping[str, Tensor]) -> Codes:
-        return self.codes(batch["image"], batch["label"] if self.conditional else None)
-
-    @property
-    def _within_classes(self) -> bool:
-        return self.conditional and self.objective.term == "entropy" and self.objective.weight > 0
-
-    def _errors(self, batch: Mapping[str, Tensor], z: Tensor) -> Tensor:
-        reconstruction = self.decode(z, batch["label"] if self.conditional else None)
-        return reconstruction_error(reconstruction, batch["image"], self.reconstruction)
-
-    def _regularization(self, codes: Codes) -> Tensor:
-        return regularization(self.objective, codes, self.k, self._generator())
-
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
-        """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
-        self._batch_idx = batch_idx
-        if batch_idx == 0 and self.conditional:
-            self._check_labels(batch["label"], len(batch["image"]))
-        codes = self._codes(batch)
-        if batch_idx == 0 and codes.labels is not None:
-            check_class_sizes(codes.labels, self.k)
-        terms = self.loss(batch, codes)
-        loss = torch.stack([*terms.values()]).sum()
-        self.prior.remember(codes.all.detach())
-        size = len(batch["image"]) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
+    def _log_step(self, loss: Tensor, terms: Mapping[str, Tensor], codes: Codes) -> None:
+        size = len(codes.own) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
         self.log("train/loss", loss, prog_bar=True, batch_size=size)
         named = {f"train/{name}": term for name, term in terms.items()}
         self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
@@ -421,12 +414,13 @@ class EAE(LightningModule):
                 reference = gaussian_reference_entropy(len(codes.all), self.latent_dim, self.k)
                 gap = -terms["regularization"].detach() / self.current_weight() - reference
             self.log("train/entropy_gap", gap, prog_bar=True, batch_size=size)
-        return loss
 
     def on_train_end(self) -> None:
         """Fit the priors to the newest training codes, for what is saved from here on."""
         if not self.prior.is_fitted and self.prior.can_be_fitted:
             self.prior.fit()
+
+    # Evaluation.
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
         """Sum up errors and codes; keep the first images for the pictures."""
@@ -436,49 +430,51 @@ class EAE(LightningModule):
         """Sum up errors and codes; keep the first images for the pictures."""
         self._evaluate(batch, batch_idx, "test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
-        metrics: Any = self.metrics[f"{stage}_metrics"]  # by name, see _build_metrics
-        codes = self._codes(batch)
-        metrics["reconstruction"].update(self._errors(batch, codes.own))
-        metrics["latent"].update(codes.own)
-        if codes.labels is not None:
-            metrics["labels"].update(codes.labels[:, None])
-        if codes.divergence is not None:
-            metrics["divergence"].update(codes.divergence)
-        if batch_idx == 0:
-            self._shown = batch["image"][:_NUM_SHOWN]
-            self._shown_labels = batch["label"][:_NUM_SHOWN] if self.conditional else None
-
     def on_validation_epoch_end(self) -> None:
         """Log errors and diagnostics of all codes; draw the pictures on their cadence."""
-        codes = self._log_evaluation("val")
-        every = self.pictures_every_n_epochs
-        alone = self.trainer.state.fn == TrainerFn.VALIDATING
-        if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
-            self._log_pictures("val", codes)
+        self._end_evaluation("val")
 
     def on_test_epoch_end(self) -> None:
         """Log errors and diagnostics of all codes; draw the pictures of the test images."""
-        codes = self._log_evaluation("test")
-        if self.pictures_every_n_epochs:
-            self._log_pictures("test", codes)
+        self._end_evaluation("test")
+
+    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+        images, label = batch["image"], batch["label"] if self.conditional else None
+        codes = self.codes(images, label)
+        decoded = self.decode(codes.own, label)
+        metrics: Any = self.metrics[f"{stage}_metrics"]
+        metrics["reconstruction"].update(reconstruction_error(decoded, images, self.reconstruction))
+        metrics["codes"].update(codes.own, codes.labels)
+        if codes.divergence is not None:
+            metrics["divergence"].update(codes.divergence)
+        if batch_idx == 0:
+            self._shown = images[:_NUM_SHOWN], None if label is None else label[:_NUM_SHOWN]
+
+    @torch.no_grad()
+    def _end_evaluation(self, stage: str) -> None:
+        codes = self._log_evaluation(stage)
+        if self._shown is None or not pictures_are_due(self, self.pictures_every_n_epochs):
+            return  # None: a subclass with evaluation steps of its own
+        # Every rank computes, because a sharded forward is collective; rank zero writes.
+        log_figures(self.trainer, stage, plots.eae_figures(self, *self._shown, codes), self.global_step)
+        self._shown = None
 
     def _log_evaluation(self, stage: str) -> Tensor:
         """Log the means over the stage's images, and return its codes, of all processes.
 
         The regulariser is that of all codes at once: estimates of small last batches would not compare.
         """
-        metrics: Any = self.metrics[f"{stage}_metrics"]  # by name, see _build_metrics
-        z = metrics["latent"].codes()
-        labels = metrics["labels"].codes().long()[:, 0] if self._within_classes else None
+        metrics: Any = self.metrics[f"{stage}_metrics"]
+        z, labels = metrics["codes"].labelled_codes()
         error = metrics["reconstruction"].compute()
         terms = {"reconstruction": error}
-        if len(z) > max([self.k] if isinstance(self.k, int) else self.k):
-            terms |= {name: value.to(error) for name, value in metrics["latent"].compute().items()}
+        if len(z) > max(several(self.k)):
+            terms |= {name: value.to(error) for name, value in latent_diagnostics(z, self.k).items()}
             if self.objective.weight:
                 divergence = metrics["divergence"].compute() if self.objective.term == "divergence" else None
-                codes = Codes(z, z, divergence, labels)
-                terms["regularization"] = self.objective.weight * self._regularization(codes)
+                codes = Codes(z, z, divergence, labels if self._within_classes else None)
+                draws = self._generator() if self.objective.draws else None
+                terms["regularization"] = self.objective.weight * regularization(self.objective, codes, self.k, draws)
             terms["loss"] = error + terms.get("regularization", 0)
         elif not self.trainer.sanity_checking:
             warnings.warn(
@@ -504,52 +500,8 @@ class EAE(LightningModule):
                 {"params": [p for p in self.parameters() if p not in decoder]},
                 {"params": [*self.decoder.parameters()], "weight_decay": decay},
             ]
-        optimizer = self._optimizer(groups) if self._optimizer else torch.optim.Adam(groups, self.lr)
-        if self._scheduler:
-            return with_scheduler(optimizer, self._scheduler)
-        if self._optimizer or self.lr_decay == 1:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, self.lr_decay),
-        }
-
-    # Pictures.
-
-    @torch.no_grad()
-    def _log_pictures(self, stage: str, z: Tensor) -> None:
-        # Every rank computes, because a sharded forward is collective; rank zero writes.
-        if self._shown is None:  # a subclass with evaluation steps of its own
-            return
-        images, labels = self._shown, self._shown_labels
-        figures = {"reconstructions": plots.plot_reconstructions(images, self.reconstruct(images, labels).float())}
-        generator = torch.Generator(self.device).manual_seed(0)  # the same codes each time: pictures compare
-        fits = self.prior.is_fitted or self.prior.can_be_fitted  # not before the first batches
-        priors: dict[PriorKind, None] = dict.fromkeys(("normal", self.default_prior if fits else "normal"))
-        samples = {name: self.sample(_NUM_SAMPLES, prior=name, generator=generator) for name in priors}
-        figures["samples"] = plots.plot_samples(samples)
-        if (half := len(images) // 2) > 0:
-            ends = images[:half], images[half : 2 * half]
-            classes = None if labels is None else labels[:half]
-            rows = self.interpolate(*ends, mode="slerp", labels=classes)
-            figures["interpolations"] = plots.plot_interpolations(rows, "slerp")
-        if len(z) > 1:
-            figures["latents"] = plots.plot_latents(z)
-        for name, figure in figures.items():
-            log_image(self.trainer, f"{stage}/{name}", figure_to_image(figure), self.global_step)
-        self._shown = self._shown_labels = None
-
-
-@contextmanager
-def _evaluation(module: nn.Module) -> Iterator[None]:
-    """Batch norms take their running statistics inside."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+        schedule = None if self.lr_decay == 1 else lambda adam: ExponentialLR(adam, self.lr_decay)
+        return optimizer_or_own(groups, lambda g: Adam(g, self.lr), schedule, self._optimizer, self._scheduler)
 
 
 def _check_arguments(arguments: Mapping[str, Any]) -> None:
@@ -574,4 +526,3 @@ def _check_arguments(arguments: Mapping[str, Any]) -> None:
 
 
 _NUM_SHOWN = 10
-_NUM_SAMPLES = 49

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core import random_numbers
 from lightning_plugins.core.pictures import new_figure, show_grid, show_mosaic
 from lightning_plugins.eae.diagnostics import chi_density, chi_moments, correlation_matrix, mean_correlation
 
@@ -20,10 +21,37 @@ if TYPE_CHECKING:
 
 _DPI = 150
 _MAX_IMAGES = 64
+_NUM_SAMPLES = 49
 _MAX_COLUMNS = 16
 _MAX_HISTOGRAMS = 8
 _MAX_CORRELATIONS = 512  # dimensions beyond which a cell of the heat map is less than a pixel
 _CODES, _NORMAL = "#7fa8d1", "#b2182b"
+
+
+@torch.no_grad()
+def eae_figures(model: Any, images: Tensor, labels: Tensor | None, codes: Tensor) -> dict[str, "Figure"]:
+    """All pictures of an :class:`~lightning_plugins.EAE`, by name.
+
+    Args:
+        model: the autoencoder; its samples come from N(0, I) and, where that is fitted, from its own prior.
+        images: ``(n, C, H, W)`` in [0, 1], a few to be reconstructed and, from two on, to be interpolated.
+        labels: ``(n,)`` classes of the images if the model is conditional, else None.
+        codes: ``(N, d)`` codes of many images, drawn from two on.
+    """
+    figures = {"reconstructions": plot_reconstructions(images, model.reconstruct(images, labels).float())}
+    generator = random_numbers.generator(model.device)  # the same codes each time: pictures compare
+    fits = model.prior.is_fitted or model.prior.can_be_fitted  # not before the first batches
+    priors = dict.fromkeys(("normal", model.default_prior if fits else "normal"))
+    figures["samples"] = plot_samples(
+        {name: model.sample(_NUM_SAMPLES, prior=name, generator=generator) for name in priors}
+    )
+    if (half := len(images) // 2) > 0:
+        ends = images[:half], images[half : 2 * half]
+        rows = model.interpolate(*ends, mode="slerp", labels=None if labels is None else labels[:half])
+        figures["interpolations"] = plot_interpolations(rows, "slerp")
+    if len(codes) > 1:
+        figures["latents"] = plot_latents(codes)
+    return figures
 
 
 def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> "Figure":

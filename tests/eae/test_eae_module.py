@@ -213,6 +213,16 @@ def test_samples(fitted):
     assert model.sample(0).shape == (0, 1, 8, 8)
 
 
+def test_a_part_in_evaluation_mode_stays_there(small, batch, loader):
+    model = small(num_components=2)
+    model.encoder.eval()
+    before = [part.training for part in model.modules()]
+    model.sample(2)
+    model.interpolate(batch["image"][:1], batch["image"][1:2])
+    model.fit_prior(loader())
+    assert [part.training for part in model.modules()] == before and model.training
+
+
 def test_the_prior_is_fitted_to_training_codes(fitted, loader, trainer):
     """At the end of training to those of it, by fit_prior to others, and again after more training."""
     model, _ = fitted()

@@ -134,3 +134,21 @@ def test_what_cannot_be_drawn_is_named():
         plots.plot_interpolations(images(3, (1, 8, 8)), "linear")
     with pytest.raises(ValueError, match=r"z must be \(N, d\) with two finite codes or more, got \(1, 4\)"):
         plots.plot_latents(torch.zeros(1, 4))
+
+
+def test_all_pictures_of_a_model(small):
+    """The same at each call, whatever was drawn between; a training model goes on training."""
+    model, shown = small(prior="gaussian", num_components=2), images(4, SHAPES[0])
+    model.prior.remember(torch.randn(20, 4, generator=torch.Generator().manual_seed(0)))
+    first, _, second = (plots.eae_figures(model, shown, None, torch.randn(30, 4)) for _ in range(3))
+    assert [*first] == ["reconstructions", "samples", "interpolations", "latents"] and model.training
+    assert [axes.get_title() for axes in first["samples"].axes] == ["prior: normal", "prior: gaussian"]
+    pairs = zip(first["samples"].axes, second["samples"].axes, strict=True)
+    assert all((a.images[0].get_array() == b.images[0].get_array()).all() for a, b in pairs)
+
+
+def test_pictures_of_one_image_and_one_code_are_two(small):
+    model = small(conditional=True).eval()
+    figures = plots.eae_figures(model, images(1, SHAPES[0]), torch.tensor([2]), torch.zeros(1, 4))
+    assert [*figures] == ["reconstructions", "samples"]
+    assert [axes.get_title() for axes in figures["samples"].axes] == ["prior: normal"]

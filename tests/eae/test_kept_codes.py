@@ -28,7 +28,8 @@ def test_of_many_codes_each_is_as_likely_to_stay():
     assert scipy.stats.kstest(chosen.numpy() / 20_000, "uniform").pvalue > 0.01
     places = chosen[(chosen >= 10_000) & (chosen < 19_900)] % 100  # nor a place in its update
     assert scipy.stats.chisquare(torch.histc(places, 10, 0, 100)).pvalue > 0.01
-    assert sum(map(len, metric.kept)) <= 8000  # and memory is bounded
+    assert sum(map(len, metric.numbers)) <= 8000  # and memory is bounded
+    assert sum(map(len, metric.kept)) <= 2 * 8000  # a code and its class
     torch.testing.assert_close(metric.compute(), knn_entropy(chosen[:, None]))
     metric.reset()
     assert torch.equal(chosen, kept(metric, index, sizes))
@@ -53,16 +54,30 @@ def test_processes_have_numbers_of_their_own(monkeypatch):
     assert scipy.stats.kstest(chosen.numpy() / 10_000, "uniform").pvalue > 0.01
 
 
-def test_metrics_that_are_updated_together_keep_the_same_rows():
-    codes, labels = LatentDiagnostics(3, max_codes=1000), KeptCodes(max_codes=1000, latent_dim=1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_code_keeps_its_class(dtype):
+    """However many are left out; codes without classes are of class 0."""
+    metric, largest = KeptCodes(max_codes=1000, latent_dim=3).to(dtype), 2**24 - 1  # float32 holds every whole number
     for part in torch.arange(5000).split([1700, 300, 3000]):
-        codes.update(part[:, None].expand(-1, 3).float())
-        labels.update(part[:, None])
-    assert torch.equal(codes.codes()[:, 0], labels.codes()[:, 0]) and len(labels.compute()) == 1000
+        metric.update(part[:, None].expand(-1, 3).float(), largest - part)
+    codes, labels = metric.labelled_codes()
+    assert codes.shape == (1000, 3) and labels.dtype == torch.int64
+    assert torch.equal(codes, (largest - labels)[:, None].expand(-1, 3).float())
+    assert torch.equal(codes, metric.codes()) and torch.equal(codes, metric.compute())
+    metric.reset()
+    metric.update(torch.rand(5, 3))
+    assert metric.labelled_codes()[1].tolist() == [0] * 5
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(4, dtype=torch.int64), torch.zeros(5), torch.zeros(5, 1).long()])
+def test_wrong_classes_are_refused(labels):
+    with pytest.raises(ValueError, match=r"labels must be \(5,\) integers, a class for each code, got"):
+        KeptCodes().update(torch.rand(5, 3), labels)
 
 
 def test_no_codes():
     assert LatentDiagnostics(3).codes().shape == (0, 3)
+    assert [part.shape for part in KeptCodes(latent_dim=2).labelled_codes()] == [(0, 2), (0,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
