@@ -22,6 +22,9 @@ it; their ``tokenizer`` is the one that data and model share.
 **Exactness.** The order, the augmentation, the partners and where running text is cut depend on (seed, epoch, sample)
 alone: not on workers, batch arrangement or number of processes. A run resumed in mid-epoch sees the very batches it had
 not yet seen. Add the ``RandomState`` callback if the model itself draws random numbers (dropout, noise).
+
+Read in this order: ``loading.py`` (keys, and loaders that resume), ``images.py`` and ``digits.py`` (images, and the
+shortest data module), ``text_data.py`` and ``text_pairs.py`` (texts).
 """
 
 from lightning_plugins.data.digits import Digits

@@ -23,16 +23,17 @@ class Digits(ImageData):
     The split is fixed, whatever the seed: of each class 70 % train (1,259), 10 % validate (179), 20 % test (359).
 
     Args:
-        image_size: height and width in px. The 8 x 8 images are enlarged by bilinear interpolation, so that networks
-            made for MNIST's 28 x 28 (the default) fit; 8: as they are. Pixels are rounded to 1/255.
+        image_size: height and width in pixels, 8 or more. The 8 x 8 images are enlarged by bilinear interpolation, so
+            that networks made for MNIST's 28 x 28 (the default) fit; 8 leaves them as they are.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare batches; 0 is the fastest here.
-        seed: of the order and the augmentation.
-        shift: training images move by up to this many px, on zeros. One px of the original is ``image_size / 8``.
+        seed: seed of the order, the augmentation and the wrong labels.
+        shift: most pixels that a training image moves by, in both directions, on zeros. One pixel of the original is
+            image_size / 8.
         label_noise: share r in [0, 1] of training and validation labels that are wrong, uniform over the nine other
-            digits, so that r = 0.9 leaves no information. Fixed by ``seed`` and the image; test labels are clean.
-        num_train: train on so many images: a random choice, the same whatever the seed, and part of every larger one.
-            Default: all 1,259.
+            digits, so that r = 0.9 leaves no information. Fixed by the seed and the image; test labels are clean.
+        num_train: number of images to train on, 1 to 1259: a random choice, the same whatever the seed, and part of
+            every larger one. Default: all 1,259.
 
     Raises:
         ValueError: ``image_size`` below 8, ``batch_size`` below 1, a negative number, ``label_noise`` outside [0, 1],

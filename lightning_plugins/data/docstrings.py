@@ -17,8 +17,8 @@ from lightning_plugins.data.text_pairs import Texts
 
 _NOT_MINED = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 _SHARE = 0.1  # of the pairs that test and validation have at least
-# a docstring with a summary, an empty line and more: other files need not be parsed
 _WithDocstring = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+# a docstring with a summary, an empty line and more: other files need not be parsed
 _CANDIDATE = re.compile(rb"(\"\"\"|''')\s*\S[^\n]*\n[ \t]*\r?\n")
 
 
@@ -41,18 +41,25 @@ class PythonDocstrings(TextData):
     not leak: a tenth of the pairs is for testing, a tenth for validation, whatever the seed.
 
     Args:
-        tokenizer: see :class:`TextData`, as for all that follow.
-        vocab_size: of a tokenizer that is learnt.
-        lowercase: whether a tokenizer that is learnt folds upper case and accents.
-        max_source_length: tokens of a source, with its ``[CLS]`` and ``[SEP]``; half of the sources have fewer than 50.
-        max_target_length: tokens of a target, with its ``[SEP]``; all but one in a hundred have fewer than 24.
-        long_sources: ``"truncate"`` or ``"raise"``.
-        long_targets: ``"drop"`` or ``"raise"``.
+        tokenizer: name of the tokenizer: an id of the Hub, a folder, or package:NAME/FOLDER. Default: the model's, if
+            it has one; else a WordPiece tokenizer is learnt from the training texts.
+        vocab_size: most tokens of a tokenizer that is learnt.
+        lowercase: whether a tokenizer that is learnt folds upper case and strips accents.
+        max_source_length: most tokens of a source, with its [CLS] and [SEP]; 3 or more. Half of the
+            sources have fewer than 50.
+        max_target_length: most tokens of a target, with its [SEP]; 2 or more. All but one in a
+            hundred have fewer than 24.
+        long_sources: what becomes of a longer source: truncate cuts its end and tells how many were cut; raise is an
+            error.
+        long_targets: what becomes of a longer target, which is never cut, for a model would learn to stop there: raise
+            is an error; drop leaves its pair out of training and tells how many were. In validation and test the pair
+            stays, with its text but no target tokens: it counts for what is generated, not for the loss.
         batch_size: pairs in a batch of one process; with packing, rows.
-        packing: training rows hold as many pairs as fit.
-        length_grouping: pairs of a batch are alike in length.
-        num_workers: processes that prepare batches.
-        seed: of the order.
+        packing: whether training rows of up to max_source_length + max_target_length tokens hold as many pairs as fit.
+        length_grouping: whether pairs of a batch are alike in length, so that little is padding; no effect on packed
+            rows.
+        num_workers: processes that prepare batches. Texts are encoded once, so that the default 0 is the fastest.
+        seed: seed of the order.
 
     Raises:
         ValueError: an argument is out of range.
@@ -126,7 +133,7 @@ def mine_docstrings(folder: Path) -> dict[str, list[Docstring]]:
     Tests and installed packages are passed over, and so are bodies that came before.
 
     Args:
-        folder: of Python files.
+        folder: folder of Python files, with those below it.
     """
     modules: dict[str, list[Docstring]] = {}
     seen: set[str] = set()

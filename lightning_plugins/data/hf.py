@@ -29,11 +29,11 @@ def load_splits(owner: str, path: str, name: str | None, train_split: str, folde
     """All splits of an id of the Hub, a folder, or a parquet file, which is a training split.
 
     Args:
-        owner: the data module, for the sentence.
+        owner: name of the data module, for the error's sentence.
         path: id, folder or file; ``~`` is the home folder.
-        name: the configuration, for ids that have several.
-        train_split: what a parquet file is called.
-        folder: what a folder holds, for the sentence.
+        name: configuration of the data set, for ids that have several.
+        train_split: name of the split that a parquet file becomes.
+        folder: what a folder should hold, for the error's sentence.
 
     Raises:
         FileNotFoundError: nothing readable there.
@@ -59,35 +59,37 @@ def find_validation(splits: Container[Any]) -> str | None:
 
 
 class HFImages(ImageData):
-    """Images from the Hub (``ylecun/mnist``, ``uoft-cs/cifar10``, ...), a local folder or a parquet file.
+    """Images from the Hub (ylecun/mnist, uoft-cs/cifar10, ...), a local folder or a parquet file.
 
     Images are decoded and resized once and kept in datasets' cache on disk; a split up to 1 GiB is then held in memory,
     a larger one is read from the disk batch by batch (give it workers).
 
     Args:
-        path: a dataset id of the Hub; a folder with one folder of images for each class, in ``train/`` and ``test/`` if
-            it has both, or of images alone for ``label_column="none"``; a folder of parquet files; or one parquet file,
-            which is a training split.
-        name: the configuration, for ids that have several.
-        image_column: default: the only column of images.
-        label_column: default: the only column of class labels, or of integers if there is none. ``"none"``: images
-            without classes, for models that need none; every label is 0 and ``num_classes`` 1.
+        path: a dataset id of the Hub; a folder with one folder of images for each class, in train/ and test/ if it has
+            both, or of images alone if label_column is none; a folder of parquet files; or one parquet file, which is a
+            training split.
+        name: configuration of the data set, for ids that have several.
+        image_column: name of the column with the images. Default: the only one that holds images.
+        label_column: name of the column with the labels. Default: the only one of class labels, or of integers if there
+            is none. The word none takes images without classes, for models that need none: every label is then 0 and
+            there is one class.
         train_split: name of the training split.
-        val_split: name of the validation split. Default: ``validation``, ``valid``, ``val`` or ``dev`` if there is one,
-            else ``val_size`` training images.
+        val_split: name of the validation split. Default: validation, valid, val or dev if there is one, else val_size
+            of the training images.
         test_split: name of the test split; looked for only when test images are asked for.
-        val_size: training images held out at random (by ``seed``) where there is no validation split: a count, or a
-            fraction if a float; 0: none, there is no validation then.
-        image_size: side in px of the square that images are resized to (the middle of a longer side is kept).
+        val_size: training images held out at random, by the seed, where there is no validation split: a count, or a
+            fraction if a float; 0 for none, there is no validation then.
+        image_size: side in pixels of the square that images are resized to (the middle of a longer side is kept).
             Default: as they are, and all must be equal.
-        crop: side in px of the square in the middle that is kept, before it is resized; 140 is the custom for CelebA
-            (178 x 218 px). Default: all of the image.
-        channels: 1 grey, 3 colour. Default: as in the first training image.
+        channels: number of channels, 1 for grey or 3 for colour. Default: as in the first training image.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare batches; 0 is the fastest for images in memory.
-        seed: of the order, the augmentation and the validation images.
-        shift: training images move by up to this many px, on zeros (the usual "crop 32, padding 4" is ``shift=4``).
-        flip: training images are mirrored left to right at random.
+        seed: seed of the order, the augmentation and the validation images.
+        shift: most pixels that a training image moves by, in both directions, on zeros; the usual "crop 32, padding 4"
+            is a shift of 4.
+        flip: whether training images are mirrored left to right at random.
+        crop: side in pixels of the square in the middle that is kept, before it is resized; 140 is the custom for
+            CelebA (178 x 218). Default: all of the image.
 
     Raises:
         FileNotFoundError: nothing readable at ``path`` (when data are first asked for).

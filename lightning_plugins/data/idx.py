@@ -18,16 +18,18 @@ _PREFIX = {"train": "train", "val": "train", "test": "t10k"}
 
 
 class IdxImages(ImageData):
-    """Images from ``{train,t10k}-images-idx3-ubyte`` and ``{train,t10k}-labels-idx1-ubyte``, each plain or ``.gz``.
+    """Images from a folder with the four files of MNIST, or of a data set that comes in the same form.
+
+    The files are ``{train,t10k}-images-idx3-ubyte`` and ``{train,t10k}-labels-idx1-ubyte``, each plain or ``.gz``.
 
     Args:
-        folder: where the four files are.
-        val_size: training images held out at random (by ``seed``) for validation: a count, or a fraction if a float;
-            0: none, there is no validation then. 5,000 is the custom for MNIST.
+        folder: folder with the four files.
+        val_size: training images held out at random, by the seed, for validation: a count, or a fraction if a float; 0
+            for none, there is no validation then. 5,000 is the custom for MNIST.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare batches; 0 is the fastest here.
-        seed: of the order, the augmentation and the validation images.
-        shift: training images move by up to this many px, on zeros. 2 in Sabour et al. 2017.
+        seed: seed of the order, the augmentation and the validation images.
+        shift: most pixels that a training image moves by, in both directions, on zeros; 2 in Sabour et al. 2017.
 
     Raises:
         FileNotFoundError: the folder or one of the files is not there (when data are first asked for).
@@ -102,8 +104,8 @@ def read_idx(path: Path, dims: int) -> Tensor:
     """Read an idx file of unsigned bytes.
 
     Args:
-        path: plain, or compressed if it ends in ``.gz``.
-        dims: dimensions wanted: 3 for images, 1 for labels.
+        path: file, compressed if it ends in ``.gz``.
+        dims: number of dimensions wanted: 3 for images, 1 for labels.
 
     Returns:
         uint8 tensor with ``dims`` dimensions.

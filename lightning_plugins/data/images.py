@@ -61,10 +61,10 @@ class KeyedImages(Dataset):
     """Batches of one split by keys: ``{"image": (B, C, H, W) float32 in [0, 1], "label": (B,) int64}``.
 
     Args:
-        data: the split.
-        seed: of the augmentation.
-        shift: each image moves by up to this many px in both directions; 0: not at all.
-        flip: each image is mirrored left to right with probability one half.
+        data: images and labels of the split.
+        seed: seed of the augmentation.
+        shift: most pixels that an image moves by, in both directions; 0 for none.
+        flip: whether each image is mirrored left to right with probability one half.
     """
 
     def __init__(self, data: LabelledImages, seed: int = 0, shift: int = 0, flip: bool = False) -> None:
@@ -134,12 +134,11 @@ class ImageData(SplitLoaders):
         batch_size: images in a batch of one process.
         num_workers: processes that prepare batches. The default 0 is the fastest for images in memory: a whole batch
             costs about a millisecond, less than its way through a queue.
-        seed: of the order, the augmentation and random splits.
-        shift: training images move by up to this many px, on zeros.
-        flip: training images are mirrored left to right at random.
-        label_noise: share of training and validation labels that are wrong, see :func:`symmetric_noise`. Fixed by
-            ``seed`` and the image's place in its split: the same for every epoch, worker and process. Test labels are
-            clean.
+        seed: seed of the order, the augmentation and random splits.
+        shift: most pixels that a training image moves by, in both directions, on zeros; 0 for none.
+        flip: whether training images are mirrored left to right at random.
+        label_noise: share of training and validation labels that are wrong, in [0, 1]. Which ones is fixed by the seed
+            and the image's place in its split: the same for every epoch, worker and process. Test labels are clean.
 
     Raises:
         ValueError: an argument is out of range.

@@ -63,13 +63,13 @@ class KeyBatches(Batches):
     Args:
         num_samples: N, samples in the data set.
         batch_size: samples in a batch of one process.
-        train: ``True``: a new order and new keys in every epoch, and the last incomplete batch is dropped: it
-            would hold other samples each time, and shapes stay fixed. ``False``: keys 0..N-1 in order, every one
-            exactly once over all processes; the last batch is smaller, or larger by one sample where a process
-            would otherwise run out of batches before the others.
-        seed: of the order.
+        train: whether every epoch has a new order and new keys; the last incomplete batch is then dropped, because it
+            would hold other samples each time, and shapes stay fixed. Else keys are 0..N-1 in order, every one exactly
+            once over all processes; the last batch is smaller, or larger by one sample where a process would otherwise
+            run out of batches before the others.
+        seed: seed of the order.
         world_size: number of processes that share an epoch.
-        rank: this process.
+        rank: number of this process, from 0.
 
     Raises:
         ValueError: no full batch (training), or fewer samples than processes.
@@ -126,10 +126,10 @@ class KeyLoader:
     does not need.
 
     Args:
-        dataset: has ``__getitems__(keys) -> batch``.
-        batches: the keys of each batch.
-        num_workers: processes that prepare batches; 0: none.
-        pin_memory: copy batches to pinned memory, for a faster transfer to a GPU.
+        dataset: data set with ``__getitems__(keys) -> batch``.
+        batches: keys of each batch.
+        num_workers: processes that prepare batches; 0 for none.
+        pin_memory: whether batches are copied to pinned memory, for a faster transfer to a GPU.
     """
 
     def __init__(self, dataset: Dataset, batches: Batches, num_workers: int = 0, pin_memory: bool = False) -> None:
@@ -205,7 +205,7 @@ class SplitLoaders(LightningDataModule):
     """Split that is predicted."""
 
     def _loader(self, split: str) -> KeyLoader:
-        """Of ``train``, ``val``, ``test`` or ``predict_split``, with this process's share."""
+        """The loader of a split, ``train``, ``val``, ``test`` or ``predict_split``, with this process's share."""
         raise NotImplementedError(f"{type(self).__name__} must write _loader(split).")
 
     def __str__(self) -> str:
@@ -253,9 +253,9 @@ def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor
     """Split ``range(num_samples)`` at random, the same way on every machine and for every version of torch.
 
     Args:
-        num_samples: N.
-        size: of the second part; an integer counts samples, a float in [0, 1) is a fraction of N.
-        seed: of the choice.
+        num_samples: N, samples in all.
+        size: length of the second part; an integer counts samples, a float in [0, 1) is a fraction of N.
+        seed: seed of the choice.
 
     Returns:
         Sorted int64 indices of the first and of the second part.

@@ -31,15 +31,16 @@ class MultiMNIST(ImageData):
     ``"parts"`` ``(B, 2, C, H + 2 pad, W + 2 pad)`` in the order of the labels.
 
     Args:
-        source: ``"digits"``, a folder with idx files, or whatever ``HFImages`` reads (hub id, folder, parquet file).
-        base: a data module to take the images from instead of ``source``; its splits are kept, its augmentation is not.
-        shift: s, px. Paper: 4; the authors' published command: 6, which overlaps less and with ``pad=4`` cuts some
-            digits. Name it with your result.
-        pad: px of border added on each side. 4 makes 36 x 36 of 28 x 28.
+        source: where the digits come from: the word digits for those in the package, a folder with idx files, or
+            whatever HFImages reads (an id of the Hub, a folder, a parquet file).
+        base: a data module to take the images from in place of source; its splits are kept, its augmentation is not.
+        shift: most pixels that a digit moves by, in both directions. 4 in the paper; 6 in the authors' published
+            command, which overlaps less and with 4 pixels of padding cuts some digits. Name it with your result.
+        pad: pixels of border added on each side; 4 makes 36 x 36 of 28 x 28.
         pairs_per_image: pairs for each validation or test image; 1,000 in the paper.
         batch_size: pairs in a batch of one process.
         num_workers: processes that prepare batches.
-        seed: of the order, partners and places, and of the split of ``source``.
+        seed: seed of the order, the partners and places, and the split of the source.
 
     Raises:
         ValueError: a negative number, ``pairs_per_image`` below 1, or images of a single class.
@@ -108,11 +109,11 @@ class PairedImages(Dataset):
     """Batches of pairs by keys; see :class:`MultiMNIST`.
 
     Args:
-        data: single images.
-        seed: of partners and places.
-        shift: px.
-        pad: px.
-        pairs_per_image: the data set's length is this many times N.
+        data: single images with their labels.
+        seed: seed of partners and places.
+        shift: most pixels that an image moves by, in both directions.
+        pad: pixels of border added on each side.
+        pairs_per_image: pairs for each image; the data set's length is this many times N.
     """
 
     def __init__(self, data: LabelledImages, seed: int, shift: int, pad: int, pairs_per_image: int = 1) -> None:

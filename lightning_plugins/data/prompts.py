@@ -18,10 +18,10 @@ class KeyedPrompts(Dataset):
     """Batches by keys: ``{"prompt": list of str}``, or ``{"label": (B,) int64}`` where there are no texts.
 
     Args:
-        prompts: P texts; key k asks for text k mod P, so that keys in a row take turns through all of them. ``None``:
-            classes.
-        num_classes: J, of classes.
-        seed: of the classes. ``None``: they take turns like the texts.
+        prompts: P texts; key k asks for text k mod P, so that keys in a row take turns through all of them. ``None``
+            for classes.
+        num_classes: J, number of classes, where there are no texts.
+        seed: seed of the classes; ``None`` lets them take turns like the texts.
     """
 
     def __init__(self, prompts: list[str] | None, num_classes: int | None = None, seed: int | None = None) -> None:
@@ -67,7 +67,7 @@ class PromptBatches(KeyBatches):
 
 
 class PromptData(SplitLoaders):
-    """Conditions without images, for a generative module that learns from a teacher, such as ``SiD``.
+    """Conditions without images, for a generative module that learns from a teacher, such as SiD.
 
     Batches are ``{"prompt": list of str}`` with a file, else ``{"label": (B,) int64}``. Classes are uniform at random;
     the lines of a file come equally often, in an order that is new in each epoch. Both depend on (seed, epoch, place)
@@ -75,13 +75,13 @@ class PromptData(SplitLoaders):
     not yet drawn.
 
     Args:
-        num_classes: J; without a file.
-        prompt_file: UTF-8 text with a prompt on each line; empty lines are passed over.
+        num_classes: number of classes to draw from; give it or prompt_file.
+        prompt_file: text file in UTF-8 with a prompt on each line; empty lines are passed over.
         batch_size: conditions in a batch of one process.
         batches_per_epoch: training batches that count as an epoch.
-        num_eval: conditions in validation, test and prediction: the same each time, classes 0, 1, ... in turn, or the
+        num_eval: conditions in validation, test and prediction, the same each time: classes 0, 1, ... in turn, or the
             first lines of the file.
-        seed: of the order and of the classes.
+        seed: seed of the order and of the classes.
 
     Raises:
         FileNotFoundError: no such file.

@@ -24,47 +24,55 @@ _PAIR = must.each(must.text, 2, of="[source, target]")
 
 
 class Seq2SeqData(TextData):
-    """Pairs of texts, source and target, from one of three origins; its batches: :class:`KeyedText`.
+    """Pairs of texts, source and target, from files, from the Hub or from memory; or running text, cut in two.
 
     Give ``train_file``, or ``path``, or ``pairs``. The format of a file is told by its ending: ``.jsonl``, ``.tsv``,
     ``.csv``, ``.txt``, each also with ``.gz`` (see :func:`read_rows`). Every validation and test pair comes once over
-    all processes, sorted by length; prediction keeps the order of its file.
+    all processes, sorted by length; prediction keeps the order of its file. Batches are those of :class:`KeyedText`.
 
     With ``text_column`` the rows are running text: each document is cut into pieces of
     ``max_source_length + max_target_length`` tokens and each piece into source and target, at a random place that is
     another one in every epoch; sources stay within ``max_source_length``, targets may be longer than theirs.
 
     Args:
-        train_file: file or list of files.
-        val_file: the same, for validation. Default: the validation split of ``path``, else ``val_size`` training pairs.
-        test_file: the same, for test. Default: the test split of ``path``.
-        predict_file: the same, of sources alone. Default: the sources of the test pairs.
-        path: an id of the Hub, or a folder that ``datasets`` reads.
-        name: its configuration, for ids that have several.
-        train_split: name of its training split.
-        val_split: name of its validation split. Default: ``validation``, ``valid``, ``val`` or ``dev``.
-        test_split: name of its test split.
-        pairs: ``[[source, target], ...]``.
-        val_size: training pairs held out at random (by ``seed``) where nothing else is for validation: a count, or a
-            fraction if a float; 0: none. Rows with a common source may then stand on both sides: give ``val_file`` if
+        train_file: file or list of files with the training pairs: .jsonl, .tsv, .csv or .txt, each also with .gz.
+        val_file: file or list of files with the validation pairs. Default: the validation split of path, else val_size
+            of the training pairs.
+        test_file: file or list of files with the test pairs. Default: the test split of path.
+        predict_file: file or list of files with sources to predict for; targets are not needed. Default: the sources of
+            the test pairs.
+        path: an id of the Hub, or a folder or parquet file that the library datasets reads, in place of train_file.
+        name: configuration of the data set at path, for ids that have several.
+        train_split: name of the training split of path.
+        val_split: name of the validation split of path. Default: validation, valid, val or dev, if there is one.
+        test_split: name of the test split of path.
+        pairs: training pairs themselves, [[source, target], ...], in place of train_file or path.
+        val_size: training pairs held out at random, by the seed, where nothing else is for validation: a count, or a
+            fraction if a float; 0 for none. Rows with a common source may then stand on both sides: give val_file if
             that matters.
-        source_format: the source as a template over the columns of a row: ``"{answers[text][0]} [SEP] {context}"``.
-            ``[SEP]`` is read as the tokenizer spells it: write ``</s>`` for one of RoBERTa's kind.
-        target_format: the target, likewise.
-        text_column: the column with the documents of running text; in a ``.txt`` file, ``text``.
+        source_format: template of the source over the columns of a row, such as "{answers[text][0]} [SEP] {context}".
+            [SEP] is read as the tokenizer spells it: write </s> for one of RoBERTa's kind.
+        target_format: template of the target over the columns of a row, such as "{question}".
+        text_column: name of the column with the documents of running text, each of which is cut into source and target;
+            in a .txt file its name is text. Default: rows are pairs.
         columns: names for the columns of .tsv and .csv files whose first line does not name them.
-        tokenizer: see :class:`TextData`, as for all that follow.
-        vocab_size: of a tokenizer that is learnt.
-        lowercase: whether a tokenizer that is learnt folds upper case and accents.
-        max_source_length: tokens of a source, with its ``[CLS]`` and ``[SEP]``.
-        max_target_length: tokens of a target, with its ``[SEP]``.
-        long_sources: ``"truncate"`` or ``"raise"``.
-        long_targets: ``"raise"`` or ``"drop"``.
+        tokenizer: name of the tokenizer: an id of the Hub, a folder, or package:NAME/FOLDER. Default: the model's, if
+            it has one; else a WordPiece tokenizer is learnt from the training texts.
+        vocab_size: most tokens of a tokenizer that is learnt.
+        lowercase: whether a tokenizer that is learnt folds upper case and strips accents.
+        max_source_length: most tokens of a source, with its [CLS] and [SEP]; 3 or more.
+        max_target_length: most tokens of a target, with its [SEP]; 2 or more.
+        long_sources: what becomes of a longer source: truncate cuts its end and tells how many were cut; raise is an
+            error.
+        long_targets: what becomes of a longer target, which is never cut, for a model would learn to stop there: raise
+            is an error; drop leaves its pair out of training and tells how many were. In validation and test the pair
+            stays, with its text but no target tokens: it counts for what is generated, not for the loss.
         batch_size: pairs in a batch of one process; with packing, rows.
-        packing: training rows hold as many pairs as fit.
-        length_grouping: pairs of a batch are alike in length.
-        num_workers: processes that prepare batches.
-        seed: of the order, the validation pairs, and the cuts of running text.
+        packing: whether training rows of up to max_source_length + max_target_length tokens hold as many pairs as fit.
+        length_grouping: whether pairs of a batch are alike in length, so that little is padding; no effect on packed
+            rows.
+        num_workers: processes that prepare batches. Texts are encoded once, so that the default 0 is the fastest.
+        seed: seed of the order, the validation pairs, and the cuts of running text.
 
     Raises:
         FileNotFoundError: a file is missing, or nothing readable is at ``path``.
@@ -254,8 +262,8 @@ class Template(Formatter):
     """A text with columns of a row in braces, as :meth:`str.format` has it, but strict.
 
     Args:
-        argument: its name, for sentences.
-        text: such as ``"{question} [SEP] {context}"``; ``{answers[text][0]}`` goes into nested values.
+        argument: name of the argument that it came by, for sentences.
+        text: the template, such as ``"{question} [SEP] {context}"``; ``{answers[text][0]}`` goes into nested values.
 
     Raises:
         ValueError: ``text`` is malformed, or names no column.

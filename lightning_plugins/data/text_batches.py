@@ -20,7 +20,7 @@ def pack_lengths(lengths: Sequence[int], row_length: int) -> list[list[int]]:
     """Put samples into as few rows as a greedy rule can: the longest first, each where the least space is left over.
 
     Args:
-        lengths: of the samples, in tokens; 1 to ``row_length``.
+        lengths: tokens of each sample, 1 to ``row_length``.
         row_length: tokens that fit in a row.
 
     Returns:
@@ -73,12 +73,13 @@ class TextBatches(Batches):
     Args:
         lengths: ``(N,)`` int64 tokens of each sample.
         batch_size: rows in a batch of one process.
-        train: ``False``: the longest first, or, without ``length_grouping``, in order.
-        length_grouping: no effect on packed rows.
-        row_length: pack samples into rows of at most so many tokens. ``None``: one sample a row.
-        seed: of the order.
+        train: whether each epoch has an order of its own; else the longest come first, or, without
+            ``length_grouping``, samples come in order.
+        length_grouping: whether samples of a batch are alike in length; no effect on packed rows.
+        row_length: most tokens of a row into which samples are packed; ``None`` for one sample a row.
+        seed: seed of the order.
         world_size: number of processes that share an epoch.
-        rank: this process.
+        rank: number of this process, from 0.
 
     Raises:
         ValueError: fewer rows than processes.

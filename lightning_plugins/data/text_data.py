@@ -18,25 +18,26 @@ if TYPE_CHECKING:
 
 
 class TextData(SplitLoaders):
-    """Base of the text data modules: a subclass gives ``read(split)``. Its batches: :class:`KeyedText`.
+    """Base of the text data modules: a subclass gives ``read(split)``. Its batches are those of :class:`KeyedText`.
 
     Args:
-        tokenizer: an id of the Hub, a folder, or ``package:NAME/FOLDER``. Default: the model's, if it has one; else a
-            WordPiece tokenizer is learnt from the training texts.
-        vocab_size: of a tokenizer that is learnt.
-        lowercase: whether a tokenizer that is learnt folds upper case and accents.
-        max_source_length: tokens of a source, with its ``[CLS]`` and ``[SEP]``.
-        max_target_length: tokens of a target, with its ``[SEP]``.
-        long_sources: ``"truncate"``: a longer source loses its end, and how many did is told; ``"raise"``: it is an
+        tokenizer: name of the tokenizer: an id of the Hub, a folder, or package:NAME/FOLDER. Default: the model's, if
+            it has one; else a WordPiece tokenizer is learnt from the training texts.
+        vocab_size: most tokens of a tokenizer that is learnt.
+        lowercase: whether a tokenizer that is learnt folds upper case and strips accents.
+        max_source_length: most tokens of a source, with its [CLS] and [SEP]; 3 or more.
+        max_target_length: most tokens of a target, with its [SEP]; 2 or more.
+        long_sources: what becomes of a longer source: truncate cuts its end and tells how many were cut; raise is an
             error.
-        long_targets: a target is never cut, for a model would learn to stop there. ``"raise"``: a longer one is an
-            error; ``"drop"``: its pair is left out of training, and how many were is told. In validation and test it
-            stays, with its text in ``target`` but no target tokens: it counts for what is generated, not for the loss.
+        long_targets: what becomes of a longer target, which is never cut, for a model would learn to stop there: raise
+            is an error; drop leaves its pair out of training and tells how many were. In validation and test the pair
+            stays, with its text but no target tokens: it counts for what is generated, not for the loss.
         batch_size: pairs in a batch of one process; with packing, rows.
-        packing: training rows of up to ``max_source_length + max_target_length`` tokens hold as many pairs as fit.
-        length_grouping: pairs of a batch are alike in length, so that little is padding. No effect on packed rows.
-        num_workers: processes that prepare batches. Texts are encoded once, so the default 0 is the fastest.
-        seed: of the order and of random splits.
+        packing: whether training rows of up to max_source_length + max_target_length tokens hold as many pairs as fit.
+        length_grouping: whether pairs of a batch are alike in length, so that little is padding; no effect on packed
+            rows.
+        num_workers: processes that prepare batches. Texts are encoded once, so that the default 0 is the fastest.
+        seed: seed of the order and of random splits.
 
     Raises:
         ValueError: an argument is out of range.

@@ -29,7 +29,7 @@ def read_rows(file: str | Path, columns: Sequence[str] | None = None) -> Iterato
 
     Args:
         file: path with one of these endings, or with one of them and ``.gz``.
-        columns: names for the columns of a table that has no such line.
+        columns: names for the columns of a table whose first line does not name them.
 
     Raises:
         FileNotFoundError: no such file.

@@ -65,7 +65,7 @@ class Ragged:
     """Sequences of int32 of different lengths, end to end in one tensor.
 
     Args:
-        sequences: N of them; read once.
+        sequences: N sequences of integers, read once.
     """
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
@@ -111,9 +111,9 @@ class KeyedText(Dataset):
     A subclass gives ``lengths`` (``(N,)`` int64 tokens of each sample), ``parts(key)`` and ``texts(key)``.
 
     Args:
-        marks: the framing ids.
+        marks: ids that frame a text.
         packed: whether rows hold several samples.
-        with_texts: for validation, test and prediction.
+        with_texts: whether batches hold the texts, as for validation, test and prediction.
     """
 
     lengths: Tensor
@@ -159,10 +159,10 @@ class KeyedPairs(KeyedText):
     """Sources with their targets; see :class:`KeyedText`.
 
     Args:
-        content: the texts.
-        sources: N framed sources.
-        targets: N framed targets.
-        marks: the framing ids.
+        content: sources and targets as they were read.
+        sources: ids of N framed sources.
+        targets: ids of N framed targets.
+        marks: ids that frame a text.
         packed: whether rows hold several samples.
         with_texts: whether batches hold the texts.
     """
@@ -194,8 +194,8 @@ class KeyedPieces(KeyedText):
         row_length: the most tokens of a sample; documents are cut into pieces of this length, special tokens included,
             the last one shorter. A single token that is left over is left out: it cannot be cut in two.
         max_source_length: the most tokens of a source, framed, so that there is room to generate behind it.
-        tokenizer: to turn pieces back into text.
-        seed: of the places.
+        tokenizer: turns pieces back into text.
+        seed: seed of the places.
         packed: whether rows hold several samples.
         with_texts: whether batches hold the texts.
     """

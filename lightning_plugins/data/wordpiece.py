@@ -19,9 +19,9 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int = 8000, lowercase: boo
     encoded as ``[CLS] text [SEP]``. The same texts give the same tokenizer, in every process.
 
     Args:
-        texts: what to learn from; it is read twice.
-        vocab_size: tokens at most; a small text has fewer.
-        lowercase: fold upper case and strip accents, as "uncased" models do.
+        texts: texts to learn from, which are read twice.
+        vocab_size: most tokens; a small text has fewer.
+        lowercase: whether to fold upper case and strip accents, as "uncased" models do.
 
     Returns:
         ``transformers.BertTokenizer``; what it saves needs nothing of this package.

@@ -1,6 +1,6 @@
 """The birthday problem put to work: how many different images a generator has, read from its near-duplicates.
 
-Shapes: B samples of an update, F features of one, K closest pairs.
+Shapes: B samples of an update, F features of one, N samples in all, K closest pairs, R runs without a near-duplicate.
 """
 
 import math
@@ -14,61 +14,6 @@ from lightning_plugins.metrics.features import FeatureMetric, FeatureRows
 from lightning_plugins.metrics.near_duplicates import closest_pairs, near_duplicates
 
 _FEW_PAIRS = 10  # real pairs below which the threshold says little
-
-
-def support_size(batch_size: float | Tensor) -> float | Tensor:
-    r"""Number of equally likely items of which a batch of s holds two equal ones half of the time.
-
-    .. math:: 1 - e^{-s^2 / 2n} = \tfrac12 \quad\Longrightarrow\quad n = \frac{s^2}{2 \ln 2}
-
-    Where items differ in probability p it stays below their number, near :math:`1 / \sum p^2`: a heavy head decides.
-
-    Args:
-        batch_size: s, samples in a batch.
-
-    Returns:
-        n. Exact to a few per cent from s = 30.
-
-    Source: Arora and Zhang 2017, arXiv 1706.08224, section 3.
-
-    Example:
-        >>> round(support_size(472)), round(support_size(119))
-        (160705, 10215)
-    """
-    return batch_size**2 / (2 * math.log(2))
-
-
-def poisson_interval(count: float, level: float = 0.95) -> tuple[float, float]:
-    r"""Exact (Garwood) interval of a Poisson mean after ``count`` events.
-
-    .. math:: P(X \ge c \mid \lambda_-) = P(X \le c \mid \lambda_+) = \frac{1 - \text{level}}{2}
-
-    Args:
-        count: c >= 0; the gamma function takes fractions too.
-        level: chance that the interval holds the mean, at least.
-
-    Returns:
-        The two ends; 0 is the lower one of no event.
-
-    Source: Garwood 1936, Biometrika 28.
-
-    Example:
-        >>> [round(end, 2) for end in poisson_interval(0)], [round(end, 2) for end in poisson_interval(10)]
-        ([0.0, 3.69], [4.8, 18.39])
-    """
-    tail = (1 - level) / 2
-    lower = _gamma_quantile(count, tail) if count > 0 else 0.0
-    return lower, _gamma_quantile(count + 1, 1 - tail)
-
-
-def _gamma_quantile(shape: float, probability: float) -> float:
-    a = torch.tensor(shape, dtype=torch.float64)
-    low, high = 0.0, shape + 20 * math.sqrt(shape) + 50
-    for _ in range(100):  # bisection, to the last bit
-        middle = (low + high) / 2
-        below = torch.special.gammainc(a, torch.tensor(middle, dtype=torch.float64)) < probability
-        low, high = (middle, high) if below else (low, middle)
-    return high
 
 
 class BirthdayParadox(FeatureMetric, FeatureRows):
@@ -92,15 +37,17 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
     time (:func:`half_batch_size`), hence :math:`n = s^2 / (2 \ln 2)`. It needs many times s samples.
 
     Args:
-        feature: ``"digits"``, ``"inception"`` or a module with ``num_features``, see :func:`feature_extractor`;
-            ``None`` if ``update`` is given features ``(B, F)``, such as ``images.flatten(1)`` to compare pixels.
-        threshold: a fixed :math:`\tau`; real images are then not needed. Default: from the real images.
-        collision_probability: of a pair of real images within the threshold; 1e-4 by default, where 5,000 samples as
-            diverse as real ones give 1,250 pairs.
-        level: of the intervals.
-        max_real: real images used, taken evenly from all that came.
-        chunk_size: rows compared at a time; memory is ``chunk_size`` x N in float64.
-        reset_real_features: whether :meth:`reset` forgets the real images.
+        feature: what images are compared by: digits (a small classifier in the package), inception (which needs
+            torch-fidelity), or a module with the attribute num_features. None takes features (B, F) in place of images,
+            such as images.flatten(1) to compare pixels.
+        threshold: largest distance of two images that count as one; real images are then not needed. Default: from the
+            real images, by collision_probability.
+        collision_probability: share of the pairs of real images that the threshold lets in, between 0 and 1; with 1e-4,
+            5,000 samples as diverse as real ones give 1,250 pairs.
+        level: chance that an interval holds the true value, between 0 and 1.
+        max_real: most real images that are compared, 2 or more, taken evenly from all that came.
+        chunk_size: rows compared at a time; memory is so many times N numbers of float64.
+        reset_real_features: whether a reset forgets the real images, too.
 
     Raises:
         ValueError: a number outside its range; too few real images for one pair at ``collision_probability``.
@@ -183,7 +130,7 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
         """The closest pairs of generated samples of all processes, each sample in one pair at most; all must call it.
 
         Args:
-            num: pairs wanted.
+            num: number of pairs wanted.
 
         Returns:
             Distances ``(K,)`` and ``(K, 2)`` int64: samples counted in their order, process after process.
@@ -242,11 +189,44 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
             self._of_real = None
 
 
+def poisson_interval(count: float, level: float = 0.95) -> tuple[float, float]:
+    r"""Exact (Garwood) interval of a Poisson mean after ``count`` events.
+
+    .. math:: P(X \ge c \mid \lambda_-) = P(X \le c \mid \lambda_+) = \frac{1 - \text{level}}{2}
+
+    Args:
+        count: c >= 0; the gamma function takes fractions too.
+        level: chance that the interval holds the mean, at least.
+
+    Returns:
+        The two ends; 0 is the lower one of no event.
+
+    Source: Garwood 1936, Biometrika 28.
+
+    Example:
+        >>> [round(end, 2) for end in poisson_interval(0)], [round(end, 2) for end in poisson_interval(10)]
+        ([0.0, 3.69], [4.8, 18.39])
+    """
+    tail = (1 - level) / 2
+    lower = _gamma_quantile(count, tail) if count > 0 else 0.0
+    return lower, _gamma_quantile(count + 1, 1 - tail)
+
+
+def _gamma_quantile(shape: float, probability: float) -> float:
+    a = torch.tensor(shape, dtype=torch.float64)
+    low, high = 0.0, shape + 20 * math.sqrt(shape) + 50
+    for _ in range(100):  # bisection, to the last bit
+        middle = (low + high) / 2
+        below = torch.special.gammainc(a, torch.tensor(middle, dtype=torch.float64)) < probability
+        low, high = (middle, high) if below else (low, middle)
+    return high
+
+
 def run_lengths(previous: Tensor) -> tuple[Tensor, int]:
     """How many samples are drawn until two are near-duplicates, again and again from the sample after.
 
     Args:
-        previous: ``(N,)`` from :func:`near_duplicates`.
+        previous: ``(N,)`` int64, the latest earlier near-duplicate of each sample, as :func:`near_duplicates` finds it.
 
     Returns:
         ``(R,)`` int64 lengths of finished runs, and that of the last, unfinished one.
@@ -266,7 +246,7 @@ def half_batch_size(lengths: Tensor, unfinished: int, level: float = 0.95) -> tu
     of :math:`1 - 2 P(\mathrm{Bin}(R, \tfrac12) < r)`.
 
     Args:
-        lengths: ``(R,)`` finished runs.
+        lengths: ``(R,)`` int64 lengths of finished runs.
         unfinished: length of the last run; it counts as a long one if it is longer than the median of the others.
         level: chance that the interval holds the median, at least.
 
@@ -282,3 +262,25 @@ def half_batch_size(lengths: Tensor, unfinished: int, level: float = 0.95) -> tu
     lower, upper = (float(runs[rank - 1]), float(runs[R - rank])) if rank else (2.0, math.inf)
     middle = float(runs[(R - 1) // 2])
     return (middle, lower, upper) if middle < math.inf else (float(unfinished), lower, upper)
+
+
+def support_size(batch_size: float | Tensor) -> float | Tensor:
+    r"""Number of equally likely items of which a batch of s holds two equal ones half of the time.
+
+    .. math:: 1 - e^{-s^2 / 2n} = \tfrac12 \quad\Longrightarrow\quad n = \frac{s^2}{2 \ln 2}
+
+    Where items differ in probability p it stays below their number, near :math:`1 / \sum p^2`: a heavy head decides.
+
+    Args:
+        batch_size: s, samples in a batch.
+
+    Returns:
+        n. Exact to a few per cent from s = 30.
+
+    Source: Arora and Zhang 2017, arXiv 1706.08224, section 3.
+
+    Example:
+        >>> round(support_size(472)), round(support_size(119))
+        (160705, 10215)
+    """
+    return batch_size**2 / (2 * math.log(2))

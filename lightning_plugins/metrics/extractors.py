@@ -16,8 +16,8 @@ def feature_extractor(feature: str | nn.Module) -> "FeatureExtractor":
     """The frozen network behind a name, or a frozen copy of a module.
 
     Args:
-        feature: ``"digits"``: 32 features of a small classifier of digits in the package, see
-            :class:`DigitsExtractor`; ``"inception"``: 2048 features of torchmetrics' InceptionV3, which torch-fidelity
+        feature: what the network is: ``"digits"``, 32 features of a small classifier of digits in the package, see
+            :class:`DigitsExtractor`; ``"inception"``, 2048 features of torchmetrics' InceptionV3, which torch-fidelity
             provides and whose weights are downloaded once; or a module with the attribute ``num_features`` (F) that
             takes images in [0, 1], of the size it wants, to ``(B, F)``. An extractor is passed through, so that
             several metrics can share one.
@@ -67,8 +67,8 @@ class FeatureExtractor(nn.Module):
     """A network that is never trained: no gradient, always in evaluation mode, float32 under any autocast.
 
     Args:
-        network: images in [0, 1] to ``(B, F)``, or ``(B, F, 1, 1)``; frozen in place.
-        num_features: F.
+        network: network from images in [0, 1] to ``(B, F)`` or ``(B, F, 1, 1)``; frozen in place.
+        num_features: number of features F.
     """
 
     def __init__(self, network: nn.Module, num_features: int) -> None:

@@ -39,10 +39,10 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
     extractors, or of other numbers of images, do not compare: few images make it larger.
 
     Args:
-        feature: ``"digits"``, ``"inception"`` or a module with ``num_features``, see :func:`feature_extractor`;
-            ``None`` if ``update`` is given features ``(B, F)``.
-        num_features: F; for ``feature=None`` alone.
-        reset_real_features: whether ``reset()`` forgets the real images, loaded ones included.
+        feature: what images are compared by: digits (a small classifier in the package), inception (which needs
+            torch-fidelity), or a module with the attribute num_features. None takes features (B, F) in place of images.
+        num_features: number of features F, where feature is None; give it only then.
+        reset_real_features: whether a reset forgets the real images, too, loaded ones included.
 
     Raises:
         ValueError: ``num_features`` without ``feature=None``, or the reverse; an argument that is none of its values.
@@ -117,7 +117,7 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
         With several processes all must call it; the first one writes the sums of all.
 
         Args:
-            path: the file; its folder is made if missing.
+            path: file to write; its folder is made if missing.
 
         Raises:
             ValueError: no real images yet.
@@ -137,7 +137,7 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
         """Take a file's images as the real ones; those of later updates are added. All processes must call it.
 
         Args:
-            path: a file of :meth:`save_reference`.
+            path: file that :meth:`save_reference` wrote.
 
         Raises:
             ValueError: another file, or its features are of another extractor.

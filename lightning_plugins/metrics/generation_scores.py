@@ -43,7 +43,8 @@ class GenerationScores(MetricCollection):
     All are 0 before the first pair. States are sums, so that ranks may hold different numbers of pairs, or none.
 
     Args:
-        lowercase: compare BLEU, chrF and exact match without regard to case, as models with uncased tokens need it.
+        lowercase: whether BLEU, chrF and exact match pass over upper and lower case, as models with uncased tokens need
+            it.
 
     Example:
         >>> scores = GenerationScores()

@@ -20,12 +20,13 @@ class KernelDistance(FeatureMetric, FeatureRows):
     ranks, and the global random state is left alone.
 
     Args:
-        feature: ``"digits"``, ``"inception"`` or a module with ``num_features``, see :func:`feature_extractor`;
-            ``None`` if ``update`` is given features ``(B, F)``.
-        num_subsets: of which the mean is taken; 100 as in the paper and torchmetrics.
-        subset_size: m, at most; all images of the smaller set if there are fewer. 1000 as in the paper.
-        reset_real_features: whether ``reset()`` forgets the real images, too.
-        seed: of the subsets.
+        feature: what images are compared by: digits (a small classifier in the package), inception (which needs
+            torch-fidelity), or a module with the attribute num_features. None takes features (B, F) in place of images.
+        num_subsets: number of subsets whose mean is taken; 100 as in the paper and torchmetrics.
+        subset_size: most images of each kind in a subset, 2 or more; 1000 as in the paper. All images of the smaller
+            set if there are fewer.
+        reset_real_features: whether a reset forgets the real images, too.
+        seed: seed of the choice of subsets.
 
     Raises:
         ValueError: ``num_subsets`` below 1, ``subset_size`` below 2, or another argument that is none of its values.

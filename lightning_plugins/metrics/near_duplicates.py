@@ -1,6 +1,6 @@
-"""Pairs of rows that lie close together, in blocks (memory is a block times N, never N x N), and runs without one.
+"""Pairs of rows that lie close together, found in blocks: memory is a block times N, never N x N.
 
-Shapes: N rows, F features, K closest pairs, R runs.
+Shapes: N rows, F features, K closest pairs.
 """
 
 import math
@@ -17,8 +17,8 @@ def closest_pairs(x: Tensor, num: int, chunk_size: int = 512) -> tuple[Tensor, T
     """The pairs of rows with the smallest Euclidean distance, found in blocks of ``chunk_size`` x N.
 
     Args:
-        x: ``(N, F)``.
-        num: K, pairs wanted.
+        x: ``(N, F)`` rows to compare.
+        num: K, number of pairs wanted.
         chunk_size: rows compared at a time.
 
     Returns:
@@ -58,7 +58,7 @@ def near_duplicates(x: Tensor, threshold: float, chunk_size: int = 512) -> NearD
     .. math:: \frac{\mathrm{Var}(c)}{\mathrm E(c)} \approx 1 + \frac{\sum_i d_i (d_i - 1) - N (N-1) (N-2) \, p^2}{c}
 
     Args:
-        x: ``(N, F)``.
+        x: ``(N, F)`` rows to compare.
         threshold: largest distance of a pair. Distances are right to 1e-7 of the largest norm.
         chunk_size: rows compared at a time: memory is ``chunk_size`` x N.
 

@@ -26,10 +26,11 @@ class PrecisionRecallDensityCoverage(FeatureMetric, FeatureRows):
     for more samples: compare at equal numbers. Distances are exact, in double precision, 512 rows at a time.
 
     Args:
-        feature: ``"digits"``, ``"inception"`` or a module with ``num_features``, see :func:`feature_extractor`;
-            ``None`` if ``update`` is given features ``(B, F)``.
-        k: which neighbour; 5 in Naeem et al., 3 for precision and recall in Kynkäänniemi et al.
-        reset_real_features: whether ``reset()`` forgets the real images, too.
+        feature: what images are compared by: digits (a small classifier in the package), inception (which needs
+            torch-fidelity), or a module with the attribute num_features. None takes features (B, F) in place of images.
+        k: which nearest neighbour's distance is the radius, 1 or more; 5 as in Naeem et al. 2020, 3 for precision and
+            recall in Kynkäänniemi et al. 2019.
+        reset_real_features: whether a reset forgets the real images, too.
 
     Raises:
         ValueError: ``k`` below 1, or another argument that is none of its values.

@@ -38,16 +38,18 @@ class NormRMSprop(Optimizer):
     without a trace in them (``ZeroRedundancyOptimizer``, DeepSpeed) cannot be seen and must not be used.
 
     Args:
-        params: parameters, or dicts of a group's ``params`` and options. Each group has a mean and a step of its own.
-        lr: :math:`\eta \ge 0`, in the unit of the parameters. No default: the right length depends on the model.
-        alpha: :math:`\alpha` in [0, 1), memory of the mean; 0 for steps of length ``lr`` exactly. 0.99 as torch's
-            ``RMSprop``.
-        eps: :math:`\epsilon > 0` in the unit of the gradient's norm, outside the root as in torch's ``RMSprop``, whose
-            1e-8 it is.
-        momentum: :math:`\mu` in [0, 1).
-        weight_decay: :math:`\lambda \ge 0`, coupled: it is part of the gradient that is measured, as in ``RMSprop``.
-        foreach: many tensors in one kernel, for one more copy of the gradients; ``None`` decides by the device.
-        maximize: climb instead.
+        params: parameters, or dicts of a group's params and options. Each group has a mean and a step of its own.
+        lr: length of a step, 0 or more, in the unit of the parameters (eta in the formula). No default: the right
+            length depends on the model.
+        alpha: memory of the mean square norm, in [0, 1); 0 for steps of length lr exactly. 0.99 as in torch's RMSprop.
+        eps: number above 0 that is added to the root of the mean, in the unit of the gradient's norm; outside the root
+            and 1e-8 as in torch's RMSprop.
+        momentum: multiple of the last step that is added to the next one, in [0, 1) (mu in the formula).
+        weight_decay: multiple of the parameters that is added to the gradient, 0 or more (lambda in the formula);
+            coupled, as in RMSprop: it is part of the gradient that is measured.
+        foreach: whether many tensors are moved in one kernel, for one more copy of the gradients. Default: decided by
+            the device.
+        maximize: whether to climb the loss in place of descending.
 
     Raises:
         ValueError: an option is out of range, or the parameters are sharded by FSDP1, which hides the other shards.
@@ -91,7 +93,7 @@ class NormRMSprop(Optimizer):
             param_group: ``params`` and the options that differ from the constructor's.
 
         Raises:
-            ValueError: see the class.
+            ValueError: an option is out of range, or the parameters are sharded by FSDP1.
         """
         _check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
@@ -106,7 +108,7 @@ class NormRMSprop(Optimizer):
         """Go on from a state; the running means keep the precision they were saved in.
 
         Args:
-            state_dict: of an optimiser with as many groups and parameters.
+            state_dict: state of an optimiser with as many groups and parameters.
 
         Raises:
             ValueError: the state is another optimiser's, or the groups do not match.
@@ -127,7 +129,7 @@ class NormRMSprop(Optimizer):
         """Move every parameter that has a gradient, without waiting for the device.
 
         Args:
-            closure: computes gradients again and returns the loss.
+            closure: function that computes gradients again and returns the loss.
 
         Returns:
             The closure's loss, if any.

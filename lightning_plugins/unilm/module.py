@@ -150,6 +150,8 @@ class UniLMSeq2Seq(LightningModule):
     arXiv 2110.13640; Su, kexue.fm/archives/6933.
     """
 
+    evaluation: Evaluation  # made with the network: the tokenizer says whether capitals count
+
     def __init__(
         self,
         model_name_or_path: str | None = None,
@@ -205,7 +207,6 @@ class UniLMSeq2Seq(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._packed: dict[str, Tensor] | None = None  # the tokenizer as checkpoints hold it
         self.weights, self.speed = TokenWeights(), TokenSpeed()
-        self.evaluation: Evaluation | None = None
         self._results: dict[str, float] = {}  # of the last evaluation, for the model card
         self._window: tuple[Any, ...] = ()  # of accumulated batches in which the checkpoint to resume was written
 
