@@ -1,11 +1,14 @@
 """Whether a checkpoint file is what was written: ``torch.save`` keeps checksums, and ``torch.load`` ignores them."""
 
 import os
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
 
 _FOLDER = 0x10  # a bit of an entry's attributes by which torch would read nothing
+_JUST_WRITTEN = 2 * 10**9  # ns in which a file may change again with no change of its time: the coarsest clock, of FAT
+_verdicts: dict[tuple[int, ...], str | None] = {}  # of files that this process has read
 
 
 def damage(path: Path) -> str | None:
@@ -13,7 +16,21 @@ def damage(path: Path) -> str | None:
 
     The checksum (CRC-32) of every record and the headers around them are compared, at about a second for 2 GB. A file
     in torch's old format, or one written under ``torch.serialization.set_crc32_options(False)``, has no checksums.
+
+    A command asks two or three times for one file: the first answer serves as long as the file has not changed.
     """
+    found = path.stat()
+    file = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    if file in _verdicts:
+        return _verdicts[file]
+    settled = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _JUST_WRITTEN
+    verdict = _read(path)
+    if settled:
+        _verdicts[file] = verdict
+    return verdict
+
+
+def _read(path: Path) -> str | None:
     if path.stat().st_size == 0:
         return "is empty: the run that wrote it was cut off"
     with path.open("rb") as file:

@@ -1,7 +1,9 @@
 """A flipped bit anywhere in a checkpoint is seen, or changes nothing."""
 
 import io
+import os
 import random
+import time
 import zipfile
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_plugins import AtomicCheckpointIO
+from lightning_plugins.cli.checkpoint import read_hyperparameters
 from lightning_plugins.core.checkpoint_damage import damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 
@@ -121,3 +124,60 @@ def test_files_without_checksums_are_passed(tmp_path):
         torch.serialization.set_crc32_options(True)
     assert damage(tmp_path / "old.pt") is None
     assert damage(tmp_path / "none.pt") is None
+
+
+@pytest.fixture
+def file(good, tmp_path):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(good[0])
+    return path
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """A minute after the files were written."""
+    now = time.time_ns
+    monkeypatch.setattr(time, "time_ns", lambda: now() + 60 * 10**9)
+
+
+@pytest.fixture
+def readings(monkeypatch):
+    """How often all of a file was read for its checksums."""
+    count, testzip = [], zipfile.ZipFile.testzip
+
+    def counted(archive):
+        count.append(archive.filename)
+        return testzip(archive)
+
+    monkeypatch.setattr(zipfile.ZipFile, "testzip", counted)
+    return count
+
+
+@pytest.mark.usefixtures("later")
+def test_a_command_reads_a_files_checksums_once(file, readings):
+    read_hyperparameters(file)
+    Net.load_from_checkpoint(str(file))
+    AtomicCheckpointIO().load_checkpoint(file)
+    assert len(readings) == 1
+
+
+@pytest.mark.usefixtures("later")
+def test_a_file_that_has_changed_is_read_again(file, readings, good):
+    assert damage(file) is None
+    data, before = bytearray(good[0]), file.stat()
+    data[data.index(b"state_dict") + 2] ^= 1
+    time.sleep(0.05)  # longer than a tick of the clock of files
+    file.write_bytes(data)  # as long, and the same inode
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # and the same time
+    assert "is damaged" in damage(file)
+    assert "is damaged" in damage(file)
+    (file.parent / "new.ckpt").write_bytes(good[0])
+    os.replace(file.parent / "new.ckpt", file)
+    assert damage(file) is None
+    assert len(readings) == 3
+
+
+def test_a_file_just_written_is_read_each_time(file, readings):
+    """It may change again with no change of its time."""
+    assert damage(file) is damage(file) is None
+    assert len(readings) == 2
