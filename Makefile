@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo lint types test cov test-settings test-faults test-chains test-mutants test-oldest clean
+.PHONY: help demo lint types test test-fast cov test-settings test-faults test-chains test-mutants test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make test    install into $(VENV) with the test extra, run the whole suite, two files at a time (PYTEST_ARGS=... to choose)"
 	@echo "make lint    ruff, codespell and yamllint over every file under version control"
 	@echo "make types   basedpyright: no error, and in the folders that still have some no more than there were"
+	@echo "make test-fast   the parts' short tests, one case of each: under 90 seconds on two cores"
 	@echo "make cov     make test, and which files it runs less than 90 % of"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: six minutes"
@@ -33,6 +34,12 @@ lint: $(VENV)/installed-dev
 
 types: $(VENV)/installed-dev
 	$(VENV)/bin/python tests/helpers/type_errors.py
+
+# tests/conftest.py chooses: of each test in the folders of the parts and of what they share, the first case. Left out are
+# the other cases, the documentation's examples, what starts processes or trains for long (marks `ddp` and `slow`), draws or
+# compiles, and the folders cli, distributed, faults, gates, recipes and robustness.
+test-fast: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m fast tests $(PYTEST_ARGS)
 
 cov: $(VENV)/installed-dev
 	$(VENV)/bin/python -m coverage erase

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from first_cases import is_first_case
 from numerics import compares_numbers
 
 _CACHE = tempfile.TemporaryDirectory(prefix="lightning_plugins_tests_")  # not the user's own
@@ -37,12 +38,19 @@ def _is_apart(item):
     return not inside or other or any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before `-m numerics` chooses
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(items):
-    """Mark as ``numerics`` what compares floating-point results in the folders of the parts; others may say so."""
+    """Mark tests in the folders of the parts, unless they take long.
+
+    As ``numerics`` what compares floating-point results (others may say so), as ``fast`` the first case of each test.
+    """
     for item in items:
-        if isinstance(item, pytest.Function) and not _is_apart(item) and compares_numbers(item.function):
+        if not isinstance(item, pytest.Function) or _is_apart(item):
+            continue
+        if compares_numbers(item.function):
             item.add_marker("numerics")
+        if is_first_case(item):
+            item.add_marker("fast")
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from first_cases import is_first_case
 from hypothesis import given
 from hypothesis import strategies as st
 from numerics import compares_numbers
@@ -60,6 +61,21 @@ def test_comparisons_of_numbers_are_seen():
     assert compares_numbers(with_examples)
     assert compares_numbers(lambda: [helper() for _ in range(2)])
     assert not compares_numbers(lambda: {1}.isdisjoint({2}))
+
+
+@pytest.fixture(params=[1.0, 2.0])
+def factor(request):
+    return request.param
+
+
+@pytest.mark.parametrize("letter", "ab")
+@pytest.mark.parametrize(("number", "sign"), [(0, "+"), (1, "-")])
+def test_the_first_case_is_seen(factor, letter, number, sign, request):
+    assert is_first_case(request.node) == ((factor, letter, number, sign) == (1.0, "a", 0, "+"))
+
+
+def test_a_test_without_cases_is_its_own_first(request):
+    assert is_first_case(request.node)
 
 
 TOY = {
