@@ -36,7 +36,6 @@ from capsnet_step import cpu_model
 
 from lightning_plugins.core.pictures import new_figure
 from lightning_plugins.sid.losses import (
-    epsilon_generator_loss,
     fake_score_loss,
     fisher_divergence,
     generator_loss,
@@ -102,12 +101,31 @@ def sid(alpha: float) -> Loss:
     return lambda x_g, x_t, sigma, teacher, fake: generator_loss(x_g, teacher, fake, alpha)
 
 
+def epsilon_generator_loss(noise: Tensor, eps_teacher: Tensor, eps_fake: Tensor, alpha: float = 1.2) -> Tensor:
+    r"""Su's loss for networks that predict noise: ``generator_loss`` of images by sigma^2, without weight; ``(B,)``.
+
+    .. math:: L_\alpha = \langle \epsilon_\phi - \epsilon_\psi, \epsilon_\phi - \epsilon \rangle
+        - \alpha |\epsilon_\phi - \epsilon_\psi|^2
+
+    Args:
+        noise: ``(B, D)`` the unit noise in :math:`x_t = x_g + \sigma \epsilon`.
+        eps_teacher: ``(B, D)`` predicted by the teacher, with gradient.
+        eps_fake: ``(B, D)`` predicted by the fake score, with gradient.
+        alpha: Su's lambda.
+
+    Source: kexue.fm/archives/10085 and 10567.
+    """
+    delta = eps_teacher - eps_fake
+    return (delta * (eps_teacher - noise)).sum(1) - alpha * delta.square().sum(1)
+
+
 def sid_epsilon(alpha: float) -> Loss:
-    """The same from predictions of noise."""
+    """The paper's loss from predictions of noise."""
 
     def loss(x_g: Tensor, x_t: Tensor, sigma: Tensor, teacher: Tensor, fake: Tensor) -> Tensor:
+        weight = sigma**2 * l1_weight(x_g, teacher)
         noise, teacher, fake = ((x_t - image) / sigma[:, None] for image in (x_g, teacher, fake))
-        return epsilon_generator_loss(noise, teacher, fake, alpha, sigma=sigma, weighting="l1")
+        return weight * epsilon_generator_loss(noise, teacher, fake, alpha)
 
     return loss
 

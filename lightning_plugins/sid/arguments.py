@@ -5,8 +5,8 @@ from typing import Any
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.sid.losses import Weighting
-from lightning_plugins.sid.noise_levels import check_times
-from lightning_plugins.sid.objectives import Levels, Loss
+from lightning_plugins.sid.noise_levels import Levels, check_times
+from lightning_plugins.sid.objectives import Loss
 
 _MOMENTUM = must.number(0, below=1)
 _RULES = {

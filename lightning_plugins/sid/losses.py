@@ -1,4 +1,4 @@
-r"""Score identity distillation: its two losses in both notations, and published relatives.
+r"""Score identity distillation: its two losses, the weight and the figure that belong to them, and a relative.
 
 A generator's images :math:`x_g` are noised as in EDM, :math:`x_t = x_g + \sigma n`. The frozen teacher gives
 :math:`f_\phi(x_t)`, the mean of clean images behind :math:`x_t`; the fake score network learns the same of the
@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from lightning_plugins.core import arguments as must
 
@@ -22,23 +21,33 @@ _WEIGHTING, _TENSOR = must.one_of(Weighting), must.tensor(dtype="any")
 _SIGMA_DATA = must.number(1e-6, why="its inverse square is a factor of the weight, which overflows in fp32")
 
 _LEAST_ERROR = 1e-5  # of mean|x_g - f_phi|, as in the authors' code
-_LOGIT_LIMIT = 10.0
 
 
-def l1_weight(x_g: Tensor, d_teacher: Tensor) -> Tensor:
-    r"""The paper's weight, :math:`\omega = 1 / \mathrm{mean}|x_g - f_\phi|`: ``(B,)``, constant, at most 1e5.
+def fake_score_loss(d_fake: Tensor, x_g: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    r"""Teach the fake score network to denoise generated images.
 
-    It depends on the noise behind :math:`x_t` and not on its level alone, so that no member of the family is exactly
-    unbiased with it; where both scores agree the loss is at rest all the same.
+    .. math:: L_\psi = \lambda(\sigma) |f_\psi(x_t) - x_g|^2, \quad
+        \lambda = \frac{\sigma^2 + \sigma_d^2}{(\sigma \sigma_d)^2}
 
     Args:
-        x_g: ``(B, ...)`` generated.
-        d_teacher: ``(B, ...)`` denoised by the teacher.
+        d_fake: ``(B, ...)`` denoised by the fake score network.
+        x_g: ``(B, ...)`` generated under ``torch.no_grad()``.
+        sigma: ``(B,)`` noise levels.
+        sigma_data: standard deviation of the images; 0.5 in EDM.
 
-    Source: Zhou et al. 2024 (arXiv 2404.04057); DMD (arXiv 2311.18828).
+    Returns:
+        ``(B,)``.
+
+    Raises:
+        ValueError: shapes that differ, half precision, or images with a gradient.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1; weight of EDM (arXiv 2206.00364).
     """
-    with torch.no_grad():
-        return 1 / (x_g - d_teacher).abs().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
+    _check_images(d_fake=d_fake, x_g=x_g)
+    if x_g.requires_grad:
+        raise ValueError("fake_score_loss: x_g carries a gradient, which would train the generator; use no_grad there.")
+    error = d_fake - x_g
+    return edm_weight(sigma, sigma_data) * _dot(error, error)
 
 
 def generator_loss(
@@ -91,6 +100,41 @@ def generator_loss(
     return loss * l1_weight(x_g, d_teacher) if _weighted(weighting) else loss
 
 
+def l1_weight(x_g: Tensor, d_teacher: Tensor) -> Tensor:
+    r"""The paper's weight, :math:`\omega = 1 / \mathrm{mean}|x_g - f_\phi|`: ``(B,)``, constant, at most 1e5.
+
+    It depends on the noise behind :math:`x_t` and not on its level alone, so that no member of the family is exactly
+    unbiased with it; where both scores agree the loss is at rest all the same.
+
+    Args:
+        x_g: ``(B, ...)`` generated.
+        d_teacher: ``(B, ...)`` denoised by the teacher.
+
+    Source: Zhou et al. 2024 (arXiv 2404.04057); DMD (arXiv 2311.18828).
+    """
+    with torch.no_grad():
+        return 1 / (x_g - d_teacher).abs().flatten(1).mean(1).clamp(min=_LEAST_ERROR)
+
+
+def edm_weight(sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
+    r"""EDM's weight of noise levels, :math:`\lambda = (\sigma^2 + \sigma_d^2) / (\sigma \sigma_d)^2`: ``(B,)``.
+
+    Args:
+        sigma: ``(B,)`` noise levels.
+        sigma_data: standard deviation of the images; 0.5 in EDM.
+
+    Raises:
+        ValueError: levels of another shape, or a deviation that is not positive.
+
+    Source: Karras et al. 2022 (arXiv 2206.00364) table 1.
+    """
+    _SIGMA_DATA("sigma_data", sigma_data)
+    _TENSOR("sigma", sigma)
+    if sigma.ndim != 1:
+        raise ValueError(f"sigma must hold one noise level a sample, (B,), got {tuple(sigma.shape)}.")
+    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
+
+
 def fisher_divergence(d_teacher: Tensor, d_fake: Tensor, weight: Tensor | None = None) -> Tensor:
     r"""How far the two denoisers are apart, :math:`\omega |\delta|^2`: the figure that shows progress.
 
@@ -112,100 +156,6 @@ def fisher_divergence(d_teacher: Tensor, d_fake: Tensor, weight: Tensor | None =
     must.optional(_TENSOR)("weight", weight)
     delta = d_teacher - d_fake
     return _dot(delta, delta) if weight is None else weight * _dot(delta, delta)
-
-
-def fake_score_loss(d_fake: Tensor, x_g: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    r"""Teach the fake score network to denoise generated images.
-
-    .. math:: L_\psi = \lambda(\sigma) |f_\psi(x_t) - x_g|^2, \quad
-        \lambda = \frac{\sigma^2 + \sigma_d^2}{(\sigma \sigma_d)^2}
-
-    Args:
-        d_fake: ``(B, ...)`` denoised by the fake score network.
-        x_g: ``(B, ...)`` generated under ``torch.no_grad()``.
-        sigma: ``(B,)`` noise levels.
-        sigma_data: standard deviation of the images; 0.5 in EDM.
-
-    Returns:
-        ``(B,)``.
-
-    Raises:
-        ValueError: shapes that differ, half precision, or images with a gradient.
-
-    Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1; weight of EDM (arXiv 2206.00364).
-    """
-    _check_images(d_fake=d_fake, x_g=x_g)
-    if x_g.requires_grad:
-        raise ValueError("fake_score_loss: x_g carries a gradient, which would train the generator; use no_grad there.")
-    error = d_fake - x_g
-    return _edm_weight(sigma, sigma_data) * _dot(error, error)
-
-
-def epsilon_generator_loss(
-    noise: Tensor,
-    eps_teacher: Tensor,
-    eps_fake: Tensor,
-    alpha: float = 1.2,
-    *,
-    sigma: Tensor | None = None,
-    weighting: Weighting = "none",
-) -> Tensor:
-    r""":func:`generator_loss` in the notation of noise, for networks that predict epsilon.
-
-    .. math:: L_\alpha = \langle \epsilon_\phi - \epsilon_\psi, \epsilon_\phi - \epsilon \rangle
-        - \alpha |\epsilon_\phi - \epsilon_\psi|^2
-
-    With :math:`x_t = \bar\alpha x_g + \bar\beta \epsilon` and :math:`\sigma = \bar\beta / \bar\alpha` this is the loss
-    of images divided by :math:`\sigma^2`: only the weight of noise levels differs.
-
-    Args:
-        noise: ``(B, ...)`` the unit noise in :math:`x_t`.
-        eps_teacher: ``(B, ...)`` predicted by the teacher, with gradient.
-        eps_fake: ``(B, ...)`` predicted by the fake score network, with gradient.
-        alpha: as there; Su's lambda.
-        sigma: ``(B,)`` noise levels, for ``weighting="l1"`` only.
-        weighting: ``"none"`` is Su's loss as it stands; ``"l1"`` the paper's, equal to ``generator_loss``.
-
-    Returns:
-        ``(B,)``.
-
-    Raises:
-        ValueError: shapes that differ, half precision, a score that was cut off from its input, ``"l1"`` without sigma.
-
-    Source: kexue.fm/archives/10085 and 10567.
-    """
-    _check_images(noise=noise, eps_teacher=eps_teacher, eps_fake=eps_fake)
-    must.finite("alpha", alpha)
-    if torch.is_grad_enabled() and eps_teacher.requires_grad != eps_fake.requires_grad:
-        raise ValueError(
-            "epsilon_generator_loss: eps_teacher and eps_fake must both keep their gradient with respect to x_t, else "
-            "another loss is trained; freeze the networks' parameters instead of using no_grad or detach."
-        )
-    delta = eps_teacher - eps_fake
-    loss = _dot(delta, eps_teacher - noise) - alpha * _dot(delta, delta)
-    if not _weighted(weighting):
-        return loss
-    if sigma is None:
-        raise ValueError("epsilon_generator_loss: weighting='l1' needs sigma, the noise levels (B,).")
-    scale = sigma.view(-1, *[1] * (noise.ndim - 1))
-    return loss * sigma**2 * l1_weight(scale * noise, scale * eps_teacher)
-
-
-def epsilon_fake_score_loss(eps_fake: Tensor, noise: Tensor) -> Tensor:
-    r"""Plain noise prediction, :math:`|\epsilon_\psi - \epsilon|^2`: :func:`fake_score_loss` weighted by 1 / sigma^2.
-
-    Args:
-        eps_fake: ``(B, ...)`` predicted by the fake score network.
-        noise: ``(B, ...)`` the unit noise in :math:`x_t`.
-
-    Returns:
-        ``(B,)``.
-
-    Source: SiD-LSG (arXiv 2406.01561).
-    """
-    _check_images(eps_fake=eps_fake, noise=noise)
-    error = eps_fake - noise
-    return _dot(error, error)
 
 
 def reverse_kl_loss(x_g: Tensor, d_teacher: Tensor, d_fake: Tensor, weighting: Weighting = "l1") -> Tensor:
@@ -231,64 +181,9 @@ def reverse_kl_loss(x_g: Tensor, d_teacher: Tensor, d_fake: Tensor, weighting: W
     return loss * l1_weight(x_g, d_teacher) if _weighted(weighting) else loss
 
 
-def adversarial_generator_loss(logits: Tensor, weight: Tensor) -> Tensor:
-    r"""SiDA's second term for the generator: its noised images shall look real to the fake score network's encoder.
-
-    .. math:: L = \omega \; \mathrm{mean}\, \mathrm{BCE}(\mathrm{clamp}(D(x_t), -10, 10), 1)
-
-    SiDA minimises 50 times the mean of :func:`generator_loss` (alpha = 1) plus 0.005 times the mean of this: half and
-    half of 100 and 0.01.
-
-    Args:
-        logits: ``(B,)`` or ``(B, ...)`` of generated images at the same :math:`x_t`, with gradient, which ends at +-10.
-        weight: ``(B,)``, the :func:`l1_weight` of the same samples.
-
-    Returns:
-        ``(B,)``, the mean over a sample's logits.
-
-    Source: Zhou et al. 2024 (SiDA, arXiv 2410.14919) and the authors' code.
-    """
-    return weight * _mean(softplus(-logits.float().clamp(-_LOGIT_LIMIT, _LOGIT_LIMIT)))
-
-
-def adversarial_fake_loss(real_logits: Tensor, fake_logits: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> Tensor:
-    r"""SiDA's second term for the fake score network, whose encoder tells real images from generated ones.
-
-    .. math:: L = \tfrac12 \lambda(\sigma) \left[\mathrm{BCE}(D(y_t), 1) + \mathrm{BCE}(D(x_t), 0)\right]
-
-    with the weight of :func:`fake_score_loss`, to which SiDA adds it as it is.
-
-    Args:
-        real_logits: ``(B,)`` or ``(B, ...)`` of real images with noise of the same levels.
-        fake_logits: ``(B,)`` or ``(B, ...)`` of generated images.
-        sigma: ``(B,)`` noise levels.
-        sigma_data: standard deviation of the images.
-
-    Returns:
-        ``(B,)``, the mean over a sample's logits.
-
-    Source: Zhou et al. 2024 (SiDA, arXiv 2410.14919) and the authors' code.
-    """
-    error = _mean(softplus(-real_logits.float())) + _mean(softplus(fake_logits.float()))
-    return _edm_weight(sigma, sigma_data) * error / 2
-
-
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample: ``(B,)``."""
     return (a * b).flatten(1).sum(1)
-
-
-def _mean(logits: Tensor) -> Tensor:
-    """Of each sample, which may have one alone: ``(B,)``."""
-    return logits.reshape(len(logits), -1).mean(1)
-
-
-def _edm_weight(sigma: Tensor, sigma_data: float) -> Tensor:
-    _SIGMA_DATA("sigma_data", sigma_data)
-    _TENSOR("sigma", sigma)
-    if sigma.ndim != 1:
-        raise ValueError(f"sigma must hold one noise level a sample, (B,), got {tuple(sigma.shape)}.")
-    return (sigma**2 + sigma_data**2) / (sigma * sigma_data) ** 2
 
 
 def _weighted(weighting: str) -> bool:

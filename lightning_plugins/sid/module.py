@@ -23,6 +23,7 @@ from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
+from lightning_plugins.sid.adversarial import Logits, encoder_logits
 from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.conditions import EqualBatches, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
@@ -38,17 +39,8 @@ from lightning_plugins.sid.manual_optimization import (
     refuse_setup,
 )
 from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average
-from lightning_plugins.sid.objectives import (
-    Draws,
-    Levels,
-    Logits,
-    Loss,
-    Score,
-    draw_levels,
-    encoder_logits,
-    fake_score_terms,
-    generator_terms,
-)
+from lightning_plugins.sid.noise_levels import Levels, draw_levels
+from lightning_plugins.sid.objectives import Distillation, Draws, Generate, Loss, Score
 from lightning_plugins.sid.sampling import many_steps, step_levels
 from lightning_plugins.sid.teacher import Teacher
 
@@ -371,35 +363,36 @@ class SiD(LightningModule):
         self, draws: Draws, conditioning: dict[str, Tensor], real: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
-        fake = nets.fake_score
-        with torch.no_grad(), evaluating(nets.generator):
-            images = nets.generate(nets.generator, draws.latent, conditioning)
-        score = self._score(fake, self._dropped(conditioning, draws.dropped), self.fake_guidance)
-        with self._discriminator() as logits:
-            loss = fake_score_terms(images, draws, score, self.fake_noise_levels, fake.sigma_data, real, logits)
+        G = self._generates(conditioning)
+        f_psi = self._score(nets.fake_score, self._dropped(conditioning, draws.dropped), self.fake_guidance)
+        with evaluating(nets.generator), self._discriminator() as logits:
+            loss = self._distillation().fake_score_loss(G, f_psi, draws, real, logits)
         return loss, {"fake_loss": loss}
 
     def _generator_objective(
         self, draws: Draws, conditioning: dict[str, Tensor], real: Tensor | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         nets = self.networks
-        images = nets.generate(nets.generator, draws.latent, conditioning)
-        with self._discriminator() as logits, evaluating(nets.fake_score):  # which the teacher has not either
-            terms = generator_terms(
-                images,
-                draws,
-                self._score(self.teacher.denoiser, conditioning, self.guidance),
-                self._score(nets.fake_score, conditioning, self.fake_guidance),
-                alpha=self.alpha,
-                kind=self.loss_kind,
-                weighting=self.weighting,
-                logits=logits,
-                scale=loss_scale(self.trainer),
-            )
-        objective = _GENERATOR_SCALE * (images.nan_to_num() * terms.gradient).flatten(1).sum(1)
+        G = self._generates(conditioning)
+        f_phi = self._score(self.teacher.denoiser, conditioning, self.guidance)
+        f_psi = self._score(nets.fake_score, conditioning, self.fake_guidance)
+        with evaluating(nets.fake_score), self._discriminator() as logits:  # in evaluation as the teacher is
+            terms = self._distillation().generator_terms(G, f_phi, f_psi, draws, logits, loss_scale(self.trainer))
         lost = (~terms.finite).float()
-        loss, divergence = (torch.where(terms.finite, value, 0.0) for value in (terms.loss, terms.divergence))
-        return objective, {"generator_loss": loss, "divergence": divergence, "nonfinite": lost}
+        return terms.objective, {"generator_loss": terms.loss, "divergence": terms.divergence, "nonfinite": lost}
+
+    def _distillation(self) -> Distillation:
+        return Distillation(
+            alpha=self.alpha,
+            kind=self.loss_kind,
+            weighting=self.weighting,
+            fake_levels=self.fake_noise_levels,
+            sigma_data=self.networks.fake_score.sigma_data,
+        )
+
+    def _generates(self, conditioning: Mapping[str, Tensor]) -> Generate:
+        nets = self.networks
+        return lambda z: nets.generate(nets.generator, z, conditioning)
 
     def _score(self, denoiser: Denoiser, conditioning: Mapping[str, Tensor], guidance: float) -> Score:
         null = self.networks.null_conditioning() if guidance != 1 else None
@@ -587,4 +580,3 @@ class SiD(LightningModule):
 
 _RECORD = "sid"
 _ON_THE_CARD = ("lr", "fake_lr", "fake_steps", "guidance", "ema_halflife_images", "lora_rank")
-_GENERATOR_SCALE = 100.0  # of the generator's loss in the paper's code; with Adam it matters through eps and clipping

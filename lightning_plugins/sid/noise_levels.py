@@ -1,9 +1,43 @@
 """At which noise levels sigma the networks are asked: along EDM's schedule, log-normal, or on a teacher's own grid."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.sid.denoiser import Denoiser
+
+Levels = Literal["edm", "grid"]
+
+
+def draw_levels(
+    denoiser: Denoiser, n: int, kind: Levels, generator: torch.Generator, *, fake: bool, t_min: float, t_max: float
+) -> Tensor:
+    """Noise levels ``(n,)`` of an update, each one of the teacher's.
+
+    Args:
+        denoiser: the teacher's, or another over its grid.
+        n: number of samples.
+        kind: ``edm``: the paper's distributions, moved to the teacher's nearest levels; ``grid``: its own timesteps,
+            each as likely.
+        generator: where the random numbers come from; they are drawn on its device.
+        fake: draw for the fake score, whose levels are log-normal, or all of the grid's.
+        t_min: lowest level of the generator's, in thousandths of the schedule.
+        t_max: highest level of the generator's, in thousandths of the schedule.
+
+    Raises:
+        ValueError: ``grid`` for a teacher of continuous levels.
+    """
+    if kind == "grid":
+        if denoiser.sigmas is None:
+            raise ValueError("noise_levels='grid' needs timesteps, and this teacher's levels have none: use 'edm'.")
+        first, last = (0.0, 1000.0) if fake else (t_min, t_max)
+        return grid_sigmas(n, denoiser.sigmas, generator=generator, t_min=first, t_max=last)
+    device = generator.device
+    if fake:
+        return denoiser.nearest(fake_score_sigmas(n, generator=generator, device=device))
+    return denoiser.nearest(generator_sigmas(n, generator=generator, t_min=t_min, t_max=t_max, device=device))
 
 
 def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Tensor:

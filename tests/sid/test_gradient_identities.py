@@ -81,7 +81,7 @@ class Case:
         return total
 
     def expected(self, loss):
-        """E of ``loss(x_g, noise, x_t, teacher, fake)`` over latent and noise; the fake score's parameters are cut."""
+        """E of ``loss(x_g, x_t, teacher, fake)`` over latent and noise; the fake score's parameters are cut."""
         u, w = grid(self.nodes, 4)
         z, noise = u[:, :2], u[:, 2:]
         total = 0
@@ -90,19 +90,13 @@ class Case:
             x_t = x_g + self.sigma * noise
             teacher = denoise(x_t, self.sigma, *self.teacher)
             fake = denoise(x_t, self.sigma, *self.student(constant=True))
-            total = total + self.weights[k] * w @ loss(x_g, noise, x_t, teacher, fake)
+            total = total + self.weights[k] * w @ loss(x_g, x_t, teacher, fake)
         return total
 
-    def sid(self, alpha, epsilon=False):
+    def sid(self, alpha):
         """The loss in units of the divergence of scores."""
-        if not epsilon:
-            return self.sigma**-4 * self.expected(
-                lambda x_g, noise, x_t, teacher, fake: losses.generator_loss(x_g, teacher, fake, alpha, "none")
-            )
-        return self.sigma**-2 * self.expected(
-            lambda x_g, noise, x_t, teacher, fake: losses.epsilon_generator_loss(
-                noise, (x_t - teacher) / self.sigma, (x_t - fake) / self.sigma, alpha
-            )
+        return self.sigma**-4 * self.expected(
+            lambda x_g, x_t, teacher, fake: losses.generator_loss(x_g, teacher, fake, alpha, "none")
         )
 
     def gradient(self, value):
@@ -145,13 +139,12 @@ def case(request):
 
 @torch.no_grad()
 def test_the_value_is_the_divergence_times_one_minus_alpha(case):
-    """So that it is no figure of progress: 0 at alpha = 1, whatever F is. Both notations."""
+    """So that it is no figure of progress: 0 at alpha = 1, whatever F is."""
     assert case.divergence_value > 5e-4
     for alpha in (0.0, 0.5, 1.0, 1.2):
-        for epsilon in (False, True):
-            error = case.sid(alpha, epsilon).item() - (1 - alpha) * case.divergence_value
-            assert abs(error) < case.tolerance * case.divergence_value, (alpha, epsilon)
-    same = case.expected(lambda x_g, noise, x_t, teacher, fake: losses.fisher_divergence(teacher, fake)).item()
+        error = case.sid(alpha).item() - (1 - alpha) * case.divergence_value
+        assert abs(error) < case.tolerance * case.divergence_value, alpha
+    same = case.expected(lambda x_g, x_t, teacher, fake: losses.fisher_divergence(teacher, fake)).item()
     assert same / case.sigma**4 == pytest.approx(case.divergence_value, rel=case.tolerance)
 
 
@@ -162,13 +155,12 @@ def test_one_half_is_unbiased_and_one_has_its_sampling_cut(case):
 
 
 def test_every_alpha_differs_by_the_naive_gradient(case):
-    """2 grad L = grad F - (2 alpha - 1) grad L1, the last with the fake score constant; both notations."""
+    """2 grad L = grad F - (2 alpha - 1) grad L1, the last with the fake score constant."""
     naive = case.gradient_of_f - case.gradient_of_f_plus
-    loss = case.expected(lambda x_g, noise, x_t, teacher, fake: losses.fisher_divergence(teacher, fake))
+    loss = case.expected(lambda x_g, x_t, teacher, fake: losses.fisher_divergence(teacher, fake))
     assert distance(case.gradient(loss / case.sigma**4), naive) < 30 * case.tolerance  # a small difference
-    for alpha, epsilon in ((1.2, False), (0.5, True), (1.2, True)):
-        wanted = case.gradient_of_f - (2 * alpha - 1) * naive
-        assert distance(2 * case.gradient(case.sid(alpha, epsilon)), wanted) < case.tolerance, (alpha, epsilon)
+    wanted = case.gradient_of_f - (2 * 1.2 - 1) * naive
+    assert distance(2 * case.gradient(case.sid(1.2)), wanted) < case.tolerance
 
 
 def test_the_relative_follows_the_reverse_divergence(case):
@@ -181,7 +173,7 @@ def test_the_relative_follows_the_reverse_divergence(case):
     for weight, mean, covariance in zip(*student, strict=True):
         x = mean + u @ torch.linalg.cholesky(covariance).mT
         divergence = divergence + weight * w @ (log_density(x, *student) - log_density(x, *teacher))
-    loss = case.expected(lambda x_g, noise, x_t, teacher, fake: losses.reverse_kl_loss(x_g, teacher, fake, "none"))
+    loss = case.expected(lambda x_g, x_t, teacher, fake: losses.reverse_kl_loss(x_g, teacher, fake, "none"))
     assert distance(case.gradient(loss / case.sigma**2), case.gradient(divergence)) < case.tolerance
 
 
@@ -192,7 +184,7 @@ def test_the_fake_score_loss_is_least_at_the_exact_one(case):
     def slope(start):
         size = torch.tensor(start, dtype=torch.float64, requires_grad=True)
         loss = case.expected(
-            lambda x_g, noise, x_t, teacher, fake: losses.fake_score_loss(
+            lambda x_g, x_t, teacher, fake: losses.fake_score_loss(
                 fake.detach() + size * x_t.detach().square(), x_g.detach(), sigma
             )
         )
@@ -208,14 +200,14 @@ def test_at_the_optimum_every_member_rests(alpha):
     case = Case(GAUSSIAN, (*GAUSSIAN[:2], torch.linalg.cholesky(covariance).tolist()), 0.7, 4)
     assert case.gradient(case.sid(alpha)).abs().max() < 1e-14
     assert abs(case.sid(alpha).item()) < 1e-14
-    loss = case.expected(lambda x_g, noise, x_t, teacher, fake: losses.generator_loss(x_g, teacher, fake, alpha))
+    loss = case.expected(lambda x_g, x_t, teacher, fake: losses.generator_loss(x_g, teacher, fake, alpha))
     assert case.gradient(loss).abs().max() < 1e-13  # the paper's weight leaves the point of rest
 
 
 def test_the_papers_weight_is_biased_but_not_far_off():
     """Why a weight of the noise level alone is an option: the paper's depends on the noise itself."""
     case = Case(GAUSSIAN, ONE, 0.5, 8)
-    loss = case.expected(lambda x_g, noise, x_t, teacher, fake: losses.generator_loss(x_g, teacher, fake, 0.5))
+    loss = case.expected(lambda x_g, x_t, teacher, fake: losses.generator_loss(x_g, teacher, fake, 0.5))
     cosine = torch.cosine_similarity(case.gradient(loss), case.gradient(case.divergence()), dim=0).item()
     assert 0.8 < cosine < 0.999
 

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from scipy import stats
+from torch import nn
+
+from lightning_plugins.sid import losses
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "sid_mixtures.py"
 
@@ -61,6 +64,35 @@ def test_the_teacher_is_exact(script, name):
     nearest = mixture.means[torch.cdist(shrunk, mixture.means).argmin(1)]
     shrunk[:, 0] = nearest[:, 0] + 0.1 * (shrunk - nearest)[:, 0]  # each mode a tenth as wide
     assert script.score(mixture, shrunk)["least_spread"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_noise_and_image_notation_are_one_loss(script):
+    """A generator, a teacher and a fake score that predict noise in variance-preserving scaling, values and gradients.
+
+    Of each level: x_t = a x_g + b noise, sigma = b / a, and the networks see x_t as it is, not divided by a.
+    """
+    torch.manual_seed(0)
+    student, teacher, fake = (nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 6)).double() for _ in range(3))
+    for network in (teacher, fake):
+        network.requires_grad_(False)
+    z, noise = torch.randn(2, 8, 6, dtype=torch.float64)
+    sigma = torch.logspace(-1.5, 1, 8, dtype=torch.float64)
+    a, b = 1 / (1 + sigma**2).sqrt()[:, None], (sigma / (1 + sigma**2).sqrt())[:, None]
+    for alpha in (0.5, 1.0, 1.2):
+        x_g = student(z)
+        x_t = a * x_g + b * noise
+        eps_teacher, eps_fake = teacher(x_t), fake(x_t)
+        d_teacher, d_fake = ((x_t - b * eps) / a for eps in (eps_teacher, eps_fake))
+        plain = losses.generator_loss(x_g, d_teacher, d_fake, alpha, "none")
+        weighted = losses.generator_loss(x_g, d_teacher, d_fake, alpha)
+        by_noise = sigma**2 * script.epsilon_generator_loss(noise, eps_teacher, eps_fake, alpha)
+        by_method = script.sid_epsilon(alpha)(x_g, x_t / a, sigma, d_teacher, d_fake)
+        for values in ((plain, by_noise), (weighted, by_method)):
+            torch.testing.assert_close(*values, rtol=1e-9, atol=1e-12)
+            gradients = [torch.autograd.grad(v.sum(), student.parameters(), retain_graph=True) for v in values]
+            for one, other in zip(*gradients, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+                assert one.abs().max() > 1e-3
 
 
 def test_both_notations_train_the_same(script):

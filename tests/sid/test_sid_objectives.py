@@ -7,8 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_plugins.sid.adversarial import encoder_logits
 from lightning_plugins.sid.denoiser import Denoiser
-from lightning_plugins.sid.objectives import Draws, draw_levels, encoder_logits, fake_score_terms, generator_terms
+from lightning_plugins.sid.noise_levels import draw_levels
+from lightning_plugins.sid.objectives import Distillation, Draws
 
 N, SHAPE = 4, (2, 5, 5)
 
@@ -43,6 +45,19 @@ def case():
     return SimpleNamespace(
         images=normal(N, *SHAPE), draws=draws, teacher=Score(1), fake=Score(2), real=normal(N, *SHAPE)
     )
+
+
+def generator_terms(images, draws, teacher, fake, logits=None, scale=1.0, **settings):
+    """The terms for a generator that makes these images, and the gradient by them of the loss."""
+    made = images.detach().requires_grad_()
+    terms = Distillation(**settings).generator_terms(lambda z: made, teacher, fake, draws, logits, scale)
+    (gradient,) = torch.autograd.grad(terms.objective.sum(), made)
+    return SimpleNamespace(**terms._asdict(), gradient=gradient / 100)
+
+
+def fake_score_loss(images, draws, fake, levels="edm", sigma_data=0.5, real=None, logits=None):
+    settings = Distillation(fake_levels=levels, sigma_data=sigma_data)
+    return settings.fake_score_loss(lambda z: images, fake, draws, real, logits)
 
 
 def per_sample(value):
@@ -84,14 +99,12 @@ def test_generator_gradient(case, options):
     expected = written(case, **options)
     logits = case.fake.logits if options.pop("adversarial", False) else None
     for scale in (1.0, torch.tensor(1024.0)):
-        terms = generator_terms(
-            case.images.requires_grad_(), case.draws, case.teacher, case.fake, logits=logits, scale=scale, **options
-        )
+        terms = generator_terms(case.images, case.draws, case.teacher, case.fake, logits=logits, scale=scale, **options)
         found = (terms.loss, terms.gradient, terms.divergence)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
         assert terms.finite.all()
-        assert not any(value.requires_grad for value in terms)
+        assert not any(value.requires_grad for value in (terms.loss, terms.divergence, terms.finite))
 
 
 def test_at_the_start_nothing_moves(case):
@@ -124,7 +137,7 @@ def test_no_gradient_of_a_score_s_parameters_is_computed(case):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in parameters)
     with Backwards() as seen:  # the same count of the fake score's own update
         images = case.images.detach()
-        fake_score_terms(images, case.draws, case.fake, "edm", 0.5).sum().backward()
+        fake_score_loss(images, case.draws, case.fake, "edm", 0.5).sum().backward()
     assert seen.masks == [[True, True, True], [False, True, True]]
 
 
@@ -136,13 +149,13 @@ def test_samples_that_are_not_finite_are_left_out(case):
     assert terms.finite.tolist() == [True, False, False, True]
     assert torch.equal(terms.gradient[1:3], torch.zeros_like(terms.gradient[1:3]))
     assert torch.equal(terms.gradient[[0, 3]], whole.gradient[[0, 3]])
-    loss = fake_score_terms(case.images, case.draws, case.fake, "edm", 0.5)
+    loss = fake_score_loss(case.images, case.draws, case.fake, "edm", 0.5)
     loss.sum().backward()
     found = [parameter.grad.clone() for parameter in case.fake.parameters()]
     case.fake.zero_grad()
     good = [0, 3]
     rows = Draws(*(value[good] for value in case.draws))
-    expected = fake_score_terms(case.images[good], rows, case.fake, "edm", 0.5)
+    expected = fake_score_loss(case.images[good], rows, case.fake, "edm", 0.5)
     expected.sum().backward()
     torch.testing.assert_close(loss[good], expected)
     assert loss[1:3].tolist() == [0, 0]
@@ -179,13 +192,13 @@ def test_fake_score_loss(case):
     sigma, noisy = case.draws.sigma, case.images + per_sample(case.draws.sigma) * case.draws.noise
     error = (case.fake(noisy, sigma) - case.images).square().sum((1, 2, 3))
     weight = (sigma**2 + 0.7**2) / (sigma * 0.7) ** 2
-    terms = fake_score_terms(case.images, case.draws, case.fake, "edm", 0.7)
+    terms = fake_score_loss(case.images, case.draws, case.fake, "edm", 0.7)
     torch.testing.assert_close(terms, weight * error, rtol=1e-9, atol=0)
     epsilon = (noisy - case.fake(noisy, sigma)) / per_sample(sigma)
-    terms = fake_score_terms(case.images, case.draws, case.fake, "grid", 0.7)
+    terms = fake_score_loss(case.images, case.draws, case.fake, "grid", 0.7)
     torch.testing.assert_close(terms, (epsilon - case.draws.noise).square().sum((1, 2, 3)), rtol=1e-9, atol=0)
 
-    terms = fake_score_terms(case.images, case.draws, case.fake, "edm", 0.7, case.real, case.fake.logits)
+    terms = fake_score_loss(case.images, case.draws, case.fake, "edm", 0.7, case.real, case.fake.logits)
     case.fake(noisy, sigma)
     generated = case.fake.logits().sigmoid()
     case.fake(case.real + per_sample(sigma) * case.draws.noise, sigma)
