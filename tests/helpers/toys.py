@@ -98,8 +98,26 @@ class LeastSquares(LightningModule):
         return self.optimizer(self.parameters())
 
 
-def least_squares_rows(n=12, seed=0):
-    """A batch ``(x, y)`` for it."""
+def rows(n=12, seed=0):
+    """A batch ``(x, y)`` for LeastSquares."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 5, dtype=torch.float64, generator=generator) * torch.tensor([2.0, 1.0, 0.5, 1.5, 1.0])
     return x, torch.randn(n, dtype=torch.float64, generator=generator)
+
+
+class Bert(LightningModule):
+    """A stock sentence classifier with random weights; ``options`` are its configuration's."""
+
+    def __init__(self, optimizer=SGD, **options):
+        from transformers import BertConfig, BertForSequenceClassification  # takes seconds
+
+        super().__init__()
+        sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+        config = BertConfig(**(sizes | options), num_hidden_layers=2, max_position_embeddings=12)
+        self.net, self.optimizer = BertForSequenceClassification(config), optimizer
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**batch).loss
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters())
