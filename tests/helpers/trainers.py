@@ -18,3 +18,10 @@ def fit(module, data, *callbacks, ckpt_path=None, **options):
     trainer = quiet_trainer(*callbacks, **({"max_epochs": 1} | options))
     trainer.fit(module, DataLoader(data, batch_size=None) if isinstance(data, list) else data, ckpt_path=ckpt_path)
     return trainer
+
+
+def save(module, path):
+    """A checkpoint of a module as it is, as a Trainer made in Python writes it."""
+    trainer = quiet_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
