@@ -3,25 +3,16 @@
 import inspect
 
 import pytest
-from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from trainers import quiet_trainer
 
 from lightning_plugins.core.lightning_internals import Place, fit_progress, read_place, write_place
 
 
 @pytest.fixture(scope="module")
 def trainer():
-    run = Trainer(
-        max_steps=3,
-        limit_train_batches=2,
-        limit_val_batches=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    run = quiet_trainer(max_steps=3, limit_train_batches=2, limit_val_batches=1)
     run.fit(BoringModel())
     return run
 
