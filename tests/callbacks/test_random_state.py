@@ -5,8 +5,10 @@ import random
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import ImageClassifier
+from trainers import fit
 
 from lightning_plugins.callbacks import RandomState
 from lightning_plugins.core.random_state import get_random_state, set_random_state
@@ -15,12 +17,11 @@ from lightning_plugins.data import Digits
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
 
-class Noisy(LightningModule):
+class Noisy(ImageClassifier):
     """Draws from Python, NumPy and torch in training, in validation and at the start of epochs."""
 
     def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 10))
+        super().__init__(torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Dropout(0.5), torch.nn.Linear(32, 10)))
         self.drawn = []
 
     def draw(self):
@@ -40,9 +41,6 @@ class Noisy(LightningModule):
     def on_train_epoch_end(self):
         self.draw()
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
 
 class NoEpochHooks(Noisy):
     """Lightning resumes from an epoch's last batch with the next epoch's first: it calls no hook in between."""
@@ -59,20 +57,19 @@ class DrawsAtTheStart(Noisy):
         self.draw()
 
 
-def fit(folder, model, checkpoint, ckpt_path=None, callback=RandomState, **trainer):
-    callbacks = [callback(), ModelCheckpoint(folder, "{step}", save_top_k=-1, **checkpoint)]
-    arguments = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    arguments |= {"enable_model_summary": False, "callbacks": callbacks, **trainer}
-    Trainer(**arguments).fit(model, Digits(image_size=8, batch_size=100, shift=1), ckpt_path=ckpt_path)
+def trained(folder, model, checkpoint, ckpt_path=None, callback=RandomState, **options):
+    data = Digits(image_size=8, batch_size=100, shift=1)
+    saving = ModelCheckpoint(folder, "{step}", save_top_k=-1, **checkpoint)
+    fit(model, data, callback(), saving, ckpt_path=ckpt_path, **({"max_epochs": 3} | options))
     return model
 
 
 def assert_resumes(folder, steps, checkpoint, model=Noisy, **trainer):
     seed_everything(3, verbose=False)
-    whole = fit(folder, model(), checkpoint, **trainer)
+    whole = trained(folder, model(), checkpoint, **trainer)
     for step in steps:
         seed_everything(99, verbose=False)
-        resumed = fit(folder, model(), checkpoint, folder / f"step={step}.ckpt", **trainer)
+        resumed = trained(folder, model(), checkpoint, folder / f"step={step}.ckpt", **trainer)
         assert resumed.drawn == whole.drawn[step:] != []
         for x, y in zip(whole.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(x, y)
@@ -121,14 +118,14 @@ def test_state_is_plain_data(tmp_path):
 
 
 def test_another_number_of_processes_is_refused(tmp_path):
-    model = fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, max_steps=1, limit_val_batches=0)
+    model = trained(tmp_path, Noisy(), {"every_n_train_steps": 1}, max_steps=1, limit_val_batches=0)
     assert len(model.drawn) == 1
     path = tmp_path / "step=1.ckpt"
     checkpoint = torch.load(path, weights_only=True)
     checkpoint["random_state"] *= 2
     torch.save(checkpoint, path)
     with pytest.raises(ValueError) as error:
-        fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, path)
+        trained(tmp_path, Noisy(), {"every_n_train_steps": 1}, path)
     assert str(error.value) == (
         "RandomState: the checkpoint holds the random states of 2 process(es), this run has 1. "
         "Resume with 2, or leave RandomState out to draw other numbers."
@@ -138,6 +135,8 @@ def test_another_number_of_processes_is_refused(tmp_path):
 def test_a_checkpoint_without_states_is_named(tmp_path):
     from lightning.pytorch import Callback
 
-    fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, callback=Callback, max_steps=1, limit_val_batches=0)
+    trained(tmp_path, Noisy(), {"every_n_train_steps": 1}, callback=Callback, max_steps=1, limit_val_batches=0)
     with pytest.warns(UserWarning, match="written without RandomState: random numbers start afresh"):
-        fit(tmp_path, Noisy(), {"every_n_train_steps": 1}, tmp_path / "step=1.ckpt", max_steps=2, limit_val_batches=0)
+        trained(
+            tmp_path, Noisy(), {"every_n_train_steps": 1}, tmp_path / "step=1.ckpt", max_steps=2, limit_val_batches=0
+        )

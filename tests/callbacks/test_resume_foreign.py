@@ -4,11 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from noisy import quiet_trainer
-from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
+from toys import Squares, mlp
 
 from lightning_plugins.callbacks import ExactResume, RandomState
 
@@ -25,29 +24,24 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Net(LightningModule):
+class Net(Squares):
     """Keeps what it has trained."""
 
     def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 1)
+        super().__init__(mlp(4, 1, seed=0))
         self.events = []
 
     def training_step(self, batch, batch_idx):
         self.events.append((self.current_epoch, batch_idx))
-        return self.layer(batch).square().mean()
+        return self.loss(batch)
 
     def on_train_epoch_end(self):
         self.events.append(f"end of {self.current_epoch}")
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
 
 class Plateau(Net):
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self.layer(batch).square().mean())
+        self.log("val/loss", self.loss(batch))
 
     def configure_optimizers(self):
         optimizer = super().configure_optimizers()
@@ -96,8 +90,8 @@ def shortened():
 def test_a_plateau_whose_metric_the_checkpoint_of_others_lacks(tmp_path, callback):
     rows = DataLoader(torch.eye(8, 4), batch_size=2), DataLoader(torch.eye(4), batch_size=2)
     saver = ModelCheckpoint(tmp_path, "{epoch}", monitor="val/loss", save_top_k=-1)
-    quiet_trainer(callbacks=[saver], max_epochs=3).fit(Plateau(), *rows)
-    model, trainer = Plateau(), quiet_trainer(callbacks=[callback()], max_epochs=3)
+    quiet_trainer(saver, max_epochs=3).fit(Plateau(), *rows)
+    model, trainer = Plateau(), quiet_trainer(callback(), max_epochs=3)
     with pytest.warns(match="random numbers start afresh") if callback is RandomState else nullcontext():
         trainer.fit(model, *rows, ckpt_path=tmp_path / "epoch=0.ckpt")
     assert trainer.global_step == 12 and next(event for event in model.events if event != "end of 0") == (1, 0)
@@ -108,11 +102,11 @@ def test_a_plateau_whose_metric_the_checkpoint_of_others_lacks(tmp_path, callbac
 def test_an_epoch_that_ended_before_its_loader_said_is_over(tmp_path, callback):
     saver = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
     whole = Net()
-    quiet_trainer(callbacks=[callback(), saver], max_epochs=3).fit(whole, shortened())
+    quiet_trainer(callback(), saver, max_epochs=3).fit(whole, shortened())
     model = Net()
-    quiet_trainer(callbacks=[callback()], max_epochs=3).fit(model, shortened(), ckpt_path=tmp_path / "epoch=0.ckpt")
+    quiet_trainer(callback(), max_epochs=3).fit(model, shortened(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert [e for e in model.events if e != "end of 0"] == whole.events[4:]
-    assert torch.equal(model.layer.weight, whole.layer.weight)
+    assert torch.equal(model.net[0].weight, whole.net[0].weight)
 
 
 def test_random_states_of_such_an_epoch_are_not_those_of_the_next(tmp_path):
@@ -121,7 +115,7 @@ def test_random_states_of_such_an_epoch_are_not_those_of_the_next(tmp_path):
             return super().training_step(batch, batch_idx) * torch.rand(())
 
     saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    quiet_trainer(callbacks=[RandomState(), saver], max_epochs=2).fit(Drawing(), shortened())
+    quiet_trainer(RandomState(), saver, max_epochs=2).fit(Drawing(), shortened())
     states = [torch.load(path, weights_only=True)["random_state"][0]["torch"] for path in tmp_path.glob("*.ckpt")]
     assert len({bytes(state.numpy()) for state in states}) == 6
 
@@ -132,11 +126,11 @@ def test_random_states_of_such_an_epoch_are_not_those_of_the_next(tmp_path):
     ids=["counts epochs from 1", "a list"],
 )
 def test_states_of_loaders_of_others(tmp_path, form):
-    first = quiet_trainer(callbacks=[ExactResume()], max_steps=3, max_epochs=-1)
+    first = quiet_trainer(ExactResume(), max_steps=3, max_epochs=-1)
     first.fit(Net(), Rows(form))
     first.save_checkpoint(tmp_path / "a.ckpt")
     model = Net()
-    quiet_trainer(callbacks=[ExactResume()], max_epochs=2).fit(model, Rows(form), ckpt_path=tmp_path / "a.ckpt")
+    quiet_trainer(ExactResume(), max_epochs=2).fit(model, Rows(form), ckpt_path=tmp_path / "a.ckpt")
     assert model.events[:4] == [(0, 3), (0, 4), (0, 5), "end of 0"]
 
 
@@ -149,7 +143,7 @@ class StopAfter(Callback):
 
 
 def stopped(model, path, **settings):
-    trainer = quiet_trainer(callbacks=[ExactResume(), StopAfter(2)], max_epochs=1, min_epochs=0, **settings)
+    trainer = quiet_trainer(ExactResume(), StopAfter(2), max_epochs=1, min_epochs=0, **settings)
     trainer.fit(model, Rows())
     trainer.save_checkpoint(path)
 
@@ -167,10 +161,10 @@ def test_gradients_that_a_module_accumulates_by_hand(tmp_path):
                 self.optimizers().zero_grad()
 
     whole, model = ByHand(), ByHand()
-    quiet_trainer(callbacks=[ExactResume()], max_epochs=1).fit(whole, Rows())
+    quiet_trainer(ExactResume(), max_epochs=1).fit(whole, Rows())
     stopped(ByHand(), tmp_path / "a.ckpt")
-    quiet_trainer(callbacks=[ExactResume()], max_epochs=1).fit(model, Rows(), ckpt_path=tmp_path / "a.ckpt")
-    assert torch.equal(model.layer.weight, whole.layer.weight)
+    quiet_trainer(ExactResume(), max_epochs=1).fit(model, Rows(), ckpt_path=tmp_path / "a.ckpt")
+    assert torch.equal(model.net[0].weight, whole.net[0].weight)
 
 
 def test_gradients_of_another_window_are_not_mixed_in(tmp_path):
@@ -180,12 +174,12 @@ def test_gradients_of_another_window_are_not_mixed_in(tmp_path):
 
     class Watch(Callback):
         def on_before_optimizer_step(self, trainer, module, optimizer):
-            seen.append(module.layer.bias.grad.clone())
+            seen.append(module.net[0].bias.grad.clone())
 
     model = Net()
-    trainer = quiet_trainer(callbacks=[ExactResume(), Watch()], max_epochs=1, accumulate_grad_batches=2)
+    trainer = quiet_trainer(ExactResume(), Watch(), max_epochs=1, accumulate_grad_batches=2)
     with pytest.warns(UserWarning, match="in the middle of 2 accumulated batches, without their gradients"):
         trainer.fit(model, Rows(), ckpt_path=tmp_path / "a.ckpt")
     fresh = Net()
-    (fresh.layer(torch.full((2, 4), 4.0)).square().mean() / 2).backward()
-    assert torch.allclose(seen[0], fresh.layer.bias.grad, rtol=1e-5)
+    (fresh.net(torch.full((2, 4), 4.0)).square().mean() / 2).backward()
+    assert torch.allclose(seen[0], fresh.net[0].bias.grad, rtol=1e-5)

@@ -2,12 +2,15 @@
 
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from toys import ImageClassifier
+from trainers import fit
 
 from lightning_plugins.callbacks import RandomState, SaveOnSigterm
 from lightning_plugins.data import Digits
@@ -17,12 +20,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 PER_EPOCH = 6  # batches of 200 of 1,259 images
 
 
-class Noisy(LightningModule):
+class Noisy(ImageClassifier):
     """Dropout and batches that remember their place; sends a signal to its own process in a chosen step."""
 
     def __init__(self, signal_at=None, in_validation=False, number=signal.SIGTERM):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Dropout(0.2), torch.nn.Linear(64, 10))
+        net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.2), torch.nn.Linear(64, 10))
+        super().__init__(net, partial(torch.optim.Adam, lr=1e-2))
         self.signal_at, self.in_validation, self.number = signal_at, in_validation, number
         self.seen = []
 
@@ -30,31 +33,21 @@ class Noisy(LightningModule):
         self.seen.append((self.current_epoch, batch_idx))
         if not self.in_validation and len(self.seen) == self.signal_at:
             os.kill(os.getpid(), self.number)
-        return torch.nn.functional.cross_entropy(self.net(batch["image"].flatten(1)), batch["label"])
+        return self.loss(batch)
 
     def validation_step(self, batch, batch_idx):
         if self.in_validation and len(self.seen) == self.signal_at:
             os.kill(os.getpid(), self.number)
 
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-2)
 
-
-def fit(folder, model, ckpt_path=None, accumulate=1, **checkpoint):
+def trained(folder, model, ckpt_path=None, accumulate=1, **checkpoint):
     seed_everything(1, verbose=False)
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    Trainer(
-        max_epochs=3,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        num_sanity_val_steps=0,
-        accumulate_grad_batches=accumulate,
-        callbacks=[RandomState(), SaveOnSigterm(), ModelCheckpoint(folder, **checkpoint)],
-    ).fit(model, Digits(image_size=8, batch_size=200, shift=1, seed=5), ckpt_path=ckpt_path)
+    callbacks = [RandomState(), SaveOnSigterm(), ModelCheckpoint(folder, **checkpoint)]
+    options = {"default_root_dir": folder, "num_sanity_val_steps": 0, "accumulate_grad_batches": accumulate}
+    data = Digits(image_size=8, batch_size=200, shift=1, seed=5)
+    fit(model, data, *callbacks, ckpt_path=ckpt_path, max_epochs=3, **options)
     return model
 
 
@@ -65,12 +58,12 @@ def files(folder):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Uninterrupted runs, by the number of batches in a step."""
-    return {n: fit(tmp_path_factory.mktemp("whole"), Noisy(), accumulate=n) for n in (1, 2)}
+    return {n: trained(tmp_path_factory.mktemp("whole"), Noisy(), accumulate=n) for n in (1, 2)}
 
 
 def assert_resumes(folder, whole, done, **arguments):
     """From ``last.ckpt`` with ``done`` batches behind it to the end of the whole run."""
-    resumed = fit(folder, Noisy(), folder / "last.ckpt", **arguments)
+    resumed = trained(folder, Noisy(), folder / "last.ckpt", **arguments)
     assert resumed.seen == whole.seen[done:]
     assert all(torch.equal(x, y) for x, y in zip(whole.parameters(), resumed.parameters(), strict=True))
 
@@ -85,7 +78,7 @@ EVERY_4 = {"every_n_train_steps": 4, "save_last": True}
 def test_resumed_run_is_the_whole_run(tmp_path, whole, step, checkpoint):
     """In the first step, mid-epoch, at a step that is saved anyway, at the end of an epoch and of the run."""
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, Noisy(step), **checkpoint)
+        trained(tmp_path, Noisy(step), **checkpoint)
     assert files(tmp_path)["last.ckpt"] == step
     assert_resumes(tmp_path, whole[1], step, **checkpoint)
 
@@ -95,7 +88,7 @@ def test_accumulated_batches_are_not_cut(tmp_path, whole, batch, step):
     """Two batches make a step: after an odd one the checkpoint of two whole steps before stays."""
     arguments = {"accumulate": 2, "every_n_train_steps": 2, "save_last": True}
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, Noisy(batch), **arguments)
+        trained(tmp_path, Noisy(batch), **arguments)
     assert files(tmp_path)["last.ckpt"] == step
     assert_resumes(tmp_path, whole[2], 2 * step, **arguments)
 
@@ -103,25 +96,25 @@ def test_accumulated_batches_are_not_cut(tmp_path, whole, batch, step):
 def test_validation_is_not_cut(tmp_path):
     """A signal in validation leaves the checkpoint that was there."""
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, Noisy(PER_EPOCH, in_validation=True), every_n_train_steps=4, save_last=True)
+        trained(tmp_path, Noisy(PER_EPOCH, in_validation=True), every_n_train_steps=4, save_last=True)
     assert files(tmp_path)["last.ckpt"] == 4
 
 
 def test_ctrl_c_leaves_the_newest_checkpoint(tmp_path):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(SystemExit):
-        fit(tmp_path, Noisy(6, number=signal.SIGINT), every_n_train_steps=4, save_last=True)
+        trained(tmp_path, Noisy(6, number=signal.SIGINT), every_n_train_steps=4, save_last=True)
     assert files(tmp_path)["last.ckpt"] == 4
 
 
 def test_no_checkpoint_of_another_name_is_touched(tmp_path):
     """A fixed file name, as for the best weights so far, is not the place of an interrupted run."""
-    fit(tmp_path, Noisy(), filename="best")
+    trained(tmp_path, Noisy(), filename="best")
     before = (tmp_path / "best.ckpt").read_bytes()
     with pytest.raises(SIGTERMException):
-        fit(tmp_path, Noisy(3), filename="best")
+        trained(tmp_path, Noisy(3), filename="best")
     assert (tmp_path / "best.ckpt").read_bytes() == before
     assert files(tmp_path) == {"best.ckpt": 3 * PER_EPOCH, "last.ckpt": 3}
     with pytest.raises(SIGTERMException):  # another run in the same folder
-        fit(tmp_path, Noisy(2), filename="best")
+        trained(tmp_path, Noisy(2), filename="best")
     assert files(tmp_path) == {"best.ckpt": 3 * PER_EPOCH, "last.ckpt": 3, "last-v1.ckpt": 2}

@@ -8,7 +8,8 @@ import zipfile
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from trainers import save
 
 from lightning_plugins import AtomicCheckpointIO
 from lightning_plugins.cli.checkpoint import read_hyperparameters
@@ -29,9 +30,7 @@ def good(tmp_path_factory):
     """A checkpoint that plain Lightning wrote, and its content."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("good") / "a.ckpt"
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    trainer.strategy.connect(Net())
-    trainer.save_checkpoint(path)
+    save(Net(), path)
     return path.read_bytes(), torch.load(path, weights_only=True)
 
 

@@ -4,15 +4,17 @@ import os
 import signal
 import stat
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from disks import little_room
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 from lightning.pytorch.strategies import SingleDeviceStrategy
+from toys import ImageClassifier
+from trainers import quiet_trainer
 
 from lightning_plugins import AtomicCheckpointIO, keep_checkpoints_whole
 from lightning_plugins.core import checkpoint_io, replacing
@@ -43,22 +45,15 @@ def saved(tmp_path):
     return path
 
 
-class Tiny(LightningModule):
+class Tiny(ImageClassifier):
     def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(64, 10)
-
-    def training_step(self, batch, index):
-        return torch.nn.functional.cross_entropy(self.net(batch["image"].flatten(1)), batch["label"])
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-2)
+        layers = torch.nn.Flatten(), torch.nn.Linear(64, 10)
+        super().__init__(torch.nn.Sequential(*layers), partial(torch.optim.Adam, lr=1e-2))
 
 
 def trainer_of(folder, *callbacks, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False, "limit_val_batches": 0}
-    options = {"max_steps": 4, "accelerator": "cpu", "callbacks": list(callbacks), **quiet} | options
-    return Trainer(default_root_dir=folder, **options)
+    options = {"max_steps": 4, "limit_val_batches": 0} | options
+    return quiet_trainer(*callbacks, default_root_dir=folder, **options)
 
 
 def test_a_checkpoint_is_replaced_and_nothing_else_is_left(saved):
@@ -210,7 +205,7 @@ class Own(TorchCheckpointIO):
 
 def test_what_the_user_named_stays(tmp_path):
     def plugin_of(**options):
-        trainer = trainer_of(tmp_path, enable_checkpointing=False, **options)
+        trainer = trainer_of(tmp_path, **options)
         keep_checkpoints_whole(trainer)
         return trainer.strategy.checkpoint_io
 

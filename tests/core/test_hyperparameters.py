@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 from torch import nn
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_plugins.core import hyperparameters
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -87,21 +88,9 @@ class Decorated(Net):
         self.depth = depth
 
 
-def trainer(folder, epochs=1):
-    return Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        max_epochs=epochs,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
-
-
 def saved(module, folder, epochs=1):
     """Train one epoch and save; returns the file, which must open with ``weights_only=True``."""
-    run = trainer(folder, epochs)
+    run = quiet_trainer(default_root_dir=folder, max_epochs=epochs)
     run.fit(module)
     path = folder / "last.ckpt"
     run.save_checkpoint(path)
@@ -149,7 +138,7 @@ def test_an_override_is_asked_for_again(tmp_path, override):
 def test_a_run_with_an_override_resumes(tmp_path, override):
     path = saved(Net(width=7, **override), tmp_path)
     module = Net(width=7, **override)
-    run = trainer(tmp_path, epochs=3)
+    run = quiet_trainer(default_root_dir=tmp_path, max_epochs=3)
     run.fit(module, ckpt_path=path)
     assert run.global_step == 6
 

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
+from trainers import quiet_trainer
 
 from lightning_plugins.core.logging import (
     figure_to_image,
@@ -21,14 +22,7 @@ from lightning_plugins.core.logging import (
 
 
 def trainer_with(logger, tmp_path):
-    return Trainer(
-        logger=logger,
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-    )
+    return quiet_trainer(logger=logger, default_root_dir=tmp_path)
 
 
 def test_fast_dev_run_leaves_nothing(tmp_path):

@@ -4,9 +4,10 @@ from itertools import chain
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from scipy.stats import chisquare
+from toys import Squares
+from trainers import quiet_trainer
 
 from lightning_plugins.data import PromptData
 from lightning_plugins.data.prompts import KeyedPrompts, PromptBatches
@@ -71,36 +72,23 @@ def test_processes_share_the_batches_of_one(train):
         assert torch.equal(joined, torch.stack([dataset.__getitems__(keys)["label"] for keys in parts], 1).flatten())
 
 
-class Recorder(LightningModule):
+class Recorder(Squares):
     def __init__(self):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
+        super().__init__(torch.nn.Linear(1, 1))
         self.seen = []
 
     def training_step(self, batch, batch_idx):
         self.seen.append(batch["prompt"] if "prompt" in batch else batch["label"].tolist())
-        return self.weight.sum()
+        return self.loss(torch.ones(1))
 
     def validation_step(self, batch, batch_idx):
         pass
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
-
-def fit(folder, data, steps, ckpt_path=None, save=False):
+def seen(folder, data, steps, ckpt_path=None, save=False):
     model = Recorder()
     callbacks = [ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=3)] if save else []
-    Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        callbacks=callbacks,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=save,
-        default_root_dir=folder,
-    ).fit(model, data, ckpt_path=ckpt_path)
+    quiet_trainer(*callbacks, max_steps=steps).fit(model, data, ckpt_path=ckpt_path)
     return model.seen
 
 
@@ -108,16 +96,16 @@ def test_resumes_in_mid_epoch_and_refuses_other_prompts(prompt_file, tmp_path):
     def data(**other):
         return PromptData(**{"prompt_file": prompt_file, "batch_size": 3, "batches_per_epoch": 4, **other})
 
-    whole = fit(tmp_path, data(), 6)
-    assert fit(tmp_path, data(), 3, save=True) == whole[:3]
-    assert fit(tmp_path, data(), 6, tmp_path / "saved" / "step=3.ckpt") == whole[3:]
+    whole = seen(tmp_path, data(), 6)
+    assert seen(tmp_path, data(), 3, save=True) == whole[:3]
+    assert seen(tmp_path, data(), 6, tmp_path / "saved" / "step=3.ckpt") == whole[3:]
     for other, words in (
         ({"prompt_file": None, "num_classes": 3}, "number of prompts or classes was 5 and is now 3"),
         ({"batches_per_epoch": 5}, "number of batches_per_epoch was 4 and is now 5"),
         ({"batch_size": 4}, "batch_size times processes was 3 and is now 4"),
     ):
         with pytest.raises(ValueError, match=f"Cannot resume in mid-epoch: the {words}"):
-            fit(tmp_path, data(**other), 6, tmp_path / "saved" / "step=3.ckpt")
+            seen(tmp_path, data(**other), 6, tmp_path / "saved" / "step=3.ckpt")
 
 
 def test_refusals(prompt_file, tmp_path):

@@ -1,9 +1,13 @@
 """A run that stops and resumes equals one that does not: weights and batches, bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import Squares
+from trainers import fit
 
 from lightning_plugins.data import Digits, MultiMNIST
 
@@ -12,12 +16,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists a
 PER_EPOCH = 12  # batches of 100 of 1,259 images
 
 
-class Linear(LightningModule):
+class Linear(Squares):
     """A linear classifier that remembers its batches."""
 
     def __init__(self, pixels=64, fail_at=None):
-        super().__init__()
-        self.net = torch.nn.Linear(pixels, 10)
+        super().__init__(torch.nn.Linear(pixels, 10), partial(torch.optim.Adam, lr=1e-2))
         self.fail_at = fail_at
         self.seen = []
 
@@ -29,16 +32,11 @@ class Linear(LightningModule):
         return torch.nn.functional.cross_entropy(self.net(batch["image"].flatten(1)), label)
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", self.net(batch["image"].flatten(1)).square().mean())
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-2)
+        self.log("val/loss", self.loss(batch["image"].flatten(1)))
 
 
-def fit(folder, model, data, ckpt_path=None, **trainer):
-    arguments = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    arguments |= {"enable_model_summary": False, "default_root_dir": folder, **trainer}
-    Trainer(**arguments).fit(model, data, ckpt_path=ckpt_path)
+def trained(model, data, *callbacks, ckpt_path=None, **options):
+    fit(model, data, *callbacks, ckpt_path=ckpt_path, **({"max_epochs": 3} | options))
     return model
 
 
@@ -56,13 +54,13 @@ def assert_same_end(whole, resumed, first):
 
 
 def every(folder, steps):
-    return [ModelCheckpoint(folder, "{step}", every_n_train_steps=steps, save_top_k=-1)]
+    return ModelCheckpoint(folder, "{step}", every_n_train_steps=steps, save_top_k=-1)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted():
     seed_everything(1, verbose=False)
-    return fit(tmp_path_factory.mktemp("whole"), Linear(), digits(), enable_checkpointing=False)
+    return trained(Linear(), digits())
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -71,43 +69,44 @@ def test_interrupted_run_equals_uninterrupted(tmp_path, uninterrupted, num_worke
     """Steps 3 and 17 are in mid-epoch, 12 and 24 the last batch of an epoch."""
     seed_everything(1, verbose=False)
     with pytest.raises(SystemExit):  # Lightning's answer to KeyboardInterrupt
-        fit(tmp_path, Linear(fail_at=step + 2), digits(num_workers), callbacks=every(tmp_path, step))
+        trained(Linear(fail_at=step + 2), digits(num_workers), every(tmp_path, step))
 
     path = tmp_path / f"step={step}.ckpt"
-    resumed = fit(tmp_path, Linear(), digits(num_workers), path, callbacks=every(tmp_path, step))
+    resumed = trained(Linear(), digits(num_workers), every(tmp_path, step), ckpt_path=path)
     assert_same_end(uninterrupted, resumed, first=step)
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_end_of_epoch_checkpoint(tmp_path, num_workers):
     def checkpoint():
-        return [ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)]
+        return ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
 
     seed_everything(1, verbose=False)
-    whole = fit(tmp_path, Linear(), digits(num_workers), callbacks=checkpoint())
-    resumed = fit(tmp_path, Linear(), digits(num_workers), tmp_path / "epoch=0.ckpt", callbacks=checkpoint())
+    whole = trained(Linear(), digits(num_workers), checkpoint())
+    resumed = trained(Linear(), digits(num_workers), checkpoint(), ckpt_path=tmp_path / "epoch=0.ckpt")
     assert_same_end(whole, resumed, first=PER_EPOCH)
 
 
 def test_limited_epochs(tmp_path):
     """The loader of a limited epoch stops in its middle; the next epoch starts at its own start all the same."""
     seed_everything(1, verbose=False)
-    whole = fit(tmp_path, Linear(), digits(), callbacks=every(tmp_path, 7), limit_train_batches=8)
+    whole = trained(Linear(), digits(), every(tmp_path, 7), limit_train_batches=8)
     for step in (7, 14, 21):
         path = tmp_path / f"step={step}.ckpt"
-        resumed = fit(tmp_path, Linear(), digits(), path, callbacks=every(tmp_path, 7), limit_train_batches=8)
+        resumed = trained(Linear(), digits(), every(tmp_path, 7), ckpt_path=path, limit_train_batches=8)
         assert_same_end(whole, resumed, first=step)
 
 
 def test_validation_in_mid_epoch_and_accumulation(tmp_path):
-    def settings():
+    def run(ckpt_path=None):
         checkpoint = ModelCheckpoint(tmp_path, "{step}", monitor="val/loss", save_top_k=-1)
-        return {"val_check_interval": 4, "accumulate_grad_batches": 2, "callbacks": [checkpoint]}
+        often = {"val_check_interval": 4, "accumulate_grad_batches": 2}
+        return trained(Linear(), digits(), checkpoint, ckpt_path=ckpt_path, **often)
 
     seed_everything(1, verbose=False)
-    whole = fit(tmp_path, Linear(), digits(), **settings())
+    whole = run()
     for step in (2, 6, 8):
-        resumed = fit(tmp_path, Linear(), digits(), tmp_path / f"step={step}.ckpt", **settings())
+        resumed = run(tmp_path / f"step={step}.ckpt")
         assert_same_end(whole, resumed, first=2 * step)
 
 
@@ -116,24 +115,22 @@ def test_pairs_resume(tmp_path):
         return MultiMNIST(base=Digits(image_size=8), shift=2, pad=2, batch_size=100)
 
     seed_everything(1, verbose=False)
-    whole = fit(tmp_path, Linear(144), data(), callbacks=every(tmp_path, 17))
-    resumed = fit(tmp_path, Linear(144), data(), tmp_path / "step=17.ckpt", callbacks=every(tmp_path, 17))
+    whole = trained(Linear(144), data(), every(tmp_path, 17))
+    resumed = trained(Linear(144), data(), every(tmp_path, 17), ckpt_path=tmp_path / "step=17.ckpt")
     assert_same_end(whole, resumed, first=17)
 
 
-def test_overfit_batches_repeats_the_same_batches(tmp_path):
-    model = fit(tmp_path, Linear(), digits(), overfit_batches=2, enable_checkpointing=False)
+def test_overfit_batches_repeats_the_same_batches():
+    model = trained(Linear(), digits(), overfit_batches=2)
     assert len(model.seen) == 6
     for n in (2, 4):
         assert torch.equal(model.seen[0][2], model.seen[n][2]) and torch.equal(model.seen[1][2], model.seen[n + 1][2])
 
 
-def test_no_validation_images_trains(tmp_path):
+def test_no_validation_images_trains():
     class NoValidation(Digits):
         def read(self, split):
             return None if split == "val" else super().read(split)
 
-    model = fit(
-        tmp_path, Linear(), NoValidation(image_size=8, batch_size=100), max_epochs=1, enable_checkpointing=False
-    )
+    model = trained(Linear(), NoValidation(image_size=8, batch_size=100), max_epochs=1)
     assert len(model.seen) == PER_EPOCH

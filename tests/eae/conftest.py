@@ -1,9 +1,11 @@
 """Small runs of EAE: images of 8 x 8 px, networks of 16 units, codes of four dimensions."""
 
+from functools import partial
+
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_plugins import EAE
 
@@ -53,16 +55,5 @@ def small():
 
 @pytest.fixture
 def trainer(tmp_path):
-    def make(**arguments):
-        defaults = {
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "max_epochs": 1,
-            "log_every_n_steps": 1,
-            "num_sanity_val_steps": 0,
-        }
-        return Trainer(default_root_dir=tmp_path, accelerator="cpu", **(defaults | arguments))
-
-    return make
+    few = {"max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    return partial(quiet_trainer, default_root_dir=tmp_path, **few)

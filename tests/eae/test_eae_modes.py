@@ -44,7 +44,7 @@ def test_noise_is_the_steps_own(small, loader, trainer, objective):
     for callbacks, seed in ([], 1), ([Disturb()], 1), ([], 2):
         model = small(objective=objective)
         torch.manual_seed(seed)
-        trainer(max_epochs=1, callbacks=callbacks).fit(model, loader(), loader())
+        trainer(*callbacks, max_epochs=1).fit(model, loader(), loader())
         states.append(state(model))
     assert_equal(states[1], states[0])
     assert not torch.equal(states[2]["encoder.1.weight"], states[0]["encoder.1.weight"])
@@ -72,7 +72,7 @@ def test_resumed_runs_equal_uninterrupted_ones(small, trainer, tmp_path, objecti
     arguments = {"objective": objective, "weight_warmup_steps": 5, "num_components": 3}
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     whole = small(**arguments)
-    run = trainer(max_epochs=3, callbacks=[keep], enable_checkpointing=True)
+    run = trainer(keep, max_epochs=3)
     run.fit(whole, digits())
     assert run.global_step == 9
     for step in (3, 5):
@@ -167,7 +167,7 @@ def test_flooding(small, loader, trainer):
     losses = []
     for level in (None, 7.0):
         model = small(objective="ae_bn")
-        run = trainer(max_epochs=15, callbacks=[] if level is None else [Flooding(level)])
+        run = trainer(*([] if level is None else [Flooding(level)]), max_epochs=15)
         run.fit(model, loader(), loader())
         losses.append(run.callback_metrics["train/reconstruction"].item())
     assert losses[0] < 6.0 < losses[1] < 8.0
@@ -179,7 +179,7 @@ def test_gradient_penalty(small, loader, trainer, objective):
     states = []
     for callbacks in [], [GradientPenalty(0.0)], [GradientPenalty(1e-3)]:
         model = small(objective=objective)
-        trainer(callbacks=callbacks).fit(model, loader(), loader())
+        trainer(*callbacks).fit(model, loader(), loader())
         assert model.prior.num_remembered == 48
         states.append(state(model))
     assert_equal(states[1], states[0])
@@ -187,7 +187,7 @@ def test_gradient_penalty(small, loader, trainer, objective):
 
 
 def test_ode_diagnostics(small, loader, trainer):
-    model, run = small(), trainer(max_epochs=2, callbacks=[ODEDiagnostics(every_n_steps=2)])
+    model, run = small(), trainer(ODEDiagnostics(every_n_steps=2), max_epochs=2)
     run.fit(model, loader(), loader())
     assert any(name.startswith("ode/") for name in run.callback_metrics)
     assert model.prior.num_remembered == 96

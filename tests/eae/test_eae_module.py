@@ -268,7 +268,7 @@ def test_any_checkpoint_draws_from_its_mixture(small, loader, trainer, tmp_path)
     """One that was written in the middle holds the codes, if not the fit; it loads safely, with plain arguments."""
     model = small(weight=0.3, k=[1, 2], prior="mixture", num_components=3)
     keep = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
-    run = trainer(max_epochs=2, callbacks=[keep], enable_checkpointing=True)
+    run = trainer(keep, max_epochs=2)
     run.fit(model, loader(), loader())
     middle = EAE.load_from_checkpoint(tmp_path / "step=4.ckpt", weights_only=True)
     assert not middle.prior.is_fitted and middle.k == [1, 2] and middle.default_prior == "mixture"

@@ -3,10 +3,10 @@
 import os
 
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
+from trainers import quiet_trainer
 
 
 def sharded():
@@ -20,16 +20,14 @@ def trainer_of(folder, processes, strategy, *callbacks, save_every, **options):
     ``strategy``, a name or what makes one, is for several processes.
     """
     saving = ModelCheckpoint(folder / "ckpt", "{step}", every_n_train_steps=save_every, save_top_k=-1)
-    return Trainer(
-        accelerator="cpu",
+    return quiet_trainer(
+        *callbacks,
+        saving,
         devices=processes,
         strategy="auto" if processes == 1 else strategy() if callable(strategy) else strategy,
         logger=CSVLogger(folder, name="logs"),
         max_epochs=2,
         log_every_n_steps=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*callbacks, saving],
         **options,
     )
 

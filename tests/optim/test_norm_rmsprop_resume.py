@@ -3,14 +3,16 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.optim import RMSprop
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader
+from toys import Squares, mlp
+from trainers import fit, quiet_trainer
 
 from lightning_plugins.optim import NormRMSprop
 
@@ -124,30 +126,13 @@ def test_copies_go_their_own_way(again):
     assert all(torch.equal(a, b) for a, b in zip(train(optimizer, range(3, 6)), expected, strict=True))
 
 
-class Net(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2))
-
-    def training_step(self, batch, index):
-        return self.net(batch).square().mean() - self.net(batch).mean()
-
-    def configure_optimizers(self):
-        return NormRMSprop(self.parameters(), lr=0.05, momentum=0.5)
-
-
 def test_lightning_resumes_bit_for_bit(tmp_path):
     loader = DataLoader(torch.randn(10, 6, 4, generator=torch.Generator().manual_seed(0)), batch_size=None)
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "default_root_dir": tmp_path}
-    torch.manual_seed(0)
-    start = Net()
+    start = Squares(mlp(4, 8, 2, seed=0), partial(NormRMSprop, lr=0.05, momentum=0.5))
     whole, half, rest = copy.deepcopy(start), copy.deepcopy(start), copy.deepcopy(start)
-    Trainer(max_epochs=2, **quiet).fit(whole, loader)
-    trainer = Trainer(max_epochs=1, **quiet)
-    trainer.fit(half, loader)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    Trainer(max_epochs=2, **quiet).fit(rest, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    fit(whole, loader, max_epochs=2)
+    fit(half, loader).save_checkpoint(tmp_path / "half.ckpt")
+    quiet_trainer(max_epochs=2).fit(rest, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     for name, value in whole.state_dict().items():
         assert torch.equal(rest.state_dict()[name], value)
         assert not torch.equal(half.state_dict()[name], value)

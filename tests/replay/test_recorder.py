@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader
 from torchmetrics import CatMetric, MeanMetric, MetricCollection, MetricTracker
 from torchmetrics.classification import MulticlassPrecision, MulticlassRecall
+from toys import Squares, mlp
+from trainers import fit
 
 import lightning_plugins
 from lightning_plugins.core.random_state import get_random_state
@@ -229,11 +230,9 @@ def test_a_call_that_has_no_loss_the_second_time():
 # The recorder
 
 
-class Plain(LightningModule):
+class Plain(Squares):
     def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Linear(4, 2)
+        super().__init__(mlp(4, 2, seed=0))
         self.mean = MeanMetric()
 
     def training_step(self, batch, batch_idx):
@@ -242,9 +241,6 @@ class Plain(LightningModule):
         self.log("loss", loss)
         self.log_dict({"mean": self.mean}, on_epoch=True)
         return {"loss": loss} if batch_idx % 2 else loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class Keeps(Callback):
@@ -268,19 +264,15 @@ class Keeps(Callback):
         self.recorder.detach(self)
 
 
-def fit(module, *callbacks, k=1, batches=5, **trainer):
+def trained(module, *callbacks, k=1):
     torch.manual_seed(1)
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False} | trainer
-    trainer = Trainer(**settings, accumulate_grad_batches=k, callbacks=list(callbacks))
-    trainer.fit(module, DataLoader([torch.randn(3, 4) for _ in range(batches)], batch_size=None))
-    return trainer
+    return fit(module, [torch.randn(3, 4) for _ in range(5)], *callbacks, accumulate_grad_batches=k)
 
 
 @pytest.mark.parametrize(("k", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2])])
 def test_a_window_holds_the_calls_since_the_last_step(k, sizes):
     keeps = Keeps()
-    trainer = fit(Plain(), keeps, k=k)
+    trainer = trained(Plain(), keeps, k=k)
     assert [len(losses) for losses in keeps.losses] == sizes
     assert keeps.replayed == keeps.losses
     assert trainer.callback_metrics["loss"] == pytest.approx(keeps.losses[-1][-1])
@@ -304,26 +296,26 @@ class Peeks(Callback):
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_step_that_is_only_looked_at_is_not_of_the_window(k):
     alone, watched = Keeps(), Keeps()
-    fit(Plain(), alone, k=k)
-    fit(Plain(), watched, Peeks(), k=k)
+    trained(Plain(), alone, k=k)
+    trained(Plain(), watched, Peeks(), k=k)
     assert watched.losses == alone.losses
     assert watched.replayed == alone.replayed
 
 
 def test_losses_are_always_there_and_calls_as_long_as_one_owner_wants_them():
     module, never, always = Plain(), Keeps(wanted=False), Keeps()
-    fit(module, never)
+    trained(module, never)
     assert never.replayed == [[]] * 5
     assert [len(losses) for losses in never.losses] == [1] * 5
     both = [Keeps(wanted=False), always]
-    fit(module, *both)
+    trained(module, *both)
     assert both[0].recorder is both[1].recorder
     assert both[0].losses == always.losses == always.replayed
 
 
 def test_the_last_owner_gives_the_training_step_back():
     module = Plain()
-    trainer = fit(module)
+    trainer = trained(module)
     one, other = object(), object()
     recorder = StepRecorder.attach(trainer, module, one)
     assert StepRecorder.attach(trainer, module, other) is recorder
@@ -339,7 +331,7 @@ def test_a_training_step_of_the_instance_comes_back():
     module = Plain()
     module.training_step = own = module.training_step
     keeps = Keeps()
-    fit(module, keeps)
+    trained(module, keeps)
     assert module.__dict__["training_step"] is own
     assert len(keeps.losses) == 5
 
@@ -354,6 +346,6 @@ def test_losses_are_not_the_users_tensors():
             return self.net(batch).sum().square() + 1.0
 
     keeps = Keeps()
-    fit(Edits(), keeps)
+    trained(Edits(), keeps)
     assert all(loss >= 1.0 for (loss,) in keeps.losses)
     assert keeps.losses == keeps.replayed

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
-from torch.utils.data import DataLoader
+from toys import Squares
+from trainers import fit, quiet_trainer
 
 from lightning_plugins.core.vectors import norm
 from lightning_plugins.replay.differences import relative_step, step_along
@@ -15,21 +16,15 @@ from lightning_plugins.replay.twice import second_derivative
 from lightning_plugins.replay.window import WindowLoss
 
 
-class Net(LightningModule):
+class Net(Squares):
     def __init__(self, dtype=torch.float64):
-        super().__init__()
         torch.manual_seed(2)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+        net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3))
+        super().__init__(net.to(dtype))
         self.unused = nn.Parameter(torch.ones(2, dtype=dtype))
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
 
     def loss(self, batch):
         return F.cross_entropy(self.net(batch), torch.arange(len(batch)) % 3)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class Looks(Callback):
@@ -55,11 +50,9 @@ def data(n, dtype=torch.float64):
     return [torch.randn(30, 4, generator=generator, dtype=torch.float64).to(dtype) for _ in range(n)]
 
 
-def fit(look, k, module=None, **trainer):
+def looked(look, k, module=None, **options):
     module, looks = module or Net(), Looks(look)
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": k} | trainer
-    Trainer(**settings, callbacks=[looks]).fit(module, DataLoader(data(3, module.unused.dtype), batch_size=None))
+    fit(module, data(3, module.unused.dtype), looks, accumulate_grad_batches=k, **options)
     return looks.seen
 
 
@@ -102,7 +95,7 @@ def test_gradient_loss_and_products(k):
         assert [p.grad for p in params] == grads  # the same objects, or None
         return before, vectors, loss, gradient, found, [None if g is None else g.clone() for g in grads]
 
-    seen = fit(look, k)
+    seen = looked(look, k)
     windows = [batches[i : i + k] for i in range(0, 3, k)]
     for window, (theta, vectors, loss, gradient, found, grads) in zip(windows, seen, strict=True):
         right_loss, right_gradient, product = reference(theta, window, k, vectors)
@@ -121,7 +114,7 @@ def test_micro_batches_are_whole_losses():
         parts = [part.gradient() for part in window.micro_batches()]
         return [p.detach().clone() for p in window.params], parts
 
-    ((theta, parts),) = fit(look, 3)
+    ((theta, parts),) = looked(look, 3)
     assert len(parts) == 3
     for batch, (loss, gradient) in zip(batches, parts, strict=True):
         right_loss, right_gradient, _ = reference(theta, [batch], 1)
@@ -135,8 +128,8 @@ def test_a_loss_scale_does_not_show():
         return gradient, window.exact_product(gradient), window.product(gradient, 1e-2, "central")
 
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    plain = fit(look, 1, Net(torch.float32))[0]
-    scaled = fit(look, 1, Net(torch.float32), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])[0]
+    plain = looked(look, 1, Net(torch.float32))[0]
+    scaled = looked(look, 1, Net(torch.float32), plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])[0]
     for found, expected in zip(scaled, plain, strict=True):
         assert close(found, [x.double() for x in expected], 5e-2)
 
@@ -164,7 +157,7 @@ def test_gradients_that_share_memory_are_not_changed_twice():
         found = window.product(vectors, 1e-6, "forward", window.gradient()[1])
         product.update({name: value for (name, _), value in zip(module.named_parameters(), found, strict=True)})
 
-    fit(look, 1, Shared(), strategy="ddp_find_unused_parameters_true", devices=1, max_steps=1)
+    looked(look, 1, Shared(), strategy="ddp_find_unused_parameters_true", devices=1, max_steps=1)
     second = 12 * 0.8**2  # of the fourth power
     assert product["shift"].item() == pytest.approx(second, rel=1e-4)
     assert product["other"].item() == pytest.approx(second, rel=1e-4)
@@ -198,9 +191,9 @@ def test_step_along():
 def test_relative_step_follows_the_precision_of_the_forward_pass(precision, dtype, forward, central):
     if precision == "16-mixed":  # which becomes bf16 on a CPU unless given so
         plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
-        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, plugins=[plugin])
+        trainer = quiet_trainer(plugins=[plugin])
     else:
-        trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, precision=precision)
+        trainer = quiet_trainer(precision=precision)
     module = nn.Linear(2, 2).to(dtype)
     assert relative_step(trainer, module, "forward") == forward
     assert relative_step(trainer, module, "central") == central

@@ -4,38 +4,30 @@ import copy
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from toys import Squares, mlp
+from trainers import fit
 
 from lightning_plugins import GradientPenalty, ODEDiagnostics
 
 
-class Student(LightningModule):
+class Student(Squares):
     """Follows its teacher on noise; moves it through ``.data``, which torch does not count as writing."""
 
     def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.student = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        super().__init__(mlp(4, 8, 3, seed=0))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
         nn.init.normal_(self.teacher[2].bias)
 
     def training_step(self, batch, batch_idx):
-        for slow, fast in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+        for slow, fast in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
             slow.data.lerp_(fast.data, 0.1)
-        return (self.student(batch[0]) - self.teacher(batch[0])).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.student.parameters(), 0.1)
+        return (self.net(batch) - self.teacher(batch)).square().mean()
 
 
 def train(*callbacks, accumulate=1):
-    module = Student()
-    data = TensorDataset(torch.randn(24, 4, generator=torch.Generator().manual_seed(1)))
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    options = {"accelerator": "cpu", "max_epochs": 2, "accumulate_grad_batches": accumulate}
-    Trainer(**options, callbacks=list(callbacks), **quiet).fit(module, DataLoader(data, 4))
+    module, rows = Student(), torch.randn(24, 4, generator=torch.Generator().manual_seed(1))
+    fit(module, list(rows.split(4)), *callbacks, max_epochs=2, accumulate_grad_batches=accumulate)
     return module.state_dict()
 
 
@@ -45,7 +37,7 @@ def test_a_teacher_moves_as_without(callback, accumulate):
     plain = train(accumulate=accumulate)
     torch.testing.assert_close(train(callback(), accumulate=accumulate), plain, rtol=0, atol=0)
     moved = train(GradientPenalty(0.3), accumulate=accumulate)
-    assert not torch.equal(moved["student.0.weight"], plain["student.0.weight"])
+    assert not torch.equal(moved["net.0.weight"], plain["net.0.weight"])
 
 
 def test_many_frozen_parameters_are_not_saved_and_must_not_be_written_to(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
+from trainers import quiet_trainer
 
 from lightning_plugins.cli import generate, main
 from lightning_plugins.core.logging import log_image, log_table, log_text_table
@@ -44,8 +45,7 @@ def test_a_card_says_what_a_checkpoint_says_and_no_more(teacher):
 @pytest.fixture
 def trainer(tmp_path):
     """One that logs below a folder of its own."""
-    logger = CSVLogger(tmp_path / "runs", name="", version="")
-    return Trainer(logger=logger, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    return quiet_trainer(logger=CSVLogger(tmp_path / "runs", name="", version=""))
 
 
 @pytest.mark.parametrize(

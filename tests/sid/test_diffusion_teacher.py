@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from trainers import quiet_trainer
 
 from lightning_plugins.data import Digits
 from lightning_plugins.sid.diffusion_teacher import DiffusionTeacher
@@ -24,18 +25,9 @@ def digits():
     return Digits(image_size=8, batch_size=16, num_train=80)
 
 
-def trainer(folder, **arguments):
-    defaults = {
-        "max_steps": 5,
-        "limit_val_batches": 1,
-        "num_sanity_val_steps": 0,
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(default_root_dir=folder, **(defaults | arguments))
+def trainer(folder, *callbacks, **options):
+    few = {"max_steps": 5, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    return quiet_trainer(*callbacks, default_root_dir=folder, **(few | options))
 
 
 def seeded(seed=0):
@@ -90,7 +82,7 @@ def test_running_mean_and_learning(tmp_path):
     weights, model = Weights(), tiny(ema_decay=0.6, lr=5e-3)
     mean = model.average.network.conv_in.weight.double().clone()
     before = trainer(tmp_path).validate(model, digits(), verbose=False)[0]["val/loss"]
-    fitted = trainer(tmp_path, max_steps=40, callbacks=[weights], limit_val_batches=0)
+    fitted = trainer(tmp_path, weights, max_steps=40, limit_val_batches=0)
     fitted.fit(model, digits())
     assert len(weights.seen) == 40
     for n, weight in enumerate(weights.seen, 1):
@@ -111,7 +103,7 @@ def test_resumed_run_equals_uninterrupted(tmp_path):
 
     save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
     with pytest.raises(SystemExit):  # Lightning's answer to KeyboardInterrupt
-        trainer(tmp_path, **run, callbacks=[save, StopAt(3)], enable_checkpointing=True).fit(tiny(), digits())
+        trainer(tmp_path, save, StopAt(3), **run).fit(tiny(), digits())
     torch.manual_seed(99)
     torch.randn(7)
     trainer(tmp_path, **run).fit(resumed, digits(), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from trainers import quiet_trainer
 
 from lightning_plugins import NonFiniteGuard
 from lightning_plugins.sid.module import SiD
@@ -29,9 +30,7 @@ class Spoil(Callback):
 
 def fit(folder, guard, spoil, **options):
     model = SiD(teacher=str(folder), batch_size=4, num_pictures=0, updates_per_epoch=8, **options)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", callbacks=[spoil, guard], enable_checkpointing=False, max_steps=8, **quiet)
-    trainer.fit(model)
+    quiet_trainer(spoil, guard, max_steps=8).fit(model)
     return model
 
 

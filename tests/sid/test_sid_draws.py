@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from trainers import quiet_trainer
 
 from lightning_plugins.sid.module import SiD
 from lightning_plugins.sid.teacher import load_teacher
@@ -38,8 +38,7 @@ def build(folder, rank=0, **options):
 
 
 def fit(module, max_steps=1):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", max_steps=max_steps, enable_checkpointing=False, **quiet).fit(module)
+    quiet_trainer(max_steps=max_steps).fit(module)
     return module
 
 

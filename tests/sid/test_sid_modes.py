@@ -1,15 +1,16 @@
 """SiD in every precision, with data, conditions and guidance, compiled, evaluated, and drawn."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_plugins.callbacks.generative_evaluation.callback import GenerativeEvaluation
 from lightning_plugins.data.digits import Digits
@@ -20,10 +21,7 @@ from lightning_plugins.sid.losses import generator_loss
 from lightning_plugins.sid.module import SiD
 from lightning_plugins.sid.teacher import load_teacher
 
-
-def trainer(**options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", **({"enable_checkpointing": False, "max_steps": 2} | quiet | options))
+trainer = partial(quiet_trainer, max_steps=2)
 
 
 def build(folder, cls=SiD, **options):
@@ -31,8 +29,8 @@ def build(folder, cls=SiD, **options):
     return cls(teacher=str(folder), **(settings | options))
 
 
-def fit(module, data=None, **options):
-    run = trainer(**options)
+def fit(module, data=None, *callbacks, **options):
+    run = trainer(*callbacks, **options)
     run.fit(module, data)
     assert all(value.isfinite().all() for value in module.state_dict().values())
     assert run.global_step == run.max_steps
@@ -270,9 +268,9 @@ def test_pictures_figures_and_predictions(teacher_folder, tmp_path):
     for evaluated in (False, True):
         module = build(teacher_folder("ddpm"), num_pictures=4 if evaluated else 0, teacher_steps=2)
         judge = GenerativeEvaluation(num_samples=40, metrics=["frechet"], batch_size=40, feature="digits")
-        options = {"callbacks": [judge], "logger": CSVLogger(tmp_path)} if evaluated else {}
         data = Digits(8, batch_size=4)
-        run = fit(module, data, limit_train_batches=2, limit_val_batches=2, log_every_n_steps=1, **options)
+        few = {"limit_train_batches": 2, "limit_val_batches": 2, "log_every_n_steps": 1}
+        run = fit(module, data, judge, logger=CSVLogger(tmp_path), **few) if evaluated else fit(module, data, **few)
         weights.append(module.state_dict())
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     assert run.callback_metrics["val/frechet_distance"] > 0

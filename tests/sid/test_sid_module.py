@@ -2,15 +2,16 @@
 
 import copy
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_plugins.sid.module import SiD
 from lightning_plugins.sid.teacher import load_teacher
@@ -18,9 +19,7 @@ from lightning_plugins.sid.teacher import load_teacher
 BASE = {"batch_size": 5, "num_pictures": 0, "updates_per_epoch": 4, "lr": 1e-3, "fake_lr": 2e-3}
 
 
-def trainer(**options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(accelerator="cpu", **quiet, **({"enable_checkpointing": False, "max_steps": 2} | options))
+trainer = partial(quiet_trainer, max_steps=2)
 
 
 def build(folder, **options):
@@ -185,7 +184,7 @@ def run(teacher_folder, tmp_path_factory):
     shutil.copytree(teacher_folder("labelled"), folder / "teacher")
     module = build(folder / "teacher", **LABELLED)
     saving = ModelCheckpoint(folder / "saved", "{step}", every_n_train_steps=3, save_top_k=-1)
-    fit = trainer(max_steps=7, enable_checkpointing=True, callbacks=[saving])
+    fit = trainer(saving, max_steps=7)
     fit.fit(module)
     fit.save_checkpoint(folder / "last.ckpt")
     sample = module.sample(6, generator=torch.Generator().manual_seed(1))

@@ -1,13 +1,16 @@
 """Flooding against loops of plain torch that train on the written objective."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from toys import Regression, mlp
+from trainers import fit
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
 from lightning_plugins.callbacks.gradient_penalty.callback import GradientPenalty
@@ -25,26 +28,17 @@ def batches(batch_size, number=24):
     return DataLoader(TensorDataset(x, y), batch_size)
 
 
-class Net(LightningModule):
-    """Regression by an MLP; remembers what it returned."""
+class Net(Regression):
+    """Remembers what it returned."""
 
-    def __init__(self, **optimizer):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
-        self.optimizer = {"lr": 0.3} | optimizer
+    def __init__(self, **options):
+        super().__init__(mlp(4, 8, 1, seed=0), partial(torch.optim.SGD, **({"lr": 0.3} | options)))
         self.returned = []
-
-    def loss(self, batch):
-        return (self.net(batch[0]) - batch[1]).square().mean()
 
     def training_step(self, batch, batch_idx):
         loss = self.loss(batch)
         self.returned.append(loss)
         return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), **self.optimizer)
 
 
 class Signs(Callback):
@@ -57,12 +51,15 @@ class Signs(Callback):
         self.signs += [c.sign.item() for c in trainer.callbacks if isinstance(c, Flooding)]
 
 
-def fit(model, *callbacks, data=None, **options):
+def trained(model, *callbacks, data=None, **options):
     signs = Signs()
-    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=[*callbacks, signs], **(defaults | quiet | options))
-    trainer.fit(model, batches(4) if data is None else data)
+    fit(
+        model,
+        batches(4) if data is None else data,
+        *callbacks,
+        signs,
+        **({"max_epochs": 2, "log_every_n_steps": 1} | options),
+    )
     model.signs = signs.signs
     return model
 
@@ -81,7 +78,7 @@ def descend(model, data, accumulate, objective, epochs=2, clip=None):
     """Plain gradient descent on ``objective(losses of a window)``, times n / k for a window cut short."""
     model.double()
     data = [[x.double() for x in batch] for batch in data]
-    optimizer = torch.optim.SGD(model.parameters(), **model.optimizer)
+    optimizer = model.configure_optimizers()
     for _ in range(epochs):
         for start in range(0, len(data), accumulate):
             window = data[start : start + accumulate]
@@ -100,7 +97,7 @@ def descend(model, data, accumulate, objective, epochs=2, clip=None):
 def test_trains_on_the_written_objective(batch_size, accumulate, scope, clip):
     data = batches(batch_size)
     options = {"precision": "64-true", "accumulate_grad_batches": accumulate, "gradient_clip_val": clip}
-    model = fit(Net(), Flooding(LEVEL, scope), data=data, max_epochs=4, **options)
+    model = trained(Net(), Flooding(LEVEL, scope), data=data, max_epochs=4, **options)
     expected = descend(Net(), data, accumulate, lambda losses: flooded(losses, LEVEL, scope), 4, clip)
     torch.testing.assert_close(weights(model), weights(expected), rtol=1e-12, atol=1e-15)
     assert set(model.signs) == ({1, -1} if scope == "step" else {1})
@@ -111,7 +108,9 @@ def test_trains_on_the_written_objective(batch_size, accumulate, scope, clip):
 def test_how_a_batch_is_spread_does_not_matter():
     """One batch of 8, and two of 4 with accumulation; decided alone, the two of 4 train something else."""
     runs = [
-        weights(fit(Net(), Flooding(LEVEL, scope), data=batches(size), precision="64-true", accumulate_grad_batches=k))
+        weights(
+            trained(Net(), Flooding(LEVEL, scope), data=batches(size), precision="64-true", accumulate_grad_batches=k)
+        )
         for size, k, scope in [(8, 1, "step"), (4, 2, "step"), (8, 1, "microbatch"), (4, 2, "microbatch")]
     ]
     torch.testing.assert_close(runs[0], runs[1], rtol=1e-12, atol=1e-15)
@@ -162,7 +161,7 @@ def test_below_the_level_it_ascends_and_above_it_is_not_there(mode, scope):
     change, options = MODES[mode]
 
     def run(*callbacks, **optimizer):
-        return weights(fit(change(Net(lr=0.01, momentum=0.9, **optimizer)), *callbacks, max_epochs=1, **options()))
+        return weights(trained(change(Net(lr=0.01, momentum=0.9, **optimizer)), *callbacks, max_epochs=1, **options()))
 
     assert torch.equal(run(Flooding(-1e6, scope)), run())
     assert torch.equal(run(Flooding(1e6, scope)), run(maximize=True))
@@ -181,12 +180,12 @@ class FloodsItself(Net):
 def test_the_level_is_in_units_of_the_raw_loss(mode):
     """Whatever the scale of the loss or the number of micro-batches: bit for bit as a module that floods its loss."""
     change, options = MODES[mode]
-    itself = fit(change(FloodsItself(lr=0.01)), max_epochs=1, **options())
+    itself = trained(change(FloodsItself(lr=0.01)), max_epochs=1, **options())
     losses = [loss.item() for loss in itself.returned]
     assert min(losses) < MIDDLE < max(losses)
     scopes = ["microbatch"] if "accumulation" in mode else ["step", "microbatch"]
     for scope in scopes:
-        model = fit(change(Net(lr=0.01)), Flooding(MIDDLE, scope), max_epochs=1, **options())
+        model = trained(change(Net(lr=0.01)), Flooding(MIDDLE, scope), max_epochs=1, **options())
         assert torch.equal(weights(model), weights(itself))
         assert [loss.item() for loss in model.returned] == losses
 
@@ -195,9 +194,9 @@ def test_the_level_is_in_units_of_the_raw_loss(mode):
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_off_is_bitwise_as_without(scope, off):
     options = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.3, "max_epochs": 3}
-    plain = fit(with_dropout(Net(momentum=0.9, weight_decay=0.1)), **options)
+    plain = trained(with_dropout(Net(momentum=0.9, weight_decay=0.1)), **options)
     drawn = torch.rand(3)
-    model = fit(with_dropout(Net(momentum=0.9, weight_decay=0.1)), Flooding(**off, scope=scope), **options)
+    model = trained(with_dropout(Net(momentum=0.9, weight_decay=0.1)), Flooding(**off, scope=scope), **options)
     assert torch.equal(torch.rand(3), drawn)
     assert torch.equal(weights(model), weights(plain))
     assert all(torch.equal(x, y) for x, y in zip(model.buffers(), plain.buffers(), strict=True))
@@ -216,8 +215,8 @@ def test_an_overflow_step_of_the_scaler_is_skipped():
             super().__init__(**optimizer)
             self.before = []
 
-    up = fit(Fp16(), Flooding(1e12), max_epochs=1, **fp16())
-    ascended = fit(Fp16(maximize=True), max_epochs=1, **fp16())
+    up = trained(Fp16(), Flooding(1e12), max_epochs=1, **fp16())
+    ascended = trained(Fp16(maximize=True), max_epochs=1, **fp16())
     assert torch.equal(up.before[2], up.before[3]), "the step was not skipped"
     assert torch.equal(weights(up), weights(ascended))
     assert torch.isfinite(weights(up)).all()
@@ -236,7 +235,7 @@ def test_together_with_a_penalty_of_the_gradient(scope, accumulate, order):
 
     both = [Flooding(LEVEL, scope), GradientPenalty(0.05, engine="exact")]
     options = {"precision": "64-true", "accumulate_grad_batches": accumulate}
-    model = fit(Net(), *(both[i] for i in order), **options)
+    model = trained(Net(), *(both[i] for i in order), **options)
     expected = Net()
     descend(expected, batches(4), accumulate, objective)
     torch.testing.assert_close(weights(model), weights(expected), rtol=1e-10, atol=1e-13)
@@ -255,7 +254,7 @@ def test_down_and_up_again_descend_on_the_squared_norm_of_the_gradient():
     errors = []
     for h in (1e-2, 1e-3, 1e-4):
         level = loss.item()  # the first step begins at the level itself: it descends
-        model = fit(Net(lr=h), Flooding(level), data=data, max_epochs=2, precision="64-true")
+        model = trained(Net(lr=h), Flooding(level), data=data, max_epochs=2, precision="64-true")
         assert model.signs == [1, -1]
         moved = weights(model) - weights(start)
         errors.append(((moved + h**2 / 2 * slope).norm() / moved.norm()).item())

@@ -1,13 +1,16 @@
 """What Flooding logs, what it leaves alone, and that it resumes and waits for nothing."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
+from toys import Regression, mlp
+from trainers import fit, quiet_trainer
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
 
@@ -19,27 +22,25 @@ LEVEL = 0.35
 def batches():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 4, 4, generator=generator)
-    return DataLoader(x * torch.linspace(0.2, 1.8, 6)[:, None, None], batch_size=None)
+    return list(x * torch.linspace(0.2, 1.8, 6)[:, None, None])
 
 
-class Net(LightningModule):
-    """Learns a sum; logs its loss and remembers what it returned."""
+def loader():
+    return DataLoader(batches(), batch_size=None)
 
-    def __init__(self, **optimizer):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        self.optimizer = {"lr": 0.1} | optimizer
+
+class Net(Regression):
+    """Logs its loss and remembers what it returned."""
+
+    def __init__(self, momentum=0.0):
+        super().__init__(mlp(4, 8, 1, seed=0), partial(torch.optim.SGD, lr=0.1, momentum=momentum))
         self.returned = []
 
     def training_step(self, batch, batch_idx):
-        loss = (self.net(batch) - batch.sum(1, keepdim=True).sin()).square().mean()
+        loss = self.loss((batch, batch.sum(1, keepdim=True).sin()))
         self.returned.append(loss)
         self.log("train/loss", loss)
         return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), **self.optimizer)
 
 
 class Seen(Callback):
@@ -55,12 +56,9 @@ class Seen(Callback):
         self.logged.append({name: value.item() for name, value in trainer.callback_metrics.items()})
 
 
-def fit(model, *callbacks, ckpt_path=None, **options):
+def trained(model, *callbacks, **options):
     seen = Seen()
-    defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1}
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=[*callbacks, seen], **(defaults | quiet | options))
-    trainer.fit(model, batches(), ckpt_path=ckpt_path)
+    fit(model, batches(), *callbacks, seen, **({"max_epochs": 2, "log_every_n_steps": 1} | options))
     model.signs, model.logged = seen.signs, seen.logged
     return model
 
@@ -84,7 +82,7 @@ def test_the_users_loss_stays_raw(scope):
             return loss
 
     values = []
-    model = fit(Values(), Flooding(1e6, scope), Outputs(), accumulate_grad_batches=2)
+    model = trained(Values(), Flooding(1e6, scope), Outputs(), accumulate_grad_batches=2)
     assert [loss.item() for loss in model.returned] == values
     assert seen == values
     assert [logged["train/loss"] for logged in model.logged] == values
@@ -92,7 +90,7 @@ def test_the_users_loss_stays_raw(scope):
 
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_logs(scope):
-    model = fit(
+    model = trained(
         Net(), Flooding(scope=scope, level_schedule=[[1, 0.5], [3, 0.3]], start="step 1"), accumulate_grad_batches=2
     )
     losses = torch.stack(model.returned).detach().reshape(6, 2)
@@ -106,18 +104,18 @@ def test_logs(scope):
 
 
 def test_logs_only_where_the_trainer_does():
-    model = fit(Net(), Flooding(LEVEL), log_every_n_steps=3)
+    model = trained(Net(), Flooding(LEVEL), log_every_n_steps=3)
     assert ["flood/level" in row for row in model.logged[:3]] == [False, False, True]
     changes = [i for i in range(3, 12) if model.logged[i]["flood/raw_loss"] != model.logged[i - 1]["flood/raw_loss"]]
     assert changes == [5, 8, 11]
 
 
 def test_where_the_trainer_never_logs():
-    model = fit(Net(), Flooding(LEVEL), log_every_n_steps=0)
+    model = trained(Net(), Flooding(LEVEL), log_every_n_steps=0)
     assert not any("flood/level" in row for row in model.logged)
     bare = Net()
     bare.log = lambda *args: None
-    Trainer(barebones=True, max_epochs=2, accelerator="cpu", callbacks=[Flooding(LEVEL)]).fit(bare, batches())
+    Trainer(barebones=True, max_epochs=2, accelerator="cpu", callbacks=[Flooding(LEVEL)]).fit(bare, loader())
     assert torch.equal(weights(bare), weights(model))
 
 
@@ -141,12 +139,9 @@ def test_nothing_waits_for_a_value(scope):
 
     counts = []
     for callbacks in ([], [Flooding(LEVEL, scope)], [Asks()]):
-        trainer = Trainer(
-            callbacks=callbacks, max_epochs=2, logger=False, log_every_n_steps=50, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, accelerator="cpu", accumulate_grad_batches=2,
-        )  # fmt: skip
+        trainer, data = quiet_trainer(*callbacks, max_epochs=2, accumulate_grad_batches=2), loader()
         with Waits() as waits:
-            trainer.fit(Net(), batches())
+            trainer.fit(Net(), data)
         counts.append(waits.count)
     assert counts[1] == counts[0]
     assert counts[2] == counts[0] + 6
@@ -156,8 +151,8 @@ def test_resumed_is_uninterrupted(tmp_path):
     def run(ckpt_path=None):
         flooding = Flooding(level_schedule=[[0, 1.0], [12, 0.2]], start="epoch 1")
         checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
-        options = {"max_epochs": 6, "enable_checkpointing": True, "ckpt_path": ckpt_path}
-        return fit(Net(momentum=0.9), flooding, checkpoint, accumulate_grad_batches=2, **options)
+        options = {"max_epochs": 6, "ckpt_path": ckpt_path}
+        return trained(Net(momentum=0.9), flooding, checkpoint, accumulate_grad_batches=2, **options)
 
     whole = run()
     assert whole.signs[:3] == [1, 1, 1]

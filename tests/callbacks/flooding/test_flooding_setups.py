@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer
@@ -17,7 +17,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from toys import Bert, Squares
+from trainers import fit
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
 from lightning_plugins.callbacks.flooding.loss import flood
@@ -28,19 +29,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.training_step. returned .None.",
     "ignore:.*dataloader_iter",
 )
-
-
-class Bert(LightningModule):
-    """A sentence classifier of random weights, as a user would wrap it."""
-
-    def __init__(self):
-        super().__init__()
-        sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
-        config = BertConfig(**sizes, num_hidden_layers=2, max_position_embeddings=12)
-        self.bert = BertForSequenceClassification(config)
-
-    def training_step(self, batch, batch_idx):
-        return self.bert(**batch).loss
 
 
 def boring():
@@ -60,7 +48,7 @@ def transformer():
     return Transformer(vocab_size=20), [tuple(torch.randint(20, (2, 2, 10))) for _ in range(8)]
 
 
-def fit(model, *callbacks, data=None, lr=0.1, optimizer=torch.optim.SGD, **options):
+def trained(model, *callbacks, data=None, lr=0.1, optimizer=torch.optim.SGD, **options):
     def configure_optimizers():
         return optimizer(model.parameters(), lr=lr)
 
@@ -68,11 +56,8 @@ def fit(model, *callbacks, data=None, lr=0.1, optimizer=torch.optim.SGD, **optio
     for name in ("validation_step", "train_dataloader", "val_dataloader"):
         setattr(model, name, None)
     seed_everything(0, verbose=False)
-    options = {"max_epochs": 1, "logger": False, "enable_checkpointing": False, "log_every_n_steps": 1} | options
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = Trainer(callbacks=list(callbacks), **quiet, **options)
-    trainer.fit(model, DataLoader(boring()[1] if data is None else data, batch_size=None))
-    return trainer
+    data = boring()[1] if data is None else data
+    return fit(model, data, *callbacks, **({"log_every_n_steps": 1} | options))
 
 
 def weights(model):
@@ -85,7 +70,7 @@ def assert_ascends(build, scope="step", optimizer=torch.optim.SGD, **options):
     for callbacks, maximize in [([Flooding(1e6, scope)], False), ([], True)]:
         seed_everything(1, verbose=False)
         model = build()
-        fit(model, *callbacks, optimizer=partial(optimizer, maximize=maximize), **options)
+        trained(model, *callbacks, optimizer=partial(optimizer, maximize=maximize), **options)
         runs.append(weights(model))
     assert torch.equal(*runs)
 
@@ -111,7 +96,7 @@ def test_modules_of_others(build, accumulate):
             signs.append(trainer.callbacks[0].sign.item())
 
     options = {"max_epochs": 2, "accumulate_grad_batches": accumulate, "precision": "64-true"}
-    fit(model, Flooding(levels[build]), Signs(), data=data, **options)
+    trained(model, Flooding(levels[build]), Signs(), data=data, **options)
     seed_everything(0, verbose=False)
     optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
     loader = DataLoader(data, batch_size=None)
@@ -157,20 +142,15 @@ def test_a_window_that_is_broken_off_leaves_nothing_behind():
         def on_before_optimizer_step(self, trainer, pl_module, optimizer):
             number.append(len(trainer.callbacks[0]._recorder.losses))
 
-    fit(Stops(), Flooding(0.1), Look(), max_epochs=2, accumulate_grad_batches=2)
+    trained(Stops(), Flooding(0.1), Look(), max_epochs=2, accumulate_grad_batches=2)
     assert number == [2] * 5
 
 
 def test_sparse_gradients():
-    class Words(LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.words = nn.Embedding(10, 3, sparse=True)
+    def words():
+        return Squares(nn.Embedding(10, 3, sparse=True))
 
-        def training_step(self, batch, batch_idx):
-            return self.words(batch).square().mean()
-
-    assert_ascends(Words, data=[torch.tensor([1, 2, 2]), torch.tensor([5, 1, 9])])
+    assert_ascends(words, data=[torch.tensor([1, 2, 2]), torch.tensor([5, 1, 9])])
 
 
 def test_a_module_that_draws_its_own_batches():
@@ -192,7 +172,7 @@ def test_order_of_callbacks():
         pass
 
     given = [GradientPenalty(0.1), Other(), Flooding(0.1)]
-    trainer = fit(BoringModel(), *given)
+    trainer = trained(BoringModel(), *given)
     assert trainer.callbacks[:3] == [given[2], given[1], given[0]]
 
 
@@ -200,7 +180,7 @@ def test_one_callback_serves_two_runs():
     flooding = Flooding(1e6)
     for _ in range(2):
         model = BoringModel()
-        fit(model, flooding, data=[torch.ones(4, 32)])
+        trained(model, flooding, data=[torch.ones(4, 32)])
         assert "training_step" not in vars(model)
         assert flooding.sign == -1
 
@@ -212,7 +192,7 @@ def test_training_step_is_given_back_after_an_error():
 
     model = Fails()
     with pytest.raises(KeyError, match="mine"):
-        fit(model, Flooding(0.1))
+        trained(model, Flooding(0.1))
     assert "training_step" not in vars(model)
 
 
@@ -226,32 +206,32 @@ class TwoGradients(torch.optim.SGD):
 
 def test_optimizers_that_evaluate_several_gradients():
     with pytest.raises(MisconfigurationException, match=r"Flooding.*one gradient for each optimizer step"):
-        fit(BoringModel(), Flooding(0.1), optimizer=TwoGradients)
+        trained(BoringModel(), Flooding(0.1), optimizer=TwoGradients)
     assert_ascends(BoringModel, "microbatch", TwoGradients)
 
 
 def test_lbfgs_is_refused():
     with pytest.raises(MisconfigurationException, match=r"Flooding.*LBFGS.*use an optimizer such as SGD or AdamW"):
-        fit(BoringModel(), Flooding(0.1), optimizer=torch.optim.LBFGS)
+        trained(BoringModel(), Flooding(0.1), optimizer=torch.optim.LBFGS)
 
 
 def test_an_optimizer_in_the_backward_pass_is_refused():
     model = BoringModel()
     model.layer.weight.register_post_accumulate_grad_hook(lambda p: None)
     with pytest.raises(MisconfigurationException, match=r"Flooding changes gradients before.*remove them"):
-        fit(model, Flooding(0.1))
+        trained(model, Flooding(0.1))
 
 
 def test_manual_optimization_is_refused():
     model = BoringModel()
     model.automatic_optimization = False
     with pytest.raises(MisconfigurationException, match=r"automatic_optimization=False: call flood\(losses, level\)"):
-        fit(model, Flooding(0.1))
+        trained(model, Flooding(0.1))
 
 
 def test_two_are_refused():
     with pytest.raises(MisconfigurationException, match=r"Only one Flooding in a trainer, .*: remove one"):
-        fit(BoringModel(), Flooding(0.1), Flooding(0.2, "microbatch"))
+        trained(BoringModel(), Flooding(0.1), Flooding(0.2, "microbatch"))
 
 
 class Mine(SingleDeviceStrategy):
@@ -305,15 +285,6 @@ def test_arguments_from_yaml():
     assert off.level == -math.inf
 
 
-class Normed(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
-
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
-
-
 @pytest.mark.filterwarnings("ignore:.*SWA", "ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_the_epoch_for_the_statistics_of_batch_norm_is_left_alone(scope):
@@ -327,7 +298,8 @@ def test_the_epoch_for_the_statistics_of_batch_norm_is_left_alone(scope):
             found.append(torch.cat([p.grad.flatten() for p in pl_module.parameters()]))
 
     averaging = StochasticWeightAveraging(0.05, swa_epoch_start=1)
-    fit(Normed(), averaging, Flooding(1e6, scope), Look(), data=data, max_epochs=3, lr=0.01)
+    normed = Squares(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)))
+    trained(normed, averaging, Flooding(1e6, scope), Look(), data=data, max_epochs=3, lr=0.01)
     assert len(found) == 3 * 3 + 1  # the last is that of the added epoch
     assert signs[-1] == 1
     assert torch.equal(found[-1], found[-2])
@@ -340,7 +312,7 @@ def test_a_step_in_which_no_parameter_has_a_gradient():
 
     model = Constant()
     before = weights(model)
-    fit(model, Flooding(5.0))
+    trained(model, Flooding(5.0))
     assert torch.equal(weights(model), before)
 
 

@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from trainers import fit
 
 from lightning_plugins import GradientPenalty
 
@@ -30,11 +30,9 @@ def test_a_loss_that_bends_within_the_step_is_told(scale, warns):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=1e-5)
 
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        trainer = Trainer(accelerator="cpu", max_steps=2, callbacks=[GradientPenalty(0.1)], **quiet)
-        trainer.fit(Waves(), torch.utils.data.DataLoader([0.0, 0.0]))
+        fit(Waves(), [torch.zeros(1)] * 2, GradientPenalty(0.1))
     assert warns == any("does not resolve this loss's curvature" in str(warning.message) for warning in told)
 
 
@@ -63,13 +61,10 @@ class Classifier(LightningModule):
         return torch.optim.SGD(groups)
 
 
-def fit(module, *callbacks, **options):
+def batches():
     generator = torch.Generator().manual_seed(1)
-    data = TensorDataset(torch.randn(24, 6, generator=generator), torch.randint(3, (24,), generator=generator))
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **(quiet | {"max_epochs": 1} | options))
-    trainer.fit(module, DataLoader(data, 8))
-    return trainer
+    x, y = torch.randn(24, 6, generator=generator), torch.randint(3, (24,), generator=generator)
+    return list(zip(x.split(8), y.split(8), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -78,7 +73,7 @@ def fit(module, *callbacks, **options):
 )
 def test_the_automatic_step_follows_the_loss(module, step):
     penalty = GradientPenalty(0.1)
-    trainer = fit(Classifier(**module), penalty, log_every_n_steps=1)
+    trainer = fit(Classifier(**module), batches(), penalty, log_every_n_steps=1)
     assert trainer.callback_metrics["igr/relative_step"] == pytest.approx(step)
 
 
@@ -96,23 +91,23 @@ def test_kinks_that_the_graph_does_not_tell_are_found_by_halving_the_step():
             return torch.optim.SGD(self.parameters(), lr=1e-9)
 
     with pytest.warns(UserWarning, match="It may have kinks: 0.03 is taken"):
-        trainer = fit(NearKinks(), GradientPenalty(0.1), log_every_n_steps=1)
+        trainer = fit(NearKinks(), batches(), GradientPenalty(0.1), log_every_n_steps=1)
     assert trainer.callback_metrics["igr/relative_step"] == pytest.approx(3e-2)
 
 
 @pytest.mark.parametrize("engine", ["exact", "finite_difference"])
 def test_gradients_of_what_no_optimizer_has_are_left_alone(engine):
     plain, penalised = Classifier(unused=True), Classifier(unused=True)
-    fit(plain)
-    fit(penalised, GradientPenalty(1e-40, engine=engine))
+    fit(plain, batches())
+    fit(penalised, batches(), GradientPenalty(1e-40, engine=engine))
     torch.testing.assert_close(penalised.scales, plain.scales)
     penalised = Classifier(unused=True)
-    fit(penalised, GradientPenalty(0.5, engine=engine), max_steps=1)
+    fit(penalised, batches(), GradientPenalty(0.5, engine=engine), max_steps=1)
     torch.testing.assert_close(penalised.scales, plain.scales[:1])
 
 
 def test_a_step_without_penalty_logs_no_penalty():
-    trainer = fit(Classifier(), GradientPenalty(0.1, schedule=[[0, 1], [1, 0]]), log_every_n_steps=1)
+    trainer = fit(Classifier(), batches(), GradientPenalty(0.1, schedule=[[0, 1], [1, 0]]), log_every_n_steps=1)
     assert trainer.callback_metrics["igr/coefficient"] == 0
 
 
@@ -127,7 +122,7 @@ def test_match_lr_looks_at_the_groups_of_every_step():
             return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
 
     with pytest.raises(MisconfigurationException, match="parameter groups that share lr"):
-        fit(Module(), GradientPenalty(match_lr=0.2))
+        fit(Module(), batches(), GradientPenalty(match_lr=0.2))
 
 
 def test_nothing_is_penalised_while_lightning_only_runs_batches_through():
@@ -141,5 +136,5 @@ def test_nothing_is_penalised_while_lightning_only_runs_batches_through():
             self.seen = [*self.seen, trainer.callbacks[0]._now]
 
     skips = Skips()
-    fit(Classifier(), GradientPenalty(0.1), skips, max_epochs=2)
+    fit(Classifier(), batches(), GradientPenalty(0.1), skips, max_epochs=2)
     assert skips.seen == [0.1] * 3 + [0.0] * 3

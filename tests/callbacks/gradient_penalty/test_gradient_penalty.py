@@ -1,65 +1,31 @@
 """The gradient of each optimizer step against float64 autograd on the written objective, and theory's predictions."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from scipy.integrate import odeint
 from torch import nn
-from torch.utils.data import DataLoader
+from toys import WatchedClassifier, flat, mlp
+from trainers import fit
 
 from lightning_plugins.callbacks import GradientPenalty
 
 C = 3.0
 
 
-class Classifier(LightningModule):
-    """Remembers parameters and gradients at each optimizer step."""
-
-    def __init__(self, net, lr=0.1):
-        super().__init__()
-        self.net, self.lr = net, lr
-        self.before, self.gradients = [], []
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
-
-    def loss(self, batch):
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
-
-    def on_before_optimizer_step(self, optimizer):
-        self.before.append({name: param.detach().clone() for name, param in self.named_parameters()})
-        self.gradients.append(flat(param.grad for param in self.parameters()))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.lr)
-
-
-def flat(tensors):
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]).clone()
-
-
-def mlp(dtype=torch.float64):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
+def net(dtype=torch.float64):
+    return mlp(5, 7, 3, seed=0).to(dtype)
 
 
 def batches(n, size, dtype=torch.float64):
     torch.manual_seed(1)
     x, y = torch.randn(n * size, 5).double(), torch.randint(3, (n * size,))
     return [(x[i : i + size].to(dtype), y[i : i + size]) for i in range(0, n * size, size)]
-
-
-def fit(module, data, *callbacks, **trainer):
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False} | trainer
-    trainer = Trainer(**settings, callbacks=list(callbacks))
-    trainer.fit(module, DataLoader(data, batch_size=None))
-    return trainer
 
 
 def objective(losses, params, c, scope, norm):
@@ -106,7 +72,7 @@ PRECISE = {
 @pytest.mark.parametrize("engine", PRECISE)
 def test_gradient(engine, k, norm, scope):
     arguments, tolerance = PRECISE[engine]
-    module, data = Classifier(mlp()), batches(4, 5)  # k = 3: a window of three and one of one
+    module, data = WatchedClassifier(net()), batches(4, 5)  # k = 3: a window of three and one of one
     fit(module, data, GradientPenalty(C, norm=norm, scope=scope, **arguments), accumulate_grad_batches=k)
     found = list(errors(module, windows_of(data, k), k, C, scope, norm))
     assert len(found) == -(-4 // k)
@@ -117,7 +83,7 @@ def test_gradient(engine, k, norm, scope):
 @pytest.mark.parametrize("k", [1, 3])
 def test_gradient_in_fp32(k, difference, step):
     tolerance = 4 * torch.finfo(torch.float32).eps / step  # rounding of two gradients, divided by the displacement
-    module, data = Classifier(mlp(torch.float32)), batches(4, 5, torch.float32)
+    module, data = WatchedClassifier(net(torch.float32)), batches(4, 5, torch.float32)
     fit(module, data, GradientPenalty(C, difference=difference), accumulate_grad_batches=k)
     assert max(errors(module, windows_of(data, k), k)) < tolerance
 
@@ -125,7 +91,7 @@ def test_gradient_in_fp32(k, difference, step):
 @pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("arguments", [{}, {"difference": "central"}, {"engine": "exact"}], ids=str)
 def test_gradient_in_bf16(arguments, k):
-    module, data = Classifier(mlp(torch.float32)), batches(4, 200, torch.float32)
+    module, data = WatchedClassifier(net(torch.float32)), batches(4, 200, torch.float32)
     fit(module, data, GradientPenalty(C, **arguments), accumulate_grad_batches=k, precision="bf16-mixed")
     assert max(errors(module, windows_of(data, k), k)) < 5e-2
 
@@ -133,14 +99,14 @@ def test_gradient_in_bf16(arguments, k):
 @pytest.mark.parametrize("arguments", PRECISE.values(), ids=PRECISE)
 def test_a_step_does_not_depend_on_how_its_batch_is_cut(arguments):
     arguments, _ = arguments
-    whole, halves = Classifier(mlp()), Classifier(mlp())
+    whole, halves = WatchedClassifier(net()), WatchedClassifier(net())
     fit(whole, batches(3, 10), GradientPenalty(C, **arguments))
     fit(halves, batches(6, 5), GradientPenalty(C, **arguments), accumulate_grad_batches=2)
     torch.testing.assert_close(flat(whole.parameters()), flat(halves.parameters()), rtol=1e-6, atol=1e-8)
 
 
 def test_accumulation_that_changes_between_epochs():
-    module, data = Classifier(mlp()), batches(6, 5)
+    module, data = WatchedClassifier(net()), batches(6, 5)
     scheduler = GradientAccumulationScheduler({0: 1, 1: 2, 2: 4})
     fit(module, data, GradientPenalty(C, difference="central"), scheduler, max_epochs=3)
     before, gradients = module.before, module.gradients
@@ -150,9 +116,9 @@ def test_accumulation_that_changes_between_epochs():
 
 
 def test_unused_parameters_and_those_without_curvature():
-    class Odd(Classifier):
+    class Odd(WatchedClassifier):
         def __init__(self):
-            super().__init__(mlp())
+            super().__init__(net())
             self.unused = nn.Parameter(torch.ones(2).double())
             self.linear = nn.Parameter(torch.ones(3).double())
 
@@ -181,11 +147,11 @@ def test_unused_parameters_and_those_without_curvature():
 @pytest.mark.parametrize("norm", ["squared", "norm"])
 @pytest.mark.parametrize("engine", ["finite_difference", "exact"])
 def test_nothing_is_added_where_the_gradient_is_zero(engine, norm, scope, k):
-    class Hinge(Classifier):
+    class Hinge(WatchedClassifier):
         def loss(self, batch):
             return F.relu(self.net(batch[0]) - 100.0).sum()  # every margin is met
 
-    module, data = Hinge(mlp()), batches(2, 5)
+    module, data = Hinge(net()), batches(2, 5)
     fit(module, data, GradientPenalty(C, engine=engine, norm=norm, scope=scope), accumulate_grad_batches=k)
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in module.gradients)
 
@@ -193,11 +159,11 @@ def test_nothing_is_added_where_the_gradient_is_zero(engine, norm, scope, k):
 @pytest.mark.parametrize("arguments", [{}, {"engine": "exact"}], ids=str)
 @pytest.mark.parametrize("k", [1, 2])
 def test_a_loss_with_one_element_is_a_loss(k, arguments):
-    class OneElement(Classifier):
+    class OneElement(WatchedClassifier):
         def training_step(self, batch, batch_idx):
             return {"loss": self.loss(batch).reshape(1), "more": 0}
 
-    module, data = OneElement(mlp()), batches(2, 5)
+    module, data = OneElement(net()), batches(2, 5)
     fit(module, data, GradientPenalty(C, **arguments), accumulate_grad_batches=k)
     assert max(errors(module, windows_of(data, k), k)) < 1e-5
 
@@ -206,7 +172,7 @@ def test_a_loss_with_one_element_is_a_loss(k, arguments):
 @pytest.mark.parametrize("by", ["norm", "value"])
 def test_clipping_acts_on_the_sum(by, arguments):
     limit = 0.05
-    module, data = Classifier(mlp(), lr=1.0), batches(1, 20)
+    module, data = WatchedClassifier(net(), partial(torch.optim.SGD, lr=1.0)), batches(1, 20)
     start = flat(module.parameters())
     fit(module, data, GradientPenalty(C, **arguments), gradient_clip_val=limit, gradient_clip_algorithm=by)
     (gradient,) = module.gradients
@@ -217,7 +183,7 @@ def test_clipping_acts_on_the_sum(by, arguments):
 
 
 def test_dropout_and_batch_norm():
-    class Reference(Classifier):
+    class Reference(WatchedClassifier):
         def loss(self, batch):
             torch.manual_seed(5)  # the same mask again for the objective written out
             return super().loss(batch)
@@ -238,7 +204,7 @@ def test_dropout_and_batch_norm():
 def test_the_norm_is_sam():
     """``g + c H g / |g|`` by a forward difference of length ``rho = c`` is the gradient at ``theta + rho g / |g|``."""
     rho = 0.3
-    module, data = Classifier(mlp()), batches(1, 20)
+    module, data = WatchedClassifier(net()), batches(1, 20)
     start = copy.deepcopy(module)
     relative = rho / flat(start.parameters()).norm().item()
     fit(module, data, GradientPenalty(rho, norm="norm", relative_step=relative))
@@ -249,7 +215,7 @@ def test_the_norm_is_sam():
 def test_the_square_is_sam_without_normalisation():
     """``2c = h``: the gradient at ``theta + h g``."""
     c = 0.4
-    module, data = Classifier(mlp()), batches(1, 20)
+    module, data = WatchedClassifier(net()), batches(1, 20)
     start = copy.deepcopy(module)
     params = list(start.parameters())
     gradient = flat(torch.autograd.grad(start.loss(data[0]), params))

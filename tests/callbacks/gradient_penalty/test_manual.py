@@ -1,19 +1,19 @@
 """gradient_penalty_backward in manual optimization against float64 autograd on the written objective."""
 
 import copy
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
+from toys import flat, mlp
+from trainers import fit, quiet_trainer
 
 from lightning_plugins import gradient_penalty_backward
 
@@ -29,11 +29,6 @@ ENGINES = {
     "central": ({"difference": "central"}, 1e-7),
     "forward": ({}, 1e-5),
 }
-
-
-def mlp(*sizes):
-    layers = [nn.Linear(a, b) for a, b in pairwise(sizes)]
-    return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))[:-1]
 
 
 def data(n=4):
@@ -71,14 +66,8 @@ class Manual(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=self.lr)
 
 
-def flat(tensors):
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]).clone()
-
-
-def fit(model, batches=None, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(max_epochs=1, accelerator="cpu", enable_model_summary=False, **(quiet | options))
-    trainer.fit(model, DataLoader(data() if batches is None else batches, batch_size=None))
+def trained(model, batches=None, **options):
+    fit(model, data() if batches is None else batches, **options)
     return model
 
 
@@ -118,7 +107,7 @@ def test_gradient(engine, norm):
     expected = written(model, lambda m, b: m.loss(b) + penalty(m.loss(b), list(m.parameters()), norm))
     plain = written(model, lambda m, b: m.loss(b))
     assert (plain.gradients[0] - expected.gradients[0]).norm() / plain.gradients[0].norm() > 0.2
-    assert_same_run(fit(model, precision="64-true"), expected, tolerance)
+    assert_same_run(trained(model, precision="64-true"), expected, tolerance)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -139,7 +128,7 @@ def test_several_losses_share_a_step(engine):
 
     model = Manual(step, lr=0.2)
     expected = written(model, objective)
-    assert_same_run(fit(model, precision="64-true"), expected, tolerance)
+    assert_same_run(trained(model, precision="64-true"), expected, tolerance)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -163,7 +152,7 @@ def test_other_parameters_get_the_gradient_of_the_loss(engine):
     )
     unused, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
     model.aside = [unused, frozen]
-    model = fit(model, data(1), precision="64-true")
+    model = trained(model, data(1), precision="64-true")
     grads = [param.grad for param in model.net.parameters()]
     torch.testing.assert_close(flat(grads[:2]), flat(first), rtol=1e-13, atol=1e-15)
     assert (flat(grads[2:]) - flat(expected)).norm() / flat(expected).norm() < tolerance
@@ -219,7 +208,7 @@ def test_gan(engine):
             for param, grad in zip(params, grads, strict=True):
                 param.grad = grad
             optimizer.step()
-    fit(model, batches, precision="64-true")
+    trained(model, batches, precision="64-true")
     torch.testing.assert_close(flat(model.parameters()), flat(expected.parameters()), rtol=0, atol=10 * tolerance)
 
 
@@ -257,7 +246,7 @@ def test_dropout_batch_norm_metrics_and_logs(arguments):
     runs = []
     for each in (step, by_hand):
         seed_everything(3, verbose=False)
-        model = fit(Manual(each, Tracked), precision="64-true", log_every_n_steps=1)
+        model = trained(Manual(each, Tracked), precision="64-true", log_every_n_steps=1)
         runs.append((model, model.trainer.callback_metrics["train/loss"], torch.rand(3)))
     (model, log, draw), (expected, expected_log, expected_draw) = runs
     assert_same_run(model, expected, 1e-7)
@@ -279,7 +268,7 @@ def test_bf16(arguments):
 
     model = Manual(step, lr=0.02)
     expected = written(model, lambda m, b: m.loss(b) + penalty(m.loss(b), list(m.parameters())))
-    assert_same_run(fit(model, precision="bf16-mixed"), expected, 5e-2)
+    assert_same_run(trained(model, precision="bf16-mixed"), expected, 5e-2)
 
 
 def test_an_autocast_of_ones_own():
@@ -294,7 +283,7 @@ def test_an_autocast_of_ones_own():
 
     model = Manual(step, lr=0.02)
     expected = written(model, lambda m, b: m.loss(b) + penalty(m.loss(b), list(m.parameters())))
-    assert_same_run(fit(model), expected, 5e-2)
+    assert_same_run(trained(model), expected, 5e-2)
 
 
 def scaler(**options):
@@ -306,7 +295,7 @@ def test_fp16(arguments):
     """The gradients of training_step are scaled, those that the optimizer sees are not."""
     model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: m.loss(batch), C, **arguments), lr=0.1)
     expected = written(model, lambda m, b: m.loss(b) + penalty(m.loss(b), list(m.parameters())))
-    model = fit(model, plugins=scaler(init_scale=2.0**10))
+    model = trained(model, plugins=scaler(init_scale=2.0**10))
     model.gradients = [gradient / 2**10 for gradient in model.gradients]
     assert_same_run(model, expected, 2e-2)
 
@@ -316,9 +305,9 @@ def test_fp16_overflow_skips_the_step(arguments):
     model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: m.loss(batch), C, **arguments), lr=0.1)
     before = flat(model.parameters())
     plugin = scaler(init_scale=2.0**40, backoff_factor=2.0**-30)
-    assert torch.equal(flat(fit(copy.deepcopy(model), data(1), plugins=plugin).parameters()), before)
+    assert torch.equal(flat(trained(copy.deepcopy(model), data(1), plugins=plugin).parameters()), before)
     assert plugin.scaler.get_scale() == 2.0**10
-    after = flat(fit(model, data(2), plugins=scaler(init_scale=2.0**40, backoff_factor=2.0**-30)).parameters())
+    after = flat(trained(model, data(2), plugins=scaler(init_scale=2.0**40, backoff_factor=2.0**-30)).parameters())
     assert torch.isfinite(after).all()
     assert not torch.equal(after, before)
 
@@ -326,7 +315,7 @@ def test_fp16_overflow_skips_the_step(arguments):
 @pytest.mark.parametrize("engine", ["finite_difference", "exact"])
 def test_no_coefficient_is_manual_backward(engine):
     with_, without = (
-        fit(Manual(step, Tracked))
+        trained(Manual(step, Tracked))
         for step in (
             lambda m, batch: gradient_penalty_backward(m, lambda: m.loss(batch), 0.0, engine=engine),
             lambda m, batch: m.manual_backward(m.loss(batch)),
@@ -341,7 +330,7 @@ def test_returns_the_loss_alone():
     def step(m, batch):
         found.append((gradient_penalty_backward(m, lambda: m.loss(batch), C), m.loss(batch)))
 
-    fit(Manual(step))
+    trained(Manual(step))
     for loss, expected in found:
         assert not loss.requires_grad
         assert torch.equal(loss, expected)
@@ -352,7 +341,7 @@ def test_nothing_is_added_where_the_gradient_is_zero(engine):
     def step(m, batch):
         gradient_penalty_backward(m, lambda: 0 * m.loss(batch), C, norm="norm", engine=engine)
 
-    assert all(not gradient.any() for gradient in fit(Manual(step)).gradients)
+    assert all(not gradient.any() for gradient in trained(Manual(step)).gradients)
 
 
 def compiled():
@@ -379,7 +368,7 @@ def test_refusals(arguments, options, error, sentence):
     arguments = {"coefficient": C} | arguments
     model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: m.loss(batch), **arguments))
     with pytest.raises(error, match=sentence):
-        fit(model, **options)
+        trained(model, **options)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -388,7 +377,7 @@ def test_exact_and_compiled():
     with pytest.raises(
         ValueError, match=r"torch\.compile does not differentiate twice; use engine='finite_difference'"
     ):
-        fit(model)
+        trained(model)
 
 
 def test_automatic_optimization_has_the_callback():
@@ -400,7 +389,7 @@ def test_automatic_optimization_has_the_callback():
 
 def test_strategies_with_gradients_elsewhere():
     model = Manual(None)
-    model.trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    model.trainer = quiet_trainer()
     model.trainer._accelerator_connector.strategy = object.__new__(FSDPStrategy)
     with pytest.raises(MisconfigurationException, match=r"gradient_penalty_backward .* kept under FSDPStrategy: use a"):
         gradient_penalty_backward(model, lambda: model.loss(data()[0]), C)
@@ -422,14 +411,14 @@ def test_a_loss_that_cannot_be_repeated(step):
     model.noise = iter(torch.linspace(0, 1, 10))
     sentence = r"(?s)gradient_penalty_backward: running loss_fn of Manual again .* another gradient.*use engine='exact'"
     with pytest.raises(RuntimeError, match=sentence):
-        fit(model)
+        trained(model)
 
     def exact(m, batch):
         gradient_penalty_backward(m, lambda: step(m, batch), C, engine="exact")
 
     model = Manual(exact)
     model.noise = iter(torch.linspace(0, 1, 10))
-    assert len(fit(model).gradients) == 4
+    assert len(trained(model).gradients) == 4
 
 
 def test_only_the_first_call_is_looked_at():
@@ -442,8 +431,8 @@ def test_only_the_first_call_is_looked_at():
 
         gradient_penalty_backward(m, loss, C)
 
-    fit(Manual(step))
-    fit(Manual(step), data(1))  # another module, whose gradient is zero
+    trained(Manual(step))
+    trained(Manual(step), data(1))  # another module, whose gradient is zero
     assert [calls.count(number) for number in range(4)] == [2, 3, 2, 2]
 
 
@@ -453,7 +442,7 @@ def test_a_graph_that_was_made_outside():
         gradient_penalty_backward(m, lambda: F.cross_entropy(logits, batch[1]), C)
 
     with pytest.raises(RuntimeError, match="a part of its graph was made outside: compute everything that depends on"):
-        fit(Manual(step))
+        trained(Manual(step))
 
 
 @pytest.mark.parametrize(
@@ -470,7 +459,7 @@ def test_a_graph_that_was_made_outside():
 def test_params_of_another_kind(params, sentence):
     model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: m.loss(batch), C, params(m)))
     with pytest.raises(ValueError, match=sentence):
-        fit(model)
+        trained(model)
 
 
 def test_no_trainable_parameters():
@@ -479,7 +468,7 @@ def test_no_trainable_parameters():
         gradient_penalty_backward(m, lambda: m.loss(batch), C)
 
     with pytest.raises(ValueError, match="none of the 4 params is trainable"):
-        fit(Manual(step))
+        trained(Manual(step))
 
 
 @pytest.mark.parametrize(
@@ -492,4 +481,4 @@ def test_no_trainable_parameters():
 def test_losses_of_another_kind(change, sentence):
     model = Manual(lambda m, batch: gradient_penalty_backward(m, lambda: change(m.loss(batch)), C))
     with pytest.raises(ValueError, match=sentence):
-        fit(model)
+        trained(model)

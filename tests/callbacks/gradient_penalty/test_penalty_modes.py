@@ -6,14 +6,14 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from toys import WatchedClassifier, flat
+from trainers import fit
 
 from lightning_plugins.callbacks import GradientPenalty
 from lightning_plugins.replay.recorder import is_replaying
@@ -23,35 +23,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 C = 1.0
 
 
-class Classifier(LightningModule):
-    """Remembers parameters and gradients at each optimizer step, and when the optimizer took it."""
+class Classifier(WatchedClassifier):
+    """Counts the steps that its optimizer took."""
 
     def __init__(self, net):
-        super().__init__()
-        self.net = net
-        self.before, self.gradients, self.taken = [], [], 0
-
-    def training_step(self, batch, batch_idx):
-        return self.loss(batch)
+        super().__init__(net)
+        self.taken = 0
 
     def loss(self, batch):
         return F.cross_entropy(self.net(batch[0]).float(), batch[1])
 
-    def on_before_optimizer_step(self, optimizer):
-        self.before.append({name: param.detach().clone() for name, param in self.named_parameters()})
-        self.gradients.append(flat(param.grad for param in self.parameters()))
-
     def configure_optimizers(self):
-        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        optimizer = super().configure_optimizers()
         optimizer.register_step_post_hook(self.count)
         return optimizer
 
     def count(self, *_):
         self.taken += 1
-
-
-def flat(tensors):
-    return torch.cat([tensor.detach().flatten() for tensor in tensors]).clone()
 
 
 def mlp():
@@ -83,14 +71,6 @@ class Checkpointed(nn.Module):
 def batches(n, size=20):
     torch.manual_seed(1)
     return [(2 * torch.randn(size, 8), torch.randint(3, (size,))) for _ in range(n)]
-
-
-def fit(module, data, *callbacks, **trainer):
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False} | trainer
-    trainer = Trainer(**settings, callbacks=list(callbacks))
-    trainer.fit(module, DataLoader(data, batch_size=None))
-    return trainer
 
 
 def fp16(init_scale):

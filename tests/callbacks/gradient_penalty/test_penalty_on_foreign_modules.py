@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.demos.transformer import LightningTransformer
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import BertConfig, BertForSequenceClassification
+from toys import Bert, Classifier
+from trainers import fit
 
 from lightning_plugins import GradientPenalty
 
@@ -22,41 +21,18 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-class Classifier(LightningModule):
+class LoggingClassifier(Classifier):
     """The plain module around somebody's network."""
 
-    def __init__(self, net):
-        super().__init__()
-        self.net = net
-
-    def training_step(self, batch, batch_idx):
-        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+    def loss(self, batch):
+        loss = super().loss(batch)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.05)
 
-
-class Bert(Classifier):
-    """A stock BERT with random weights."""
-
-    def __init__(self, attention, dropout):
-        config = BertConfig(
-            vocab_size=40,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=12,
-            hidden_dropout_prob=dropout,
-            attention_probs_dropout_prob=dropout,
-            attn_implementation=attention,
-        )
-        super().__init__(BertForSequenceClassification(config))
-
-    def training_step(self, batch, batch_idx):
-        return self.net(**batch).loss
+def bert(attention, dropout):
+    dropouts = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
+    return Bert(attn_implementation=attention, **dropouts)
 
 
 class Boring(BoringModel):
@@ -106,7 +82,9 @@ def tokens():
 
 def cnn():
     layers = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.SiLU()]
-    return Classifier(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(6, 3)))
+    return LoggingClassifier(
+        nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(6, 3))
+    )
 
 
 def with_frozen_parts():
@@ -118,14 +96,14 @@ def with_frozen_parts():
 
 # name: module, batch
 MODULES = {
-    "bert": (lambda: Bert("eager", 0.1), tokens),
-    "bert with fused attention": (lambda: Bert("sdpa", 0.1), tokens),
+    "bert": (lambda: bert("eager", 0.1), tokens),
+    "bert with fused attention": (lambda: bert("sdpa", 0.1), tokens),
     "cnn": (cnn, images),
     "frozen parts": (with_frozen_parts, images),
     "boring": (Boring, lambda: torch.randn(4, 32)),
     "demo transformer": (lambda: DemoTransformer(vocab_size=20), lambda: tuple(torch.randint(20, (2, 2, 10)))),
-    "tied weights": (lambda: Classifier(Tied()), lambda: (torch.randint(12, (9,)), torch.randint(12, (9,)))),
-    "recurrent": (lambda: Classifier(Recurrent()), lambda: (torch.randn(4, 5, 4), torch.randint(3, (4,)))),
+    "tied weights": (lambda: LoggingClassifier(Tied()), lambda: (torch.randint(12, (9,)), torch.randint(12, (9,)))),
+    "recurrent": (lambda: LoggingClassifier(Recurrent()), lambda: (torch.randn(4, 5, 4), torch.randint(3, (4,)))),
 }
 
 
@@ -151,18 +129,9 @@ def make(name, n=3):
     return build(), [batch() for _ in range(n)]
 
 
-def fit(model, batches, *callbacks, precision="64-true", **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+def witnessed(model, batches, callback, precision="64-true"):
     witness = Witness()
-    trainer = Trainer(
-        accelerator="cpu",
-        precision=precision,
-        callbacks=[*callbacks, witness],
-        enable_model_summary=False,
-        limit_val_batches=0,
-        **(quiet | options),
-    )
-    trainer.fit(model, DataLoader(batches, batch_size=None))
+    fit(model, batches, callback, witness, precision=precision, limit_val_batches=0)
     return witness
 
 
@@ -221,7 +190,7 @@ def test_gradient(engine, name):
     arguments, tolerance = ENGINES[engine]
     steep = name == "demo transformer"
     model, batches = make(name, 1 if steep else 3)
-    witness = fit(model, batches, GradientPenalty(C, **arguments, **(TINY if steep else {})))
+    witness = witnessed(model, batches, GradientPenalty(C, **arguments, **(TINY if steep else {})))
     assert_gradients(witness, model, batches, tolerance)
 
 
@@ -230,24 +199,24 @@ def test_gradient(engine, name):
 def test_gradient_in_fp32(difference, name):
     """As users run them."""
     model, batches = make(name)
-    witness = fit(model, batches, GradientPenalty(C, difference=difference), precision="32-true")
+    witness = witnessed(model, batches, GradientPenalty(C, difference=difference), precision="32-true")
     assert_gradients(witness, model, batches, 2e-2)
 
 
 def test_fused_attention_that_has_no_second_derivative():
     """Without dropout torch takes its flash kernel: finite differences alone can do it."""
     torch.manual_seed(0)
-    model, batches = Bert("sdpa", 0.0), [tokens() for _ in range(2)]
+    model, batches = bert("sdpa", 0.0), [tokens() for _ in range(2)]
     with pytest.raises(RuntimeError, match=r"flash_attention.* has no second derivative; use engine='finite_diff"):
-        fit(copy.deepcopy(model), batches, GradientPenalty(C, engine="exact"))
-    witness = fit(model, batches, GradientPenalty(C, difference="central"))
+        witnessed(copy.deepcopy(model), batches, GradientPenalty(C, engine="exact"))
+    witness = witnessed(model, batches, GradientPenalty(C, difference="central"))
     assert_gradients(witness, eager(model), batches, 1e-5)
 
 
-def eager(bert):
+def eager(model):
     """The same network with attention that autograd can differentiate twice."""
-    other = Bert("eager", 0.0)
-    other.load_state_dict(bert.state_dict())
+    other = bert("eager", 0.0)
+    other.load_state_dict(model.state_dict())
     return other
 
 
@@ -257,7 +226,7 @@ def test_parameters_outside_the_optimizer():
     model, batches = cnn(), [images() for _ in range(2)]
     inside = ["net.9.weight", "net.9.bias"]
     model.configure_optimizers = lambda: torch.optim.SGD([model.get_parameter(name) for name in inside], lr=0.05)
-    witness = fit(model, batches, GradientPenalty(C, difference="central"))
+    witness = witnessed(model, batches, GradientPenalty(C, difference="central"))
     for step, (weights, gradients) in enumerate(zip(witness.weights, witness.gradients, strict=True)):
         expected, plain = written(model, weights, batches[step], step, params=inside)
         for name, grad in gradients.items():
@@ -273,5 +242,5 @@ def test_parameter_groups():
     model, batches = cnn(), [images() for _ in range(2)]
     parts = [{"params": model.net[:6].parameters(), "lr": 0.01}, {"params": model.net[6:].parameters()}]
     model.configure_optimizers = lambda: torch.optim.AdamW(parts, lr=0.1)
-    witness = fit(model, batches, GradientPenalty(C, engine="exact"))
+    witness = witnessed(model, batches, GradientPenalty(C, engine="exact"))
     assert_gradients(witness, model, batches, 1e-11)

@@ -1,12 +1,12 @@
 """What GradientPenalty refuses: each with a sentence that says what, why and what instead, before a weight changes."""
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import (
     DDPStrategy,
@@ -20,7 +20,8 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from toys import Classifier, mlp
+from trainers import fit
 
 from lightning_plugins.callbacks import GradientPenalty
 from lightning_plugins.core.sharding import shard_parts
@@ -41,17 +42,9 @@ MICRO = {"scope": "microbatch"}
 INSTEAD = "use engine='finite_difference'"
 
 
-class Net(LightningModule):
+class Net(Classifier):
     def __init__(self, optimizer=torch.optim.SGD, net=None):
-        super().__init__()
-        self.net = net or nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-        self.optimizer = optimizer
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]).float(), batch[1])
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters(), lr=0.1)
+        super().__init__(net or mlp(4, 8, 3), partial(optimizer, lr=0.1))
 
 
 class Sharded(Net):
@@ -104,20 +97,12 @@ def batches():
     return [(torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(2)]
 
 
-def fit(model, *callbacks, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(
-        max_epochs=1, accelerator="cpu", callbacks=list(callbacks), enable_model_summary=False, **(quiet | options)
-    )
-    trainer.fit(model, DataLoader(batches(), batch_size=None))
-
-
 def compiled(backend=aot_eager):
     return torch.compile(Net(), backend=backend)
 
 
 def compiled_part():
-    return Net(net=torch.compile(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), backend=aot_eager))
+    return Net(net=torch.compile(mlp(4, 8, 3), backend=aot_eager))
 
 
 def compiled_in_place():
@@ -232,7 +217,7 @@ def test_setups(name):
     penalty = GradientPenalty(**({} if "match_lr" in arguments else {"coefficient": 0.1}), **arguments)
     options = {key: value() if callable(value) else value for key, value in options.items()}
     with pytest.raises((MisconfigurationException, RuntimeError), match=f"(?s)^GradientPenalty.*{sentence}"):
-        fit(model, penalty, **options)
+        fit(model, batches(), penalty, **options)
     for param, old in zip(getattr(model, "_orig_mod", model).parameters(), before, strict=True):
         assert torch.equal(getattr(param, "_local_tensor", param), old.to(param.dtype))
 
@@ -242,19 +227,19 @@ def test_auto_takes_finite_differences_there(name):
     build, _, options, _ = SETUPS[name]
     options = {key: value() if callable(value) else value for key, value in options.items()}
     with pytest.warns(UserWarning, match=r"GradientPenalty\(engine='auto'\) takes finite differences: "):
-        fit(build(), GradientPenalty(0.1, engine="auto"), **options)
+        fit(build(), batches(), GradientPenalty(0.1, engine="auto"), **options)
 
 
 def test_optimizers_that_evaluate_several_gradients():
     """Found in their first step: what they did to the weights before it was theirs."""
     sentence = r"GradientPenalty needs one gradient for each optimizer step, .*\(as SAM does\): use a plain one"
     with pytest.raises(MisconfigurationException, match=sentence):
-        fit(Net(TwoGradients), GradientPenalty(0.1))
+        fit(Net(TwoGradients), batches(), GradientPenalty(0.1))
 
 
 def test_two_penalties():
     with pytest.raises(MisconfigurationException, match=r"Only one GradientPenalty in a trainer: add their coeff"):
-        fit(Net(), GradientPenalty(0.1), GradientPenalty(0.2, scope="microbatch"))
+        fit(Net(), batches(), GradientPenalty(0.1), GradientPenalty(0.2, scope="microbatch"))
 
 
 class Mine(SingleDeviceStrategy):
@@ -292,7 +277,7 @@ def test_steps_that_cannot_be_repeated(step, sentence):
     model.training_step = lambda batch, batch_idx: step(model, batch)
     before = copy.deepcopy(list(model.parameters()))
     with pytest.raises(RuntimeError, match=rf"(?s)of Net again .* another gradient.*{sentence}.*check='off"):
-        fit(model, GradientPenalty(0.1))
+        fit(model, batches(), GradientPenalty(0.1))
     assert all(map(torch.equal, model.parameters(), before))
 
 

@@ -2,18 +2,19 @@
 
 import warnings
 import weakref
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+import trainers
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader
+from toys import ImageClassifier, Squares, mlp
 
 from lightning_plugins.callbacks import GradientPenalty, RandomState
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient
@@ -62,17 +63,13 @@ class Book(DummyLogger):
         self.rows.setdefault(step, {}).update(metrics)
 
 
-def fit(module, *callbacks, data=None, **trainer):
-    settings = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1} | trainer
-    trainer = Trainer(**settings, callbacks=list(callbacks))
-    trainer.fit(module, DataLoader([torch.zeros(3).double()] * 12 if data is None else data, batch_size=None))
-    return trainer
+fit = partial(trainers.fit, log_every_n_steps=1)
+ZEROS = [torch.zeros(3).double()] * 12
 
 
-def measured(penalty, **trainer):
+def measured(penalty, **options):
     module = Quadratic()
-    fit(module, penalty, **trainer)
+    fit(module, ZEROS, penalty, **options)
     return list(module.coefficients())
 
 
@@ -101,13 +98,10 @@ def test_steps_are_the_optimizers_whatever_the_accumulation():
     assert found == pytest.approx([0, 0.05, 0.1, 0.15], rel=1e-5, abs=1e-9)
 
 
-class Noisy(LightningModule):
+class Noisy(ImageClassifier):
     def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 10))
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch["image"].flatten(1)), batch["label"])
+        layers = [nn.Linear(64, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 10)]
+        super().__init__(nn.Sequential(nn.Flatten(), *layers))
 
     def validation_step(self, batch, batch_idx):
         pass  # the data have some
@@ -132,21 +126,10 @@ def test_resumed_is_uninterrupted(arguments, tmp_path):
     def run(seed, ckpt_path=None):
         seed_everything(seed, verbose=False)
         module = Noisy()
-        trainer = Trainer(
-            max_steps=12,
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            accumulate_grad_batches=2,
-            limit_val_batches=0,
-            callbacks=[
-                GradientPenalty(**arguments),
-                RandomState(),
-                ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=5),
-            ],
-        )
-        trainer.fit(module, Digits(image_size=8, batch_size=100, shift=1), ckpt_path=ckpt_path)
+        saving = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=5)
+        callbacks = [GradientPenalty(**arguments), RandomState(), saving]
+        options = {"max_epochs": None, "max_steps": 12, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        fit(module, Digits(image_size=8, batch_size=100, shift=1), *callbacks, ckpt_path=ckpt_path, **options)
         return module.state_dict()
 
     whole = run(3)
@@ -162,7 +145,7 @@ def test_resumed_is_uninterrupted(arguments, tmp_path):
 @pytest.mark.parametrize("kind", [{}, {"momentum": 0.9}, {"momentum": 0.5, "nesterov": True}], ids=str)
 def test_match_lr_follows_the_scheduled_rate(kind):
     module = Quadratic(lr=0.04, decay=0.8, **kind)
-    fit(module, GradientPenalty(match_lr=0.1, difference="central"))
+    fit(module, ZEROS, GradientPenalty(match_lr=0.1, difference="central"))
     found = list(module.coefficients())
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0, **kind)
     expected = [
@@ -175,7 +158,7 @@ def test_match_lr_is_zero_while_the_rate_is_higher_and_says_so_once():
     module = Quadratic(lr=0.2, decay=0.8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(module, GradientPenalty(match_lr=0.1, difference="central"))
+        fit(module, ZEROS, GradientPenalty(match_lr=0.1, difference="central"))
     ours = [str(warning.message) for warning in caught if "match_lr" in str(warning.message)]
     assert len(ours) == 1
     assert "the learning rate is higher" in ours[0]
@@ -187,7 +170,7 @@ def test_match_lr_is_zero_while_the_rate_is_higher_and_says_so_once():
 def test_match_lr_refuses_adaptive_optimizers_before_training():
     module = Quadratic(torch.optim.Adam)
     with pytest.raises(MisconfigurationException, match=r"needs torch\.optim\.SGD, got Adam"):
-        fit(module, GradientPenalty(match_lr=0.1))
+        fit(module, ZEROS, GradientPenalty(match_lr=0.1))
     assert module.thetas == []
     assert "training_step" not in module.__dict__
 
@@ -204,7 +187,7 @@ def test_logs(k, scope, norm, engine):
     data = list(torch.randn(4 * k, 3).double())
     module, book = Quadratic(), Book()
     penalty = GradientPenalty(0.2, scope=scope, norm=norm, engine=engine, relative_step=1e-5)
-    fit(module, penalty, data=data, logger=book, log_every_n_steps=2, accumulate_grad_batches=k)
+    fit(module, data, penalty, logger=book, log_every_n_steps=2, accumulate_grad_batches=k)
     logged = {step: row for step, row in book.rows.items() if "igr/penalty" in row}
     assert list(logged) == [1, 3]
     for step, row in logged.items():
@@ -228,24 +211,12 @@ def test_logs(k, scope, norm, engine):
 @pytest.mark.parametrize("n", [0, 100])
 def test_nothing_is_logged_unless_asked_for(n):
     book = Book()
-    trainer = fit(Quadratic(), GradientPenalty(0.2), logger=book, log_every_n_steps=n)
+    trainer = fit(Quadratic(), ZEROS, GradientPenalty(0.2), logger=book, log_every_n_steps=n)
     assert not any("igr/" in name for row in book.rows.values() for name in row)
     assert not any("igr/" in name for name in trainer.callback_metrics)
 
 
 # Memory
-
-
-class Wide(LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(*[part for _ in range(8) for part in (nn.Linear(256, 256), nn.Tanh())])
-
-    def training_step(self, batch, batch_idx):
-        return self.net(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class Alive(TorchDispatchMode):
@@ -272,9 +243,9 @@ class Alive(TorchDispatchMode):
 
 def peak_copies(k, *callbacks):
     """The most memory alive at any time of a run beside the parameters, in copies of them."""
-    module, data = Wide(), [torch.randn(1, 256) for _ in range(3 * k)]
+    module, data = Squares(mlp(*[256] * 9)), [torch.randn(1, 256) for _ in range(3 * k)]
     with Alive() as alive:
-        fit(module, *callbacks, data=data, accumulate_grad_batches=k)
+        fit(module, data, *callbacks, accumulate_grad_batches=k)
     assert alive.now >= 0
     return alive.most / sum(param.nbytes for param in module.parameters())
 

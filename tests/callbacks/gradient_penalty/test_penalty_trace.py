@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.data import DataLoader
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
+from toys import Classifier
+from trainers import quiet_trainer
 
 from lightning_plugins.callbacks import GradientPenalty
 from lightning_plugins.replay.recorder import is_replaying
@@ -92,10 +94,8 @@ def data(n=6):
     return [(torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)) for _ in range(n)]
 
 
-def fit(module, *callbacks, **trainer):
-    settings = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False}
-    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1} | trainer
-    trainer = Trainer(**settings, callbacks=list(callbacks))
+def fit(module, *callbacks, **options):
+    trainer = quiet_trainer(*callbacks, **({"max_epochs": 2, "log_every_n_steps": 1} | options))
     validates = trainer.limit_val_batches and type(module).validation_step is not LightningModule.validation_step
     trainer.fit(module, DataLoader(data(), batch_size=None), DataLoader(data(), batch_size=None) if validates else None)
     return trainer
@@ -179,11 +179,10 @@ def test_no_difference_between_every_n_steps():
 # Training steps that cannot be repeated
 
 
-class Plain(LightningModule):
+class Plain(Classifier):
     def __init__(self):
-        super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Linear(6, 3)
+        super().__init__(nn.Linear(6, 3))
         self.gradients, self.diary = [], SimpleNamespace(flags=[], calls=0)  # no replay looks into a foreign object
 
     @property
@@ -194,15 +193,9 @@ class Plain(LightningModule):
         self.flags.append(is_replaying())
         return self.loss(batch)
 
-    def loss(self, batch):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
     def on_before_optimizer_step(self, optimizer):
         grads = [param.grad for param in self.parameters()]
         self.gradients.append(None if grads[0] is None else torch.cat([grad.flatten() for grad in grads]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
 
 
 class EditsItsBatch(Plain):

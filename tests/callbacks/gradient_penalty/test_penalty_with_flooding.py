@@ -1,12 +1,13 @@
 """GradientPenalty and Flooding in one trainer: |L - b| + b + c |grad L|^2 in every order, scope, engine and window."""
 
+from functools import partial
+
 import pytest
 import torch
-import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import nn
-from torch.utils.data import DataLoader
+from toys import WatchedClassifier, mlp
+from trainers import fit
 
 from lightning_plugins.callbacks import Flooding, GradientPenalty
 
@@ -19,23 +20,8 @@ def one_thread():
     torch.set_num_threads(1)
 
 
-class Net(LightningModule):
-    """Remembers the gradients that each of its steps takes."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
-        self.gradients = []
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
-
-    def on_before_optimizer_step(self, optimizer):
-        self.gradients.append(torch.cat([param.grad.flatten() for param in self.parameters()]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=LR)
+def net():
+    return WatchedClassifier(mlp(4, 6, 3, seed=1), partial(torch.optim.SGD, lr=LR))
 
 
 class Other(Callback):
@@ -54,20 +40,8 @@ def batches():
     return list(zip(x, torch.randint(3, (5, 6), generator=generator), strict=True))
 
 
-def fit(model, callbacks, accumulate=1, **options):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 1}
-    if not any(isinstance(callback, ModelCheckpoint) for callback in callbacks):
-        quiet["enable_checkpointing"] = False
-    fitting = {key: options.pop(key) for key in ("ckpt_path",) if key in options}
-    trainer = Trainer(
-        accelerator="cpu",
-        precision="64-true",
-        accumulate_grad_batches=accumulate,
-        callbacks=callbacks,
-        **(quiet | options),
-    )
-    trainer.fit(model, DataLoader(batches(), batch_size=None), **fitting)
-    return trainer
+def fit_double(model, *callbacks, **options):
+    return fit(model, batches(), *callbacks, precision="64-true", **options)
 
 
 def squared_gradient(loss, params):
@@ -76,7 +50,7 @@ def squared_gradient(loss, params):
 
 def written(flooding, penalty, k):
     """The gradients of each step, and the last weights, by autograd; with the signs that occurred."""
-    model, signs = Net().double(), []
+    model, signs = net().double(), []
     params = list(model.parameters())
     for start in range(0, 5, k):
         losses = [model.training_step(batch, 0) for batch in batches()[start : start + k]]
@@ -113,8 +87,9 @@ ORDERS = {
 def test_gradient(flooding_scope, penalty_scope, engine, k, order):
     expected, _ = written(flooding_scope, penalty_scope, k)
     penalty = GradientPenalty(C, engine=engine, scope=penalty_scope, difference="central")
-    model = Net()
-    fit(model, ORDERS[order](Flooding(LEVEL, scope=flooding_scope), penalty), k)
+    model = net()
+    both = ORDERS[order](Flooding(LEVEL, scope=flooding_scope), penalty)
+    fit_double(model, *both, accumulate_grad_batches=k)
     assert len(model.gradients) == len(expected.gradients)
     for found, right in zip(model.gradients, expected.gradients, strict=True):
         assert (found - right).norm() / right.norm() < TOLERANCES[engine]
@@ -137,10 +112,10 @@ def test_others_keep_their_places(reverse):
     between, after = Other(), Other()
     ours = [Flooding(LEVEL), GradientPenalty(C, engine="exact", scope="step")]
     first, second = reversed(ours) if reverse else ours
-    model = Net()
-    trainer = fit(model, [first, between, second, after], accumulate=2)
+    model = net()
+    trainer = fit_double(model, first, between, second, after, accumulate_grad_batches=2)
     assert trainer.callbacks == [ours[0], between, ours[1], after]
-    plain = Net().double()
+    plain = net().double()
     loss = sum(plain.training_step(batch, 0) for batch in batches()[:2]) / 2
     expected = torch.autograd.grad((loss - LEVEL).abs(), list(plain.parameters()))
     torch.testing.assert_close(between.seen[0], torch.cat([grad.flatten() for grad in expected]), rtol=0, atol=1e-12)
@@ -156,13 +131,13 @@ def test_a_run_resumes_with_its_callbacks_in_another_order(tmp_path, reverse):
         flooding = Flooding(level_schedule=[[0, 1.1], [9, 1.2]], start="step 2")
         return [flooding, GradientPenalty(C, engine="exact", warmup_steps=7, schedule=schedule)]
 
-    whole, resumed = Net().double(), Net().double()  # else a checkpoint's weights would be rounded on their way back
+    whole, resumed = net().double(), net().double()  # else a checkpoint's weights would be rounded on their way back
     saving = {"filename": "{step}", "every_n_train_steps": 5, "save_top_k": -1}
-    fit(whole, [*ours(), ModelCheckpoint(tmp_path, **saving)], max_epochs=2)
+    fit_double(whole, *ours(), ModelCheckpoint(tmp_path, **saving), max_epochs=2)
     state = torch.load(tmp_path / "step=5.ckpt", weights_only=True)
     callbacks = ours()[::-1] if reverse else ours()
     callbacks = [callbacks[0], ModelCheckpoint(tmp_path, **saving), Other(), callbacks[1]]
-    fit(resumed, callbacks, max_epochs=2, ckpt_path=tmp_path / "step=5.ckpt")
+    fit_double(resumed, *callbacks, max_epochs=2, ckpt_path=tmp_path / "step=5.ckpt")
     assert state["global_step"] == len(resumed.gradients) == 5
     assert all(map(torch.equal, whole.gradients[5:], resumed.gradients))
     assert torch.equal(flat(whole), flat(resumed))

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
-from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision
+from toys import Squares, mlp
+from trainers import fit
 
 from lightning_plugins import NonFiniteGuard
 
@@ -20,26 +20,13 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
-class Net(LightningModule):
+class Net(Squares):
     def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(4, 1)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.05)
+        super().__init__(mlp(4, 1, seed=0))
 
 
-def fit(model, *callbacks, data=None, **settings):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "max_epochs": 1}
-    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **(quiet | settings))
-    rows = torch.randn(12, 4, generator=torch.Generator().manual_seed(1))
-    trainer.fit(model, DataLoader(list(rows.split(2)) if data is None else data, batch_size=None))
-    return trainer
+def batches():
+    return list(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)).split(2))
 
 
 class Banned(Net):
@@ -87,12 +74,12 @@ class SparseBuffer(Net):
 class Lazy(Net):
     def __init__(self):
         super().__init__()
-        self.layer = nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(4, 1))
+        self.net = nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(4, 1))
 
 
 @pytest.mark.parametrize("make", [Banned, Huge, FilledAtStart, InNoCheckpoint, SparseBuffer, Lazy])
 def test_checkpoints_of_healthy_modules_are_written(make, tmp_path):
-    trainer = fit(make(), NonFiniteGuard())
+    trainer = fit(make(), batches(), NonFiniteGuard())
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     assert trainer.global_step == 6 and (tmp_path / "a.ckpt").exists()
 
@@ -103,7 +90,7 @@ def test_gradients_whose_squares_overflow_are_finite():
             return super().training_step(batch, batch_idx) * 1e20
 
     clipped = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": "value"}
-    assert fit(Large(), NonFiniteGuard(), **clipped).global_step == 6
+    assert fit(Large(), batches(), NonFiniteGuard(), **clipped).global_step == 6
 
 
 def test_a_line_search_may_try_what_is_not_finite():
@@ -126,7 +113,7 @@ def test_a_line_search_may_try_what_is_not_finite():
             return torch.optim.LBFGS([self.point], lr=10, max_iter=6, line_search_fn="strong_wolfe")
 
     model = Steep()
-    fit(model, NonFiniteGuard(), data=[torch.ones(2, 4)])
+    fit(model, [torch.ones(2, 4)], NonFiniteGuard())
     assert math.inf in model.values and model.point.isfinite()
 
 
@@ -139,7 +126,7 @@ class Listing(Net):
         self.scores = MetricCollection([BinaryAUROC(), BinaryAveragePrecision()])
 
     def training_step(self, batch, batch_idx):
-        out = self.layer(batch).flatten()
+        out = self.net(batch).flatten()
         self.scores(out.detach().sigmoid(), torch.tensor([0, 1]))
         return out.square().mean() * (math.nan if batch_idx == self.bad else 1)
 
@@ -152,7 +139,7 @@ class Listing(Net):
 @pytest.mark.filterwarnings("ignore:NonFiniteGuard")
 def test_lists_of_metrics_keep_the_other_batches(bad):
     model = Listing(bad)
-    fit(model, NonFiniteGuard(policy="skip"))
+    fit(model, batches(), NonFiniteGuard(policy="skip"))
     assert model.counts == [10, 10]
 
 
@@ -168,7 +155,7 @@ def test_a_window_begins_anew_after_a_verdict():
 
     guard = NonFiniteGuard(policy="skip")
     with pytest.warns(UserWarning, match="NonFiniteGuard: in step 0"):
-        fit(Gaps(), guard, accumulate_grad_batches=2)
+        fit(Gaps(), batches(), guard, accumulate_grad_batches=2)
     assert guard.skipped == 1
 
 
@@ -180,7 +167,7 @@ def test_no_batch_is_held_between_steps():
             held.append(guard._batch[1] is batch)
 
     held = []
-    fit(Held(), guard)
+    fit(Held(), batches(), guard)
     assert held == [True] * 6 and guard._batch == (5, None)
 
 
@@ -191,7 +178,7 @@ def test_sparse_batches_can_be_reported():
             return super().training_step(batch.to_dense(), batch_idx) * (math.nan if batch_idx == 1 else 1)
 
     guard = NonFiniteGuard(policy="skip")
-    fit(Sparse(), guard, data=[torch.eye(4).to_sparse() for _ in range(4)])
+    fit(Sparse(), [torch.eye(4).to_sparse() for _ in range(4)], guard)
     assert guard.skipped == 1
 
 
@@ -200,22 +187,22 @@ class Ignoring(Net):
 
     def __init__(self, ignored):
         super().__init__()
-        self.layer, self.ignored = nn.Linear(4, 3), ignored
+        self.net, self.ignored = nn.Linear(4, 3), ignored
 
     def training_step(self, batch, batch_idx):
         label = torch.full((len(batch),), -100 if batch_idx in self.ignored else 1)
-        return nn.functional.cross_entropy(self.layer(batch), label)
+        return nn.functional.cross_entropy(self.net(batch), label)
 
 
 def test_a_loss_without_consequence_is_told_once():
     model, plain = Ignoring({1, 3}), Ignoring({1, 3})
     with pytest.warns(UserWarning, match="the loss is not finite") as told:
-        assert fit(model, NonFiniteGuard()).global_step == 6
-    fit(plain)
+        assert fit(model, batches(), NonFiniteGuard()).global_step == 6
+    fit(plain, batches())
     assert sum("NonFiniteGuard" in str(warning.message) for warning in told) == 1
-    assert torch.equal(model.layer.weight, plain.layer.weight) and model.layer.weight.isfinite().all()
+    assert torch.equal(model.net.weight, plain.net.weight) and model.net.weight.isfinite().all()
 
 
 def test_losses_that_are_never_finite_end_the_run():
     with pytest.warns(UserWarning), pytest.raises(FloatingPointError, match="It is step 3 in a row"):
-        fit(Ignoring(set(range(6))), NonFiniteGuard(patience=2))
+        fit(Ignoring(set(range(6))), batches(), NonFiniteGuard(patience=2))

@@ -1,14 +1,16 @@
 """NonFiniteGuard against runs that never saw the bad batch: what is kept, what is said, and when it ends."""
 
+from functools import partial
+
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+import trainers
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -67,6 +69,9 @@ class Net(LightningModule):
         return self.make(self.parameters())
 
 
+fit = partial(trainers.fit, max_epochs=2, log_every_n_steps=1)
+
+
 def batches(bad=(), count=8, value=float("nan")):
     """Batches of four; of those in ``bad`` one entry is ``value``."""
     generator = torch.Generator().manual_seed(1)
@@ -77,14 +82,6 @@ def batches(bad=(), count=8, value=float("nan")):
             x[2, 3] = value
         made.append({"x": x, "label": label})
     return made
-
-
-def fit(model, data, *callbacks, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
-    quiet |= {"enable_model_summary": False, "max_epochs": 2}
-    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **(quiet | options))
-    trainer.fit(model, DataLoader(data, batch_size=None))
-    return trainer
 
 
 def state_of(model, trainer):

@@ -1,10 +1,12 @@
 """NonFiniteGuard beside this package's modules: one NaN pixel, one NaN weight."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+import trainers
+from lightning.pytorch import Callback
 
 from lightning_plugins import EAE, CapsNet, DiffusionTeacher, Digits, NonFiniteGuard, Seq2SeqData, UniLMSeq2Seq
 
@@ -38,12 +40,7 @@ class OnePixel(Digits):
         return batch
 
 
-def fit(model, data, *callbacks, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_steps": 5}
-    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "limit_val_batches": 1}
-    trainer = Trainer(accelerator="cpu", callbacks=list(callbacks), **(quiet | options))
-    trainer.fit(model, data)
-    return trainer
+fit = partial(trainers.fit, max_epochs=None, max_steps=5, num_sanity_val_steps=0, limit_val_batches=1)
 
 
 class WeightsBefore(Callback):

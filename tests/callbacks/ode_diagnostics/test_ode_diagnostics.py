@@ -5,60 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
-from torch.utils.data import DataLoader
+from toys import LeastSquares, rows
+from trainers import fit
 
 from lightning_plugins import ODEDiagnostics
 from lightning_plugins.callbacks.ode_diagnostics.rows import clipping
 from lightning_plugins.core.vectors import norm
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
-
 
 def names(row):
     return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
-
-
-class Regression(LightningModule):
-    """Least squares in float64: a quadratic of five parameters in two tensors."""
-
-    def __init__(self, optimizer):
-        super().__init__()
-        self.a = nn.Parameter(torch.tensor([[1.0, -0.5], [0.3, 2.0]], dtype=torch.float64))
-        self.b = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
-        self.optimizer = optimizer
-
-    @property
-    def theta(self):
-        return torch.cat([self.a.flatten(), self.b])
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return ((x @ self.theta - y) ** 2).mean() / 2 + 0.25
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
-
-
-def rows(n=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 5, dtype=torch.float64, generator=generator) * torch.tensor([2.0, 1.0, 0.5, 1.5, 1.0])
-    return x, torch.randn(n, dtype=torch.float64, generator=generator)
-
-
-def fit(module, batches, callbacks, **options):
-    options = QUIET | {"max_epochs": 1} | options
-    trainer = Trainer(callbacks=callbacks if isinstance(callbacks, list) else [callbacks], **options)
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return trainer
 
 
 # Closed forms
@@ -119,7 +76,7 @@ def test_all_rows_in_closed_form(name):
     def gradient(theta):
         return X.T @ (X @ theta - Y) / len(X)
 
-    module = Regression(optimizer)
+    module = LeastSquares(optimizer)
     start = module.theta.detach().numpy().copy()
     search = {"sharpness_every_n_steps": 3, "sharpness_rtol": 1e-12}
     callback = ODEDiagnostics(1, tol=0.1, **search)
@@ -180,7 +137,7 @@ def test_coupled_decay_belongs_to_the_objective():
     """Rows of the loss are of the loss; those of the solver of the loss plus decay."""
     x, y = rows()
     hessian = (x.T @ x / len(x)).numpy()
-    module = Regression(lambda p: SGD(p, lr=0.05, weight_decay=0.3))
+    module = LeastSquares(lambda p: SGD(p, lr=0.05, weight_decay=0.3))
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-12)
     before = module.theta.detach().numpy().copy()
     fit(module, [(x, y)], callback)
@@ -200,7 +157,7 @@ def test_rates_of_groups():
     """A group with a tenth of the rate: exact in the metric of the rates."""
     x, y = rows()
     hessian = (x.T @ x / len(x)).numpy()
-    module = Regression(lambda p: SGD([{"params": [q], "lr": 0.05 / 10**i} for i, q in enumerate(p)]))
+    module = LeastSquares(lambda p: SGD([{"params": [q], "lr": 0.05 / 10**i} for i, q in enumerate(p)]))
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-12)
     before = module.theta.detach().numpy().copy()
     fit(module, [(x, y)], callback)
@@ -221,12 +178,12 @@ def test_rates_of_groups():
 def test_maximize_is_descent_of_the_negative_loss(kind):
     """All rows of the solver equal those of a run on minus the loss; rows of the loss change their sign."""
 
-    class Negative(Regression):
+    class Negative(LeastSquares):
         def training_step(self, batch, batch_idx):
             return -super().training_step(batch, batch_idx)
 
     found = []
-    for module in (Regression(lambda p: kind(p, lr=0.01, maximize=True)), Negative(lambda p: kind(p, lr=0.01))):
+    for module in (LeastSquares(lambda p: kind(p, lr=0.01, maximize=True)), Negative(lambda p: kind(p, lr=0.01))):
         callback = ODEDiagnostics(2, sharpness_every_n_steps=2, tol=0.1, sharpness_rtol=1e-12)
         fit(module, [rows()] * 4, callback)
         found.append(callback.history)
@@ -255,7 +212,7 @@ def test_the_local_error_is_eulers():
     hessian = (x.T @ x / len(x)).numpy()
     ratios = []
     for lr in (1e-1, 1e-2, 1e-3):
-        module = Regression(lambda p, lr=lr: SGD(p, lr=lr))
+        module = LeastSquares(lambda p, lr=lr: SGD(p, lr=lr))
         start = module.theta.detach().numpy().copy()
         callback = ODEDiagnostics(1)
         fit(module, [(x, y)], callback)
@@ -272,7 +229,7 @@ def test_order_of_the_flow_and_of_the_modified_flow():
     hessian = (x.T @ x / len(x)).numpy()
     plain, modified = [], []
     for steps in (8, 16, 32, 64):
-        module = Regression(lambda p, n=steps: SGD(p, lr=0.4 / n))
+        module = LeastSquares(lambda p, n=steps: SGD(p, lr=0.4 / n))
         start = module.theta.detach().numpy().copy()
         callback = ODEDiagnostics(steps)
         fit(module, [(x, y)] * steps, callback)
@@ -291,7 +248,7 @@ def test_order_of_the_flow_and_of_the_modified_flow():
 
 def test_norm_clipping_shortens_the_euler_step():
     x, y = rows()
-    module = Regression(lambda p: SGD(p, lr=0.1))
+    module = LeastSquares(lambda p: SGD(p, lr=0.1))
     before = module.theta.detach().numpy().copy()
     callback = ODEDiagnostics(1, tol=0.1)
     fit(module, [(x, y)], callback, gradient_clip_val=0.5)
@@ -310,7 +267,11 @@ def test_norm_clipping_shortens_the_euler_step():
 def test_value_clipping_bends_the_step_so_that_there_is_no_local_error():
     callback = ODEDiagnostics(1, tol=0.1)
     fit(
-        Regression(lambda p: SGD(p, lr=0.1)), [rows()], callback, gradient_clip_val=0.5, gradient_clip_algorithm="value"
+        LeastSquares(lambda p: SGD(p, lr=0.1)),
+        [rows()],
+        callback,
+        gradient_clip_val=0.5,
+        gradient_clip_algorithm="value",
     )
     assert callback.history[0]["ode/clip_factor"] < 1
     assert not names(callback.history[0]) & {"igr_term", "igr_ratio", "local_error", "rel_local_error", "lr_for_tol"}

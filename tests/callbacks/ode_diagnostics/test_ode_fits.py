@@ -6,24 +6,19 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
+from toys import Classifier, mlp
+from trainers import fit, quiet_trainer
 
 from lightning_plugins import ODEDiagnostics
 from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics, read_columns
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 FIRST_ORDER = {
     "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "skipped_steps",
 }  # fmt: skip
@@ -33,23 +28,12 @@ def names(row):
     return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
 
 
-class Net(LightningModule):
-    """A small classifier."""
-
+class Net(Classifier):
     def __init__(self, optimizer):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
-        self.optimizer = optimizer
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch[0]), batch[1])
+        super().__init__(mlp(6, 8, 3, seed=1), optimizer)
 
     def test_step(self, batch, batch_idx):
         pass
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
 
 
 class Pair(LightningModule):
@@ -84,20 +68,11 @@ def adam(params):
 
 def batches(n=8):
     generator = torch.Generator().manual_seed(0)
-    return DataLoader(
-        [(torch.randn(16, 6, generator=generator), torch.arange(16) % 3) for _ in range(n)], batch_size=None
-    )
+    return [(torch.randn(16, 6, generator=generator), torch.arange(16) % 3) for _ in range(n)]
 
 
-def make_trainer(callbacks, **options):
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-    return Trainer(callbacks=list(callbacks), **QUIET | {"max_epochs": 1} | options)
-
-
-def fit(module, callbacks, n=8, **options):
-    trainer = make_trainer(callbacks, **options)
-    trainer.fit(module, batches(n))
-    return trainer
+def loader():
+    return DataLoader(batches(), batch_size=None)
 
 
 def course(callback):
@@ -123,7 +98,7 @@ def test_a_run_in_which_nothing_can_be_drawn_ends_well(tmp_path):
 
     for number, (module, every) in enumerate([(Pair(adam, adam), 1000), (Broken(adam), 2), (Broken(sgd), 2)]):
         callback = ODEDiagnostics(every)
-        fit(module, callback, logger=CSVLogger(tmp_path, name=str(number)), log_every_n_steps=2)
+        fit(module, batches(), callback, logger=CSVLogger(tmp_path, name=str(number)), log_every_n_steps=2)
         assert len(callback.history) == 4
     assert not list(tmp_path.rglob("*.png"))
 
@@ -137,15 +112,15 @@ def test_a_callback_in_a_second_trainer_begins_anew(tmp_path):
     expected = [(1, pytest.approx(0.2)), (3, pytest.approx(0.4)), (5, pytest.approx(0.6)), (7, pytest.approx(0.8))]
     for fold in range(2):
         options = {"logger": CSVLogger(tmp_path, version=fold), "default_root_dir": tmp_path, "log_every_n_steps": 8}
-        trainer = fit(Net(sgd), callback, enable_checkpointing=True, **options)
+        trainer = fit(Net(sgd), batches(), callback, enable_checkpointing=True, **options)
         assert course(callback) == expected
-        trainer.test(ckpt_path="best", dataloaders=batches(), verbose=False, weights_only=False)
+        trainer.test(ckpt_path="best", dataloaders=loader(), verbose=False, weights_only=False)
         assert len(callback.history) == 4  # to be looked at
     rate = callback.suggest_lr()
-    fit(Net(functools.partial(SGD, lr=0.001)), callback)
+    fit(Net(functools.partial(SGD, lr=0.001)), batches(), callback)
     assert course(callback)[-1] == (7, pytest.approx(0.008))
     other = ODEDiagnostics(2, tol=0.1)
-    fit(Net(functools.partial(SGD, lr=0.001)), other)
+    fit(Net(functools.partial(SGD, lr=0.001)), batches(), other)
     assert callback.suggest_lr() == other.suggest_lr() != rate
 
 
@@ -153,10 +128,10 @@ def test_a_trainer_that_is_fitted_twice_goes_on():
     """As the steps in its log do, so do flow time, counts and the table; momentum starts from zero again."""
     callback = ODEDiagnostics(3)
     module = Net(functools.partial(SGD, lr=0.1, momentum=0.5))
-    trainer = fit(module, callback)
+    trainer = fit(module, batches(), callback)
     after = callback.state_dict()["flow"]["time"]
     trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, batches())
+    trainer.fit(module, loader())
     assert [row["step"] for row in callback.history] == [2, 5, 8, 11, 14]
     first = 0.1 + 0.15 + 0.175
     assert callback.history[0]["ode/time"] == pytest.approx(first)
@@ -166,10 +141,10 @@ def test_a_trainer_that_is_fitted_twice_goes_on():
 
 def test_resuming_what_was_not_watched_counts_the_optimizers_own_steps(tmp_path):
     """Not Lightning's ``global_step``, in which every optimizer counts."""
-    fit(Pair(adam, sgd), [], max_steps=16).save_checkpoint(tmp_path / "pair.ckpt")
+    fit(Pair(adam, sgd), batches(), max_steps=16).save_checkpoint(tmp_path / "pair.ckpt")
     callback = ODEDiagnostics(3, optimizer_index=1)
-    trainer = make_trainer(callback, max_epochs=3)
-    trainer.fit(Pair(adam, sgd), batches(8), ckpt_path=tmp_path / "pair.ckpt", weights_only=False)
+    trainer = quiet_trainer(callback, max_epochs=3)
+    trainer.fit(Pair(adam, sgd), loader(), ckpt_path=tmp_path / "pair.ckpt", weights_only=False)
     assert [row["step"] for row in callback.history] == [8, 11, 14, 17, 20, 23]
     assert course(callback)[0] == (8, pytest.approx(0.1))
 
@@ -180,7 +155,7 @@ def test_resuming_what_was_not_watched_counts_the_optimizers_own_steps(tmp_path)
 def test_two_optimizers_are_watched_by_one_callback_each(tmp_path):
     """Logged apart, drawn apart, in one checkpoint."""
     both = [ODEDiagnostics(2), ODEDiagnostics(2, optimizer_index=1)]
-    trainer = fit(Pair(adam, sgd), both, logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    trainer = fit(Pair(adam, sgd), batches(), *both, logger=CSVLogger(tmp_path), log_every_n_steps=2)
     trainer.save_checkpoint(tmp_path / "pair.ckpt")
     (path,) = tmp_path.rglob("metrics.csv")
     with path.open() as file:
@@ -196,23 +171,23 @@ def test_two_optimizers_are_watched_by_one_callback_each(tmp_path):
     pictures = {picture.parent.relative_to(path.parent).as_posix() for picture in path.parent.rglob("*.png")}
     assert {name[name.index("ode/") :] for name in pictures} == {"ode/diagnostics", "ode/1/diagnostics"}
     again = [ODEDiagnostics(2), ODEDiagnostics(2, optimizer_index=1)]
-    make_trainer(again, max_epochs=2).fit(
-        Pair(adam, sgd), batches(), ckpt_path=tmp_path / "pair.ckpt", weights_only=False
+    quiet_trainer(*again, max_epochs=2).fit(
+        Pair(adam, sgd), loader(), ckpt_path=tmp_path / "pair.ckpt", weights_only=False
     )
     assert [callback.history[-1]["ode/time"] for callback in again] == [pytest.approx(0.16), pytest.approx(1.6)]
 
 
 def test_two_for_one_optimizer():
-    trainer = make_trainer(ODEDiagnostics())
+    trainer = quiet_trainer(ODEDiagnostics(), max_epochs=1)
     trainer.callbacks.append(ODEDiagnostics())
     with pytest.raises(ValueError, match="two ODEDiagnostics have optimizer_index=0: give each optimizer one"):
-        trainer.fit(Net(sgd), batches())
+        trainer.fit(Net(sgd), loader())
 
 
 def test_clipping_by_hand_is_not_seen():
     """The optimizer receives clipped gradients: no factor, and no implicit term that would be theirs."""
     callback = ODEDiagnostics(2)
-    fit(Pair(sgd, sgd, clip=0.05), callback)
+    fit(Pair(sgd, sgd, clip=0.05), batches(), callback)
     assert names(callback.history[-1]) == FIRST_ORDER | {"time"}
     assert callback.history[-1]["ode/grad_norm"] == pytest.approx(0.05, rel=1e-4)
 
@@ -220,7 +195,7 @@ def test_clipping_by_hand_is_not_seen():
 def test_an_optimizer_that_steps_past_lightning_is_told_of_once():
     callback = ODEDiagnostics(2)
     with pytest.warns(UserWarning, match=r"steps past Lightning.* take it from self.optimizers\(\)") as caught:
-        fit(Pair(sgd, sgd, past_lightning=True), callback)
+        fit(Pair(sgd, sgd, past_lightning=True), batches(), callback)
     assert len([w for w in caught if "past Lightning" in str(w.message)]) == 1
     assert callback.history == []
 
@@ -229,7 +204,7 @@ def test_no_optimizer():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         callback = ODEDiagnostics(1)
-        fit(Net(lambda params: None), callback)
+        fit(Net(lambda params: None), batches(), callback)
     assert callback.history == []
     assert not [w for w in caught if "ODEDiagnostics" in str(w.message)]
 
@@ -308,13 +283,13 @@ def test_an_optimizer_of_others_has_the_rows_for_all(name):
     callback, module = ODEDiagnostics(1), Net(FOREIGN[name])
     start = nn.utils.parameters_to_vector(module.parameters()).detach().clone()
     with pytest.warns(UserWarning, match="is none of SGD, RMSprop, Adam"):
-        fit(module, callback, n=1)
+        fit(module, batches(1), callback)
     (row,) = callback.history
     assert names(row) == FIRST_ORDER | {"loss"}
     moved = nn.utils.parameters_to_vector(module.parameters()).detach() - start
     assert row["ode/update_norm"] == pytest.approx(moved.norm().item(), rel=1e-5)
     alone = Net(FOREIGN[name])
-    fit(alone, [], n=1)
+    fit(alone, batches(1))
     assert torch.equal(*(nn.utils.parameters_to_vector(net.parameters()) for net in (module, alone)))
 
 
@@ -325,7 +300,7 @@ def test_without_hooks_the_steps_that_a_scaler_skips_cannot_be_told():
     with pytest.warns(
         UserWarning, match="nothing is logged: Around calls no hooks, so that steps which the GradScaler"
     ):
-        fit(Net(Around), callback, n=2, plugins=[scaler])
+        fit(Net(Around), batches(2), callback, plugins=[scaler])
     assert callback.history == []
 
 
@@ -341,7 +316,7 @@ def test_a_subclass_and_a_schedule_leave_the_step_known():
             return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
     callback = ODEDiagnostics(2)
-    fit(Scheduled(None), callback)
+    fit(Scheduled(None), batches(), callback)
     assert "edge_ratio_step" in names(callback.history[0])
 
 
@@ -351,11 +326,11 @@ def test_a_subclass_and_a_schedule_leave_the_step_known():
 def test_a_rate_is_not_suggested_from_what_does_not_tell():
     for kind in (adam, functools.partial(SGD, lr=0.01, momentum=0.9)):
         callback = ODEDiagnostics(2)
-        fit(Net(kind), callback)
+        fit(Net(kind), batches(), callback)
         with pytest.raises(RuntimeError, match=r"the edge along the step says too little for .*; give sharpness_every"):
             callback.suggest_lr()
     callback = ODEDiagnostics(2, sharpness_every_n_steps=2, tol=0.1)
-    fit(Net(adam), callback)
+    fit(Net(adam), batches(), callback)
     with pytest.warns(UserWarning, match="by stability, not by tol=0.1: steps with momentum have no local error"):
         assert callback.suggest_lr() > 0
 
@@ -365,11 +340,11 @@ def test_a_rate_is_not_suggested_from_what_does_not_tell():
 
     for tol in (None, 0.1):
         callback = ODEDiagnostics(2, tol=tol)
-        fit(Linear(sgd), callback)
+        fit(Linear(sgd), batches(), callback)
         with pytest.raises(RuntimeError, match="most saw no positive curvature, so that nothing limits the rate"):
             callback.suggest_lr()
     with pytest.warns(UserWarning, match="none of SGD"):
-        fit(Net(Writes), callback := ODEDiagnostics(2))
+        fit(Net(Writes), batches(), callback := ODEDiagnostics(2))
     with pytest.raises(RuntimeError, match=r"needs a probe .*Writes is none of SGD.* its edge is not known"):
         callback.suggest_lr()
 
@@ -377,7 +352,7 @@ def test_a_rate_is_not_suggested_from_what_does_not_tell():
 def test_directions_of_negative_curvature_count_in_the_median():
     """The rate of the middle probe, of all five: those without a limit are the fastest."""
     callback = ODEDiagnostics(1)
-    fit(Net(sgd), callback, n=5)
+    fit(Net(sgd), batches(5), callback)
     for row, ratio in zip(callback.history, (0.1, -0.3, 0.2, 0.4, -0.1), strict=True):
         row["ode/edge_ratio_step"] = ratio
     assert callback.suggest_lr() == pytest.approx(0.1 / 0.1 / 2)
@@ -388,6 +363,6 @@ def test_directions_of_negative_curvature_count_in_the_median():
 
 def test_learning_rates_are_no_row(tmp_path):
     callback = ODEDiagnostics(2)
-    trainer = fit(Net(sgd), callback, logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    trainer = fit(Net(sgd), batches(), callback, logger=CSVLogger(tmp_path), log_every_n_steps=2)
     assert {row["lr-ODEDiagnostics"] for row in callback.history} == {0.1}
     assert not [name for name in trainer.callback_metrics if "lr-" in name or name == "ode/lr"]

@@ -7,20 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 from torch.optim import LBFGS, SGD, Adam, NAdam
-from torch.utils.data import DataLoader
+from toys import LeastSquares, rows
+from trainers import fit
 
 from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 FIRST_ORDER = {
     "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "clip_factor",
     "skipped_steps", "loss",
@@ -35,40 +27,6 @@ IGR = {"igr_term", "igr_ratio"}
 
 def names(row):
     return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
-
-
-class Regression(LightningModule):
-    """Least squares in float64: a quadratic of five parameters in two tensors."""
-
-    def __init__(self, optimizer):
-        super().__init__()
-        self.a = nn.Parameter(torch.tensor([[1.0, -0.5], [0.3, 2.0]], dtype=torch.float64))
-        self.b = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
-        self.optimizer = optimizer
-
-    @property
-    def theta(self):
-        return torch.cat([self.a.flatten(), self.b])
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return ((x @ self.theta - y) ** 2).mean() / 2 + 0.25
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
-
-
-def rows(n=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 5, dtype=torch.float64, generator=generator) * torch.tensor([2.0, 1.0, 0.5, 1.5, 1.0])
-    return x, torch.randn(n, dtype=torch.float64, generator=generator)
-
-
-def fit(module, batches, callbacks, **options):
-    options = QUIET | {"max_epochs": 1} | options
-    trainer = Trainer(callbacks=callbacks if isinstance(callbacks, list) else [callbacks], **options)
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return trainer
 
 
 # Honesty
@@ -96,7 +54,7 @@ UNKNOWN = {
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_an_unknown_optimizer_gets_the_first_order_rows_and_one_warning(name):
     SGD([torch.zeros(1)])  # from now on the hooks of SGD's step are called within Shrinking's, too
-    module = Regression(UNKNOWN[name])
+    module = LeastSquares(UNKNOWN[name])
     before = module.theta.detach().clone()
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, tol=0.1)
     x, y = rows()
@@ -113,14 +71,14 @@ def test_an_unknown_optimizer_gets_the_first_order_rows_and_one_warning(name):
 
 
 def test_groups_with_rules_of_their_own_get_the_first_order_rows():
-    module = Regression(lambda p: SGD([{"params": [q], "momentum": 0.5 * i} for i, q in enumerate(p)], lr=0.1))
+    module = LeastSquares(lambda p: SGD([{"params": [q], "momentum": 0.5 * i} for i, q in enumerate(p)], lr=0.1))
     callback = ODEDiagnostics(1)
     with pytest.warns(UserWarning, match="groups of SGD differ in more than rate and weight decay"):
         fit(module, [rows()], callback)
     assert names(callback.history[0]) == FIRST_ORDER - {"clip_factor"}
 
 
-class Noisy(Regression):
+class Noisy(LeastSquares):
     """What a replay cannot restore: a generator of its own."""
 
     def __init__(self, optimizer, noise):
@@ -153,7 +111,7 @@ def test_noise_of_the_size_of_rounding_is_none(noise, precision):
 
 
 def test_a_batch_without_a_loss_is_no_step():
-    class Skips(Regression):
+    class Skips(LeastSquares):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
 
@@ -171,11 +129,11 @@ def test_a_batch_without_a_loss_is_no_step():
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_flooding_turns_the_objective(scope):
     """Below the level all is of minus the loss; the raw loss stays."""
-    module = Regression(lambda p: SGD(p, lr=0.05))
+    module = LeastSquares(lambda p: SGD(p, lr=0.05))
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-12)
     before = module.theta.detach().numpy().copy()
     x, y = rows()
-    fit(module, [(x, y)], [callback, Flooding(100.0, scope=scope)])
+    fit(module, [(x, y)], callback, Flooding(100.0, scope=scope))
     row, hessian = callback.history[0], (x.T @ x / len(x)).numpy()
     d = module.theta.detach().numpy() - before
     gradient = (x.T @ (x @ torch.as_tensor(before) - y) / len(x)).numpy()
@@ -192,10 +150,10 @@ def test_micro_batches_may_have_signs_of_their_own():
     x, y = rows()
     far, near = (x, y + 10), (x, y)
     callback = ODEDiagnostics(1)
-    module = Regression(lambda p: SGD(p, lr=0.01))
+    module = LeastSquares(lambda p: SGD(p, lr=0.01))
     before = copy.deepcopy(module)
     flooding = Flooding(20.0, scope="microbatch")
-    fit(module, [far, near], [flooding, callback], accumulate_grad_batches=2)
+    fit(module, [far, near], flooding, callback, accumulate_grad_batches=2)
     (row,) = callback.history
     losses = [[m.training_step(batch, 0).item() for batch in (far, near)] for m in (before, module)]
     assert losses[0][1] < 20 < losses[0][0]
@@ -208,12 +166,12 @@ def test_micro_batches_may_have_signs_of_their_own():
 @pytest.mark.parametrize("engine", ["exact", "finite_difference"])
 def test_a_penalty_is_part_of_the_objective(engine):
     """F = L + c |grad L|^2: its Hessian on a quadratic is H + 2 c H^2."""
-    c, module = 0.02, Regression(lambda p: SGD(p, lr=0.05))
+    c, module = 0.02, LeastSquares(lambda p: SGD(p, lr=0.05))
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-12)
     before = module.theta.detach().numpy().copy()
     x, y = rows()
     penalty = GradientPenalty(c, engine=engine, difference="central")
-    fit(module, [(x, y)] * 2, [callback, penalty])
+    fit(module, [(x, y)] * 2, callback, penalty)
     row, hessian = callback.history[0], (x.T @ x / len(x)).numpy()
     gradient = (x.T @ (x @ torch.as_tensor(before) - y) / len(x)).numpy()
     gradient = gradient + 2 * c * hessian @ gradient
@@ -234,7 +192,7 @@ def test_it_says_which_objective_it_reads(caplog):
         ([Flooding(0.1), GradientPenalty(0.1)], "the loss with Flooding's sign plus GradientPenalty's term; sharpness"),
     ):
         caplog.clear()
-        fit(Regression(lambda p: SGD(p, lr=0.1)), [rows()], [ODEDiagnostics(), *callbacks])
+        fit(LeastSquares(lambda p: SGD(p, lr=0.1)), [rows()], ODEDiagnostics(), *callbacks)
         assert f"reads the objective that is trained: {words}" in caplog.text
 
 
@@ -242,28 +200,28 @@ def test_it_says_which_objective_it_reads(caplog):
 
 
 def test_one_warning_when_training_stays_beyond_the_edge():
-    module = Regression(lambda p: SGD(p, lr=1.0))
+    module = LeastSquares(lambda p: SGD(p, lr=1.0))
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, on_edge="warn")
     sentence = r"stays above its stability limit in the sharpest direction \(ode/edge_ratio = 3\.97.*suggest_lr"
     with pytest.warns(UserWarning, match=sentence) as caught:
         fit(module, [rows()] * 8, callback)
     assert len([w for w in caught if "edge_ratio = " in str(w.message)]) == 1
-    fit(Regression(lambda p: SGD(p, lr=0.1)), [rows()] * 8, ODEDiagnostics(1, 1, on_edge="warn"))  # below
-    fit(Regression(lambda p: SGD(p, lr=1.0)), [rows()] * 8, ODEDiagnostics(1, 1))  # asked for no warning
+    fit(LeastSquares(lambda p: SGD(p, lr=0.1)), [rows()] * 8, ODEDiagnostics(1, 1, on_edge="warn"))  # below
+    fit(LeastSquares(lambda p: SGD(p, lr=1.0)), [rows()] * 8, ODEDiagnostics(1, 1))  # asked for no warning
 
 
 def test_suggested_rates():
     x, y = rows()
     top = torch.linalg.eigvalsh(x.T @ x / len(x))[-1].item()
     with_tol = ODEDiagnostics(1, tol=0.05)
-    fit(Regression(lambda p: SGD(p, lr=0.01)), [(x, y)] * 5, with_tol)
+    fit(LeastSquares(lambda p: SGD(p, lr=0.01)), [(x, y)] * 5, with_tol)
     assert with_tol.suggest_lr() == pytest.approx(np.median([row["ode/lr_for_tol"] for row in with_tol.history]))
     for momentum, limit in ((0.0, 2), (0.9, 3.8)):
         callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-10)
-        fit(Regression(lambda p, b=momentum: SGD(p, lr=0.01, momentum=b)), [(x, y)] * 5, callback)
+        fit(LeastSquares(lambda p, b=momentum: SGD(p, lr=0.01, momentum=b)), [(x, y)] * 5, callback)
         assert callback.suggest_lr() == pytest.approx(limit / top / 2, rel=1e-6)
     along = ODEDiagnostics(1)
-    fit(Regression(lambda p: SGD(p, lr=0.01)), [(x, y)] * 5, along)
+    fit(LeastSquares(lambda p: SGD(p, lr=0.01)), [(x, y)] * 5, along)
     assert along.suggest_lr() > 1 / top
     with pytest.raises(RuntimeError, match=r"suggest_lr\(\) needs a probe .* train for more than every_n_steps"):
         ODEDiagnostics().suggest_lr()
@@ -287,12 +245,12 @@ def test_arguments_out_of_range(arguments, sentence):
 
 
 def test_an_optimizer_that_is_not_there():
-    with pytest.raises(ValueError, match=r"optimizer_index=1, but Regression has 1 optimizer\(s\), counted from 0"):
-        fit(Regression(lambda p: SGD(p, lr=0.1)), [rows()], ODEDiagnostics(optimizer_index=1))
+    with pytest.raises(ValueError, match=r"optimizer_index=1, but LeastSquares has 1 optimizer\(s\), counted from 0"):
+        fit(LeastSquares(lambda p: SGD(p, lr=0.1)), [rows()], ODEDiagnostics(optimizer_index=1))
 
 
 def test_an_error_gives_the_module_back():
-    class Fails(Regression):
+    class Fails(LeastSquares):
         def training_step(self, batch, batch_idx):
             if batch_idx == 1:
                 raise KeyError("batch")
@@ -309,7 +267,7 @@ def test_an_error_gives_the_module_back():
 
 def test_a_rate_of_zero_defines_no_solver():
     """The first step of a warm-up: nothing moves, and no row is zero or infinite for it."""
-    module = Regression(lambda p: SGD(p, lr=0.0, momentum=0.9))
+    module = LeastSquares(lambda p: SGD(p, lr=0.0, momentum=0.9))
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1, tol=0.1)
     fit(module, [rows()], callback)
     (row,) = callback.history
@@ -322,7 +280,7 @@ def test_a_frozen_group_does_not_count():
     for kind in (SGD, Adam):
         found = []
         for frozen in (lambda p, k=kind: k([{"params": [q], "lr": 0.01 * (q.ndim > 1)} for q in p]), None):
-            module = Regression(frozen or (lambda p, k=kind: k([q for q in p if q.requires_grad], lr=0.01)))
+            module = LeastSquares(frozen or (lambda p, k=kind: k([q for q in p if q.requires_grad], lr=0.01)))
             module.b.requires_grad_(frozen is not None)
             callback = ODEDiagnostics(1, sharpness_every_n_steps=1, sharpness_rtol=1e-10)
             fit(module, [rows()] * 2, callback)

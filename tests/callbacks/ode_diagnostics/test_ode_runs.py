@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -15,16 +15,11 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
+from toys import Bert, LeastSquares, Squares, rows
+from trainers import fit, quiet_trainer
 
 from lightning_plugins import Flooding, GradientPenalty, NormRMSprop, ODEDiagnostics
 
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 FIRST_ORDER = {
     "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "clip_factor",
     "skipped_steps", "loss",
@@ -39,40 +34,6 @@ IGR = {"igr_term", "igr_ratio"}
 
 def names(row):
     return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
-
-
-class Regression(LightningModule):
-    """Least squares in float64: a quadratic of five parameters in two tensors."""
-
-    def __init__(self, optimizer):
-        super().__init__()
-        self.a = nn.Parameter(torch.tensor([[1.0, -0.5], [0.3, 2.0]], dtype=torch.float64))
-        self.b = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
-        self.optimizer = optimizer
-
-    @property
-    def theta(self):
-        return torch.cat([self.a.flatten(), self.b])
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return ((x @ self.theta - y) ** 2).mean() / 2 + 0.25
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
-
-
-def rows(n=12, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, 5, dtype=torch.float64, generator=generator) * torch.tensor([2.0, 1.0, 0.5, 1.5, 1.0])
-    return x, torch.randn(n, dtype=torch.float64, generator=generator)
-
-
-def fit(module, batches, callbacks, **options):
-    options = QUIET | {"max_epochs": 1} | options
-    trainer = Trainer(callbacks=callbacks if isinstance(callbacks, list) else [callbacks], **options)
-    trainer.fit(module, DataLoader(batches, batch_size=None))
-    return trainer
 
 
 # Training is not changed
@@ -149,7 +110,7 @@ def test_a_run_does_not_notice(name, mode):
         module = Everything(ALL[name])
         callback = ODEDiagnostics(1, sharpness_every_n_steps=3, sharpness_max_products=3, tol=0.1)
         batches = [(x.double() if mode == "64-true" else x, y) for x, y in classes(7)]
-        trainer = fit(module, batches, [callback] if watched else [], log_every_n_steps=1, **options)
+        trainer = fit(module, batches, *([callback] if watched else []), log_every_n_steps=1, **options)
         states.append(whole_state(module, trainer))
         histories.append(callback.history)
     assert states[0].keys() == states[1].keys()
@@ -170,14 +131,14 @@ def test_accumulated_batches_are_one_batch():
     found = []
     for batches, k in (([(x, y)] * 3, 1), (halves * 3, 2)):
         callback = ODEDiagnostics(1, sharpness_every_n_steps=1, tol=0.1, sharpness_rtol=1e-12)
-        fit(Regression(lambda p: SGD(p, lr=0.05)), batches, callback, accumulate_grad_batches=k)
+        fit(LeastSquares(lambda p: SGD(p, lr=0.05)), batches, callback, accumulate_grad_batches=k)
         found.append(callback.history)
     for whole, split in zip(*found, strict=True):
         assert whole.keys() == split.keys()
         for name, value in whole.items():
             assert split[name] == pytest.approx(value, rel=1e-7), name
     callback = ODEDiagnostics(1)
-    fit(Regression(lambda p: SGD(p, lr=0.05)), halves[:1], callback, accumulate_grad_batches=2)
+    fit(LeastSquares(lambda p: SGD(p, lr=0.05)), halves[:1], callback, accumulate_grad_batches=2)
     (row,) = callback.history
     assert row["ode/actual_dloss"] == pytest.approx(row["ode/predicted2_dloss"])
     assert row["ode/dloss_ratio"] == pytest.approx(1, abs=0.2)
@@ -190,7 +151,7 @@ def test_both_with_both_in_any_order():
         diagnostics = ODEDiagnostics(1)
         callbacks = [Flooding(0.8), GradientPenalty(0.02), diagnostics]
         module = Everything(ALL["momentum"])
-        fit(module, classes(8), [callbacks[i] for i in order])
+        fit(module, classes(8), *[callbacks[i] for i in order])
         found.append(diagnostics.history)
         weights.append(nn.utils.parameters_to_vector(module.parameters()))
     assert found[0] == found[1] == found[2]
@@ -246,7 +207,7 @@ def test_a_resumed_run_goes_on(name, tmp_path):
     for part in ("whole", "first", "second"):
         callback = ODEDiagnostics(2)
         saves = [SaveAt(5, tmp_path / "step=5.ckpt")] if part == "first" else []
-        trainer = Trainer(**QUIET, max_epochs=2, max_steps=5 if part == "first" else -1, callbacks=[callback, *saves])
+        trainer = quiet_trainer(callback, *saves, max_epochs=2, max_steps=5 if part == "first" else -1)
         path = tmp_path / "step=5.ckpt" if part == "second" else None
         trainer.fit(Everything(ALL[name]), Loader(classes(8)), ckpt_path=path)
         runs.append(callback)
@@ -359,9 +320,9 @@ def test_manual_optimization_with_two_optimizers(index):
         module, callback = GAN(), ODEDiagnostics(2, optimizer_index=index, sharpness_every_n_steps=4)
         if watched:
             with pytest.warns(UserWarning, match="GAN has automatic_optimization=False.* second gradient are omitted"):
-                fit(module, classes(6), [callback])
+                fit(module, classes(6), callback)
         else:
-            fit(module, classes(6), [])
+            fit(module, classes(6))
         weights.append(nn.utils.parameters_to_vector(module.parameters()))
     assert torch.equal(*weights)
     rows = callback.history
@@ -375,31 +336,21 @@ def test_manual_optimization_with_two_optimizers(index):
 
 def test_a_stock_transformer():
     """BERT of transformers with AdamW, decay groups and dropout, in bf16 and fp32; the edge by finite differences."""
-    from transformers import BertConfig, BertForSequenceClassification
 
-    class Classifier(LightningModule):
-        def __init__(self):
-            super().__init__()
-            seed_everything(0, verbose=False)
-            sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-            self.model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=12, **sizes))
-
-        def training_step(self, batch, batch_idx):
-            return self.model(**batch).loss
-
-        def configure_optimizers(self):
-            decay = [p for p in self.parameters() if p.ndim > 1]
-            rest = [p for p in self.parameters() if p.ndim < 2]
-            return AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-3)
+    def adamw(params):
+        params = list(params)
+        decay, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
+        return AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=1e-3)
 
     batches = [{"input_ids": torch.arange(i, i + 48).view(4, 12) % 50, "labels": torch.arange(4) % 2} for i in range(4)]
     for precision in ("32-true", "bf16-mixed"):
         weights = []
         for watched in (False, True):
-            module = Classifier()
+            seed_everything(0, verbose=False)
+            module = Bert(adamw, vocab_size=50)
             search = {"sharpness_every_n_steps": 4, "sharpness_engine": "finite_difference"}
             callback = ODEDiagnostics(2, **search, sharpness_max_products=8)
-            fit(module, batches, [callback] * watched, precision=precision)
+            fit(module, batches, *[callback] * watched, precision=precision)
             weights.append(nn.utils.parameters_to_vector(module.parameters()))
         assert torch.equal(*weights)
         assert names(callback.history[-1]) == ANY_KNOWN
@@ -409,18 +360,14 @@ def test_a_stock_transformer():
 def test_where_differentiating_twice_is_impossible():
     """A kernel without a second derivative: finite differences with one warning, or an error if exact was asked for."""
 
-    class Attends(LightningModule):
+    class Attends(Squares):
         def __init__(self):
-            super().__init__()
             seed_everything(0, verbose=False)
-            self.qkv = nn.Linear(8, 24)
+            super().__init__(nn.Linear(8, 24))
 
-        def training_step(self, batch, batch_idx):
-            q, k, v = self.qkv(batch).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        def loss(self, batch):
+            q, k, v = self.net(batch).view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
             return F.scaled_dot_product_attention(q, k, v).square().mean()
-
-        def configure_optimizers(self):
-            return SGD(self.parameters(), lr=0.1)
 
     batches = [torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))] * 2
     callback = ODEDiagnostics(1, sharpness_every_n_steps=1)

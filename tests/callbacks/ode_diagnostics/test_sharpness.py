@@ -6,11 +6,11 @@ from importlib.util import find_spec
 import pytest
 import scipy.sparse.linalg
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, RMSprop
-from torch.utils.data import DataLoader
+from toys import Classifier, ImageClassifier, mlp
+from trainers import fit
 
 from lightning_plugins import Digits, ODEDiagnostics
 from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import read_flow, rule_of
@@ -96,22 +96,12 @@ def test_random_directions_leave_the_random_state_alone():
 # Whole nets, in training
 
 
-class Net(LightningModule):
-    """A small smooth net in float64, on one fixed batch."""
+class Net(Classifier):
+    """A small smooth net in float64, which keeps what it was after each step."""
 
     def __init__(self, optimizer):
-        super().__init__()
-        torch.manual_seed(3)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
-        self.optimizer = optimizer
+        super().__init__(mlp(4, 6, 3, seed=3).double(), optimizer)
         self.after = []
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())
 
     def on_train_batch_end(self, *args):
         optimizer = self.trainer.optimizers[0]
@@ -133,21 +123,6 @@ OPTIMIZERS = {
 }
 
 
-def fit(module, loader, steps, callback, **options):
-    trainer = Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        **options,
-    )
-    trainer.fit(module, loader)
-    return trainer
-
-
 def hessian(net, batch):
     """All second derivatives by autograd, a row at a time."""
     params = list(net.parameters())
@@ -166,7 +141,7 @@ def test_sharpness_equals_eigvalsh_in_six_digits(name, engine):
     search = {"sharpness_engine": engine, "sharpness_rtol": 1e-9, "sharpness_max_products": 200}
     callback = ODEDiagnostics(1, sharpness_every_n_steps=3, **search)
     module = Net(OPTIMIZERS[name])
-    fit(module, DataLoader([batch] * 6, batch_size=None), 6, callback)
+    fit(module, [batch] * 6, callback)
     assert [("ode/sharpness" in row) for row in callback.history] == [False, False, True] * 2
     for row, (net, flow) in list(zip(callback.history, module.after, strict=True))[2::3]:
         H = hessian(net, batch) * (-1 if name == "maximize" else 1)
@@ -183,32 +158,23 @@ def test_sharpness_equals_eigvalsh_in_six_digits(name, engine):
         assert row["ode/edge_ratio"] == pytest.approx(top / flow.limit, rel=1e-6)
 
 
-class CNN(LightningModule):
-    """Convolutions, pooling and activations on real digits; with or without kinks and batch norm."""
-
-    def __init__(self, smooth, normalised):
-        super().__init__()
-        torch.manual_seed(0)
-        activation, pool = (nn.Tanh, nn.AvgPool2d) if smooth else (nn.ReLU, nn.MaxPool2d)
-        norm = nn.BatchNorm2d if normalised else nn.Identity
-        self.net = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1),
-            norm(8),
-            activation(),
-            pool(2),
-            nn.Conv2d(8, 16, 3, padding=1),
-            norm(16),
-            activation(),
-            nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(),
-            nn.Linear(16, 10),
-        )
-
-    def training_step(self, batch, batch_idx):
-        return F.cross_entropy(self.net(batch["image"]), batch["label"])
-
-    def configure_optimizers(self):
-        return SGD(self.parameters(), lr=0.2)
+def cnn(smooth, normalised):
+    """Convolutions, pooling and activations; with or without kinks and batch norm."""
+    torch.manual_seed(0)
+    activation, pool = (nn.Tanh, nn.AvgPool2d) if smooth else (nn.ReLU, nn.MaxPool2d)
+    norm = nn.BatchNorm2d if normalised else nn.Identity
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1),
+        norm(8),
+        activation(),
+        pool(2),
+        nn.Conv2d(8, 16, 3, padding=1),
+        norm(16),
+        activation(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
 
 
 def top_by_scipy(operator):
@@ -236,10 +202,10 @@ def train_cnn(smooth, normalised, engine, dtype):
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     batch["image"] = batch["image"].to(dtype)
-    module = CNN(smooth, normalised).to(dtype)
+    module = ImageClassifier(cnn(smooth, normalised), lambda p: SGD(p, lr=0.2)).to(dtype)
     search = {"sharpness_engine": engine, "sharpness_rtol": 1e-7}
     callback = ODEDiagnostics(5, sharpness_every_n_steps=5, **search)
-    fit(module, DataLoader([batch] * 5, batch_size=None), 5, callback)
+    fit(module, [batch] * 5, callback)
     return callback, module.net.double().train(), batch["image"].double(), batch["label"]
 
 

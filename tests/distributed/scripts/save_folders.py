@@ -1,46 +1,33 @@
 """Under torchrun: sharded checkpoints in folders are replaced as a whole, or stay. ``save_folders.py FOLDER``."""
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from rank_script import end, sharded
 from torch import nn
+from toys import ImageClassifier
+from trainers import quiet_trainer
 
 from lightning_plugins import Digits, keep_checkpoints_whole
 from lightning_plugins.core.sharding import shard_parts
 
 
-class Net(LightningModule):
+class Net(ImageClassifier):
     """A layer of sharded weights."""
 
+    def __init__(self):
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), partial(torch.optim.Adam, lr=1e-2))
+
     def configure_model(self):
-        if not hasattr(self, "net"):
-            self.net = nn.Linear(64, 10)
-            shard_parts(self, self.net)
-
-    def training_step(self, batch, index):
-        return nn.functional.cross_entropy(self.net(batch["image"].flatten(1)), batch["label"])
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), 1e-2)
+        shard_parts(self, self.net)
 
 
 def fit(folder, steps, ckpt_path=None):
     """A trainer that has trained and saved nothing."""
-    trainer = Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        devices=2,
-        strategy=sharded(),
-        max_steps=steps,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
+    options = {"max_steps": steps, "limit_val_batches": 0, "default_root_dir": folder}
+    trainer = quiet_trainer(devices=2, strategy=sharded(), **options)
     keep_checkpoints_whole(trainer)
     trainer.fit(Net(), Digits(image_size=8, batch_size=20), ckpt_path=ckpt_path)
     return trainer
@@ -48,7 +35,7 @@ def fit(folder, steps, ckpt_path=None):
 
 def weights(trainer):
     """The whole matrix, on each rank."""
-    return trainer.model.net.weight.full_tensor().detach().clone()
+    return trainer.model.net[1].weight.full_tensor().detach().clone()
 
 
 def names(path):

@@ -5,14 +5,17 @@ there are; the losses of the two ranks lie on different sides of the level.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rank_script import end, full
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from toys import Regression, mlp
+from trainers import quiet_trainer
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
 from lightning_plugins.core.sharding import shard_parts
@@ -46,24 +49,16 @@ def data() -> TensorDataset:
     return TensorDataset(x, x.sum(1, keepdim=True).sin() * size[:, None])
 
 
-class Net(LightningModule):
-    """Regression by an MLP of which a part may be unused, in float64 (which FSDP2 has no name for as a precision)."""
+class Net(Regression):
+    """An MLP of which a part may be unused, in float64 (which FSDP2 has no name for as a precision)."""
 
     def __init__(self, unused: bool = False) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+        super().__init__(mlp(4, 8, 1, seed=0), partial(torch.optim.SGD, lr=LR))
         self.unused = nn.Linear(4, 4) if unused else None
         self.double()
 
     def configure_model(self) -> None:
         shard_parts(self, self.net[0], self.net[2])
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        return (self.net(batch[0]) - batch[1]).square().mean()
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), LR)
 
 
 class Seen(Callback):
@@ -86,18 +81,14 @@ def run(name: str, folder: Path) -> None:
     """Train one case on two processes; write ``rank<r>.pt``."""
     scope, strategy, options = CASES[name]
     seen = Seen()
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        Flooding(LEVEL, scope),
+        seen,
         devices=2,
         strategy=strategy() if callable(strategy) else strategy,
         max_epochs=EPOCHS,
-        logger=False,
         log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[Flooding(LEVEL, scope), seen],
         **options,
     )
     half = BATCH // 2

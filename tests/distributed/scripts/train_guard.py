@@ -5,6 +5,7 @@
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from rank_script import end, full, sharded
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
+from toys import Regression
+from trainers import quiet_trainer
 
 from lightning_plugins.callbacks.non_finite_guard.callback import NonFiniteGuard
 from lightning_plugins.core.sharding import shard_parts
@@ -34,25 +37,20 @@ CASES = {
 }
 
 
-class Net(LightningModule):
+class Net(Regression):
     """Regression with batch norm; the loss may be NaN though its gradient is not."""
 
     def __init__(self, name: str) -> None:
-        super().__init__()
         torch.manual_seed(0)
-        self.name = name
         norm = nn.Identity() if name.startswith("sharded") else nn.BatchNorm1d(8)
-        self.net = nn.Sequential(nn.Linear(4, 8), norm, nn.Tanh(), nn.Linear(8, 1))
+        net = nn.Sequential(nn.Linear(4, 8), norm, nn.Tanh(), nn.Linear(8, 1))
+        super().__init__(net, partial(torch.optim.AdamW, lr=0.05))
 
     def configure_model(self) -> None:
         shard_parts(self, self.net[0], self.net[3])
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = (self.net(batch[0]) - batch[1].nan_to_num()).square().mean()
-        return loss + batch[1].sum().mul(0.0)  # a constant
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), 0.05)
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().loss((batch[0], batch[1].nan_to_num())) + batch[1].sum().mul(0.0)  # a constant
 
 
 class Steps(Callback):
@@ -83,19 +81,8 @@ def run(name: str, folder: Path) -> None:
     policy, strategy, options = CASES[name]
     steps = Steps()
     guards = [NonFiniteGuard(policy)] if policy else []
-    trainer = Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy() if callable(strategy) else strategy,
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        callbacks=[*guards, steps],
-        **options,
-    )
+    options = options | {"strategy": strategy() if callable(strategy) else strategy}
+    trainer = quiet_trainer(*guards, steps, devices=2, max_epochs=1, use_distributed_sampler=False, **options)
     model, said = Net(name), ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
+from toys import Squares, mlp
+from trainers import quiet_trainer
 
 from lightning_plugins.optim import NormRMSprop
 
@@ -31,13 +31,11 @@ OPTIONS = {
 ROUTES = {"sharded": {}, "flat": {"flatten_optimizer_state_dict": True}, "full": {"full_state_dict": True}}
 
 
-class Net(LightningModule):
+class Net(Squares):
     """Two layers; the last one's bias has one number, of which the second rank holds nothing."""
 
     def __init__(self, options):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1)).double()
+        super().__init__(mlp(5, 7, 1, seed=0).double())
         self.options = options
 
     def configure_model(self):
@@ -45,8 +43,8 @@ class Net(LightningModule):
         if self.device_mesh is not None and not isinstance(self.net[0].weight, DTensor):
             shard(self.net, self.device_mesh["data_parallel"])
 
-    def training_step(self, batch, index):
-        return self.net(batch).square().mean() + self.net(batch).mean()
+    def loss(self, batch):
+        return super().loss(batch) + self.net(batch).mean()
 
     def configure_optimizers(self):
         first, second = self.net[0].parameters(), self.net[2].parameters()
@@ -123,18 +121,8 @@ def with_lightning(folder, one_file):
     for epochs, start in ((1, None), (2, folder / "half.ckpt")):
         model = Net(OPTIONS["plain"])
         strategy = ModelParallelStrategy(2, 1, save_distributed_checkpoint=not one_file)
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=2,
-            strategy=strategy,
-            max_epochs=epochs,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-        )
+        options = {"max_epochs": epochs, "use_distributed_sampler": False, "default_root_dir": folder}
+        trainer = quiet_trainer(devices=2, strategy=strategy, **options)
         trainer.fit(model, DataLoader(batches()[:HALF], batch_size=None), ckpt_path=start, weights_only=True)
         if start is None:
             trainer.save_checkpoint(folder / "half.ckpt")

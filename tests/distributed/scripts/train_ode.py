@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rank_script import end, full
 from torch import nn
-from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.utils.data import DataLoader
+from toys import Classifier, mlp
+from trainers import quiet_trainer
 
 from lightning_plugins import Flooding, GradientPenalty, NormRMSprop, ODEDiagnostics
 from lightning_plugins.core.sharding import shard_parts
@@ -62,25 +62,15 @@ CASES = {
 }
 
 
-class Module(LightningModule):
+class Module(Classifier):
     """A perceptron in double precision."""
 
     def __init__(self, case):
-        super().__init__()
-        torch.manual_seed(1)
-        self.net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+        super().__init__(mlp(4, 6, 3, seed=1).double(), OPTIMIZERS[case.optimizer])
         self.spare = nn.Linear(2, 2).double() if "find_unused_parameters" in case.strategy else None
-        self.case = case
 
     def configure_model(self):
         shard_parts(self, self.net)
-
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return F.cross_entropy(self.net(x), y)
-
-    def configure_optimizers(self):
-        return OPTIMIZERS[self.case.optimizer](list(self.parameters()))
 
     def train_dataloader(self):
         generator = torch.Generator().manual_seed(0)
@@ -104,19 +94,15 @@ def run(name, folder, processes=RANKS, watched=True):
     case = CASES[name]
     search = {"sharpness_every_n_steps": 2, "sharpness_engine": case.engine, "sharpness_rtol": 1e-8}
     diagnostics = ODEDiagnostics(1, tol=0.1, **search)
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        *([diagnostics] if watched else []),
+        *(other() for other in case.others),
         devices=processes,
         strategy="auto" if processes == 1 else strategy(case),
         use_distributed_sampler=False,
         max_epochs=1,
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=case.clip,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[*([diagnostics] if watched else []), *(other() for other in case.others)],
     )
     model = Module(case)
     trainer.fit(model)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rank_script import end, full
@@ -19,6 +19,7 @@ from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_plugins import Flooding, GradientPenalty, gradient_penalty_backward
 from lightning_plugins.core.distributed import largest_over_ranks
@@ -201,8 +202,8 @@ def run(name, folder, processes=RANKS, penalty=None, epochs=1, ckpt_path=None):
         callbacks.insert(0, GradientPenalty(COEFFICIENT, **(case.penalty | (penalty or {}))))
     if case.flooding:
         callbacks.insert(1, Flooding(**case.flooding))
-    trainer = Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        *callbacks,
         devices=processes,
         strategy="auto" if processes == 1 else strategy(case),
         precision="64-true" if case.double and not case.sharded else "32-true",  # FSDP2 takes the module as it is
@@ -210,10 +211,6 @@ def run(name, folder, processes=RANKS, penalty=None, epochs=1, ckpt_path=None):
         max_epochs=epochs,
         accumulate_grad_batches=case.accumulate,
         gradient_clip_val=case.clip,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=callbacks,
     )
     model = Module(case)
     trainer.fit(model, ckpt_path=ckpt_path)

@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rank_script import end, full, sharded, trainer_of
+from trainers import quiet_trainer
 
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.sid.module import SiD
@@ -100,9 +101,8 @@ def run(name, folder, teacher, processes=1, ckpt_path=None):
 def refused(teacher):
     """What plain DDP is answered."""
     model = SiD(teacher=str(teacher), num_pictures=0)
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     try:
-        Trainer(accelerator="cpu", devices=RANKS, strategy="ddp", max_steps=1, **quiet).fit(model)
+        quiet_trainer(devices=RANKS, strategy="ddp", max_steps=1).fit(model)
     except MisconfigurationException as error:
         return str(error)
 
