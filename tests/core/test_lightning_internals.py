@@ -16,7 +16,6 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.compile import from_compiled
-from trainers import quiet_trainer
 
 from lightning_plugins.core import lightning_internals as internals
 from lightning_plugins.core.lightning_internals import Place, fit_progress, read_place, write_place
@@ -36,8 +35,19 @@ class Boring(BoringModel):
         self.updates = internals.should_update_logs(self.trainer)
 
 
+QUIET = {
+    "limit_train_batches": 2,
+    "limit_val_batches": 1,
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
+
+
 def quiet(**arguments):
-    return quiet_trainer(limit_train_batches=2, limit_val_batches=1, **arguments)
+    return Trainer(**QUIET, **arguments)
 
 
 @pytest.fixture(scope="module")
