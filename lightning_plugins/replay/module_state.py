@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torchmetrics import Metric
 
 from lightning_plugins.core.vectors import norm
@@ -25,9 +26,9 @@ class ModuleState:
     teacher's that follows by running means, unless they are many: then nothing may write to them.
 
     Args:
-        module: with its parts.
+        module: the module whose state is kept, with all its parts.
         frozen: whether to keep frozen parameters.
-        attributes: whether to keep attributes.
+        attributes: whether to keep attributes that are neither parameters, buffers nor parts.
     """
 
     def __init__(self, module: nn.Module, frozen: bool = True, attributes: bool = True) -> None:
@@ -70,7 +71,7 @@ class ModuleState:
         lengths = [norm([param]) for param in self._many]
         with ExitStack() as stack:
             for tensor, _ in self._tensors:
-                stack.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+                stack.enter_context(_unsafe_preserve_version_counter(tensor))
             stack.callback(self.restore)
             yield
         if any(norm([param]) != length for param, length in zip(self._many, lengths, strict=True)):
