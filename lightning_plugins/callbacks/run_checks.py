@@ -69,7 +69,7 @@ class OneGradientPerStep:
     """Notices an optimizer that evaluates its closure several times in a step (SAM and its kin).
 
     Args:
-        name: of the callback, for the sentence.
+        name: the callback's name, for the sentence.
     """
 
     def __init__(self, name: str) -> None:

@@ -12,7 +12,6 @@ from lightning_plugins.core.vectors import norm
 
 Difference = Literal["forward", "central"]
 
-
 # Displacement over the norm of the parameters that was measured best for each precision of the forward pass: about
 # the square root (forward) and the cube root (central) of its unit roundoff.
 _RELATIVE_STEPS: dict[str, dict[Difference, float]] = {
@@ -21,7 +20,6 @@ _RELATIVE_STEPS: dict[str, dict[Difference, float]] = {
     "float16": {"forward": 1e-2, "central": 3e-2},
     "bfloat16": {"forward": 3e-2, "central": 1e-1},
 }
-
 
 # The least for losses with kinks, by the figures of benchmarks/relative_step.py in benchmarks/RESULTS.md.
 _KINKED_STEPS: dict[Difference, float] = {"forward": 3e-2, "central": 1e-2}
@@ -54,11 +52,11 @@ def relative_step(
     short. Every rank must call it, and gets the largest step that one of them needs.
 
     Args:
-        trainer: its precision counts.
-        module: its parameters' precision counts.
+        trainer: the running trainer, whose precision counts.
+        module: the module that is trained; the precision of its parameters counts.
         difference: ``"forward"`` or ``"central"``.
-        kinked: of the loss.
-        half: precision found in the loss's graph, :func:`~lightning_plugins.replay.graph.half_precision`.
+        kinked: whether this rank's loss has kinks; ``None``, where that is not known, counts as no.
+        half: the half precision found in the loss's graph, :func:`~lightning_plugins.replay.graph.half_precision`.
     """
     precision, device = str(trainer.precision), trainer.strategy.root_device
     kinds = list(_RELATIVE_STEPS)  # from fine to coarse
@@ -75,6 +73,7 @@ def relative_step(
 
 
 def _uses_tf32(module: nn.Module, device: torch.device) -> bool:
+    """Whether the GPU rounds what it multiplies in fp32 to ten bits."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     convolves = any(isinstance(part, nn.modules.conv._ConvNd) for part in module.modules())

@@ -62,11 +62,7 @@ _BACKWARDS = (
     "Threshold",
     "Topk",
 )
-
-
 _MODULES = (nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.RReLU, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Threshold)
-
-
 _POOLS = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd)
 
 
@@ -77,11 +73,10 @@ def has_kinks(loss: Tensor, module: nn.Module) -> bool:
     divided by the step. Graphs that are hidden (compiled or checkpointed) show only through the module's parts.
 
     Args:
-        loss: with its graph.
-        module: that computed it.
+        loss: a loss with its graph.
+        module: the module that computed it.
 
     Example:
-        >>> import torch
         >>> x = torch.ones(2, requires_grad=True)
         >>> has_kinks(x.relu().sum(), nn.Linear(2, 2)), has_kinks(x.tanh().sum(), nn.Linear(2, 2))
         (True, False)

@@ -26,9 +26,9 @@ class ModuleState:
     teacher's that follows by running means, unless they are many: then nothing may write to them.
 
     Args:
-        module: with its parts.
+        module: the module whose state is kept, with all its parts.
         frozen: whether to keep frozen parameters.
-        attributes: whether to keep attributes.
+        attributes: whether to keep attributes that are neither parameters, buffers nor parts.
     """
 
     def __init__(self, module: nn.Module, frozen: bool = True, attributes: bool = True) -> None:

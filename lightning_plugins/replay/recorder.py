@@ -42,10 +42,10 @@ class Call:
     """One evaluation of a loss that can be repeated.
 
     Attributes:
-        run: evaluates it; returns what ``training_step`` may return.
-        device: the process's.
-        random_state: of the process, at entry.
-        module_state: of the module, at entry.
+        run: the function that evaluates it; returns what ``training_step`` may return.
+        device: the process's device.
+        random_state: the process's random state at entry.
+        module_state: the module's state at entry.
         sign: factor of this loss in the objective that is trained, +1 or -1 (Flooding).
     """
 
@@ -81,7 +81,7 @@ class StepRecorder:
         calls: those kept for a replay, oldest first.
         losses: the loss that each call returned, as it was, detached; also of calls that are not kept.
         kinked: whether the first call that was kept has a loss with kinks; ``None`` before.
-        half: half precision in that loss's graph.
+        half: half precision in that loss's graph; ``None`` without, and before.
     """
 
     def __init__(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -163,8 +163,9 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Undo, on leaving, what running the module leaves behind.
 
     Args:
-        module: its buffers, attributes, gradients, torchmetrics states and ``self.log`` are protected.
-        device: the process's; the random state of a GPU is restored with that of Python, NumPy and torch.
+        module: the module that will run: its buffers, attributes, gradients, torchmetrics states and ``self.log`` are
+            protected.
+        device: the process's device; the random state of a GPU is restored with that of Python, NumPy and torch.
     """
     global _depth
     random_state = get_random_state(device)
@@ -201,15 +202,16 @@ def _grads_aside(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _metric_aside(metric: Metric) -> Iterator[None]:
     """Let a metric work on copies of its states: others may hold references to the states themselves."""
-    before = dict(metric.__dict__)
+    attributes = vars(metric)
+    before = dict(attributes)
     for name in metric._defaults:
         state = getattr(metric, name)
         setattr(metric, name, state.clone() if isinstance(state, Tensor) else list(state))
     try:
         yield
     finally:
-        vars(metric).clear()
-        vars(metric).update(before)
+        attributes.clear()
+        attributes.update(before)
 
 
 @contextmanager

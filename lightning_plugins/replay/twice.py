@@ -20,13 +20,13 @@ def second_derivative(
     """``d/dtheta <first, direction>``; ``None`` where there is no dependence.
 
     Args:
-        first: the loss's derivatives, with a graph.
-        params: the parameters.
-        direction: held constant.
-        retain_graph: keep the graph for another backward pass.
+        first: the loss's first derivatives, with their graph; ``None`` where there is no dependence.
+        params: the parameters ``theta``.
+        direction: tensors shaped like the parameters, held constant.
+        retain_graph: whether to keep the graph for another backward pass.
 
     Raises:
-        RuntimeError: there is none.
+        RuntimeError: there is no second derivative.
     """
     if "torch::autograd::Error" in operations(first):  # autograd.grad would pass it by, as if it were constant
         raise RuntimeError("a torch.autograd.Function of the module is marked once_differentiable")

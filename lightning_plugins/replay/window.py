@@ -1,7 +1,7 @@
-"""The loss of an accumulation window as a function of the parameters: its gradient and Hessian-vector products.
+"""The loss of one optimizer step as a function of the parameters: its gradient and Hessian-vector products.
 
-Everything is computed by replaying the window's training steps (``recorder.py``), so it works for any module, and
-leaves no trace.
+Everything is computed by running the step's micro-batches again (``recorder.py``), so it works for any module, and
+leaves no trace. How far to move the parameters is told by ``differences.py``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
@@ -33,24 +33,37 @@ class WindowLoss:
         module: the module that is trained.
         calls: those of the window, ``StepRecorder.calls``.
         params: the parameters to differentiate by.
+        alone: whether the calls' mean on this rank is meant, neither divided by ``k`` nor averaged over ranks.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, calls: Sequence[Call], params: Sequence[nn.Parameter]
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        calls: Sequence[Call],
+        params: Sequence[Tensor],
+        alone: bool = False,
     ) -> None:
         self.params = list(params)
-        self._module, self._calls = module, list(calls)
+        self._trainer, self._module, self._calls = trainer, module, list(calls)
         self._device = trainer.strategy.root_device
         strategy = trainer.strategy
-        self._reduces = isinstance(strategy, DDPStrategy)  # FSDP2 averages within its own backward
-        self._watched = isinstance(strategy, DDPStrategy) and _counts_hooks(strategy)
+        self._reduces = isinstance(strategy, DDPStrategy) and not alone  # FSDP2 averages within its own backward
+        # DDP may count every gradient that arrives, and would take a replay's for the next step's
+        self._watched = isinstance(strategy, DDPStrategy) and any(
+            ddp_option(strategy, name) for name in ("find_unused_parameters", "static_graph")
+        )
         self._scale = loss_scale(trainer)
-        self._share = 1 / trainer.accumulate_grad_batches
+        self._share = 1 / (len(self._calls) if alone else trainer.accumulate_grad_batches)
+
+    def micro_batches(self) -> "list[WindowLoss]":
+        """Each micro-batch of this rank alone: ``L = l_i``, not averaged over ranks."""
+        return [WindowLoss(self._trainer, self._module, [call], self.params, alone=True) for call in self._calls]
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
         """Mean over this rank of the micro-batches' losses times their signs (float64), and ``dL/dtheta`` over all."""
         with without_trace(self._module, self._device):
-            loss = self._accumulate(self._calls)
+            loss = self._accumulate()
             return loss, self._collect()
 
     def product(
@@ -58,7 +71,7 @@ class WindowLoss:
         direction: Sequence[Tensor],
         step: float,
         difference: Difference = "forward",
-        gradient: Sequence[Tensor] | None = None,
+        gradient: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         r"""Hessian-vector product by finite differences of gradients.
 
@@ -68,21 +81,27 @@ class WindowLoss:
 
         Args:
             direction: ``v``, shaped like the parameters.
-            step: ``h > 0``, see :func:`step_along`.
+            step: ``h > 0``, such as :func:`~lightning_plugins.replay.differences.step_along` gives.
             difference: ``"forward"`` runs the window once, ``"central"`` twice.
-            gradient: the gradient here, for ``"forward"``.
+            gradient: the gradient at the present parameters, which ``"forward"`` needs.
 
         Returns:
             ``H v``, shaped like the parameters.
         """
         with without_trace(self._module, self._device), displaced(self.params, direction) as move:
             move(step)
-            self._accumulate(self._calls)
+            self._accumulate()
             if difference == "central":
                 move(-step)
-                self._accumulate(self._calls, -1.0)
-            product = self._collect()
-        return _quotient(product, step, difference, gradient)
+                self._accumulate(-1.0)
+            change = self._collect()
+        distance = step if difference == "forward" else 2 * step
+        with torch.no_grad():
+            for index, tensor in enumerate(change):
+                if difference == "forward":
+                    tensor -= gradient[index]
+                tensor /= distance
+        return change
 
     def exact_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Hessian-vector product by differentiating twice."""
@@ -94,24 +113,21 @@ class WindowLoss:
                 for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
                     if part is not None:
                         total += part / self._scale
-        return self._reduced(products)
+        if self._reduces:
+            mean_over_ranks_(products)
+        return products
 
-    def micro_batches(self) -> "list[WindowLoss]":
-        """Each micro-batch of this rank alone: ``L = l_i``, not averaged over ranks."""
-        parts = []
-        for call in self._calls:
-            part = object.__new__(WindowLoss)
-            part.__dict__ |= self.__dict__ | {"_calls": [call], "_share": 1.0, "_reduces": False}
-            parts.append(part)
-        return parts
+    def _accumulate(self, factor: float = 1.0) -> Tensor:
+        """Run the calls: ``factor`` times the scaled gradient is added to the parameters' grads.
 
-    def _accumulate(self, calls: Sequence[Call], factor: float = 1.0) -> Tensor:
-        """Add ``factor`` times the scaled gradient to the parameters' grads; the mean of the signed losses."""
+        Returns:
+            The mean of the losses times their signs.
+        """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for call in calls:
+        for call in self._calls:
             loss = call.replay()
             self._backward(loss * (factor * self._share) * self._scale)
-            total += loss.detach().reshape(()) / len(calls)
+            total += loss.detach().reshape(()) / len(self._calls)
         return total
 
     def _backward(self, loss: Tensor) -> None:
@@ -126,7 +142,9 @@ class WindowLoss:
         """The accumulated gradients, unscaled and averaged."""
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         self.unscale_(grads)
-        return self._reduced(grads)
+        if self._reduces:
+            mean_over_ranks_(grads)
+        return grads
 
     def unscale_(self, grads: Sequence[Tensor]) -> None:
         """Divide by the GradScaler's present scale, if there is one."""
@@ -139,30 +157,6 @@ class WindowLoss:
         if isinstance(self._scale, Tensor):
             for grad in local(grads):
                 grad *= self._scale
-
-    def _reduced(self, grads: list[Tensor]) -> list[Tensor]:
-        if self._reduces:
-            mean_over_ranks_(grads)
-        return grads
-
-
-def _counts_hooks(strategy: DDPStrategy) -> bool:
-    """Whether DDP counts every gradient that arrives: a replay's would be taken for the next step's."""
-    return any(ddp_option(strategy, name) for name in ("find_unused_parameters", "static_graph"))
-
-
-def _quotient(
-    change: list[Tensor], step: float, difference: Difference, gradient: Sequence[Tensor] | None
-) -> list[Tensor]:
-    with torch.no_grad():
-        for index, tensor in enumerate(change):
-            if difference == "forward":
-                assert gradient is not None  # product() sees to it
-                tensor -= gradient[index]
-                tensor /= step
-            else:
-                tensor /= 2 * step
-    return change
 
 
 @contextmanager

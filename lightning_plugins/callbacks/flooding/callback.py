@@ -27,7 +27,7 @@ Scope = Literal["step", "microbatch"]
 
 
 class Flooding(Callback):
-    r"""Train on ``|L - b| + b``: descend while the loss is above the level ``b``, ascend while it is below.
+    r"""Train on |L - b| + b: descend while the loss is above the level b, ascend while it is below.
 
     .. math::
         \text{scope="step":}\quad |L - b| + b, \qquad
@@ -56,15 +56,15 @@ class Flooding(Callback):
     they do. The epoch in which ``StochasticWeightAveraging`` renews the statistics of batch norm is left alone.
 
     Args:
-        level: ``b``, in units of the loss that ``training_step`` returns, whatever the accumulation, loss scale or
-            number of ranks; chosen by validation. ``-inf`` (``-.inf`` on the command line and in YAML) trains bit for
-            bit as without the callback. Give this or ``level_schedule``.
-        scope: ``"step"`` takes one sign from the mean loss of the effective batch, ``"microbatch"`` one for each
-            micro-batch on each rank.
-        level_schedule: ``[[step, level], ...]``, linear between the optimizer steps, constant before the first and
-            after the last.
-        start: ``"immediately"``, ``"epoch 5"`` (when five epochs have passed) or ``"step 1000"`` (when a thousand
-            optimizer steps have); training is plain before.
+        level: the loss that training keeps to, in units of what training_step returns, whatever the accumulation, loss
+            scale or number of ranks; chosen by validation. Minus infinity (-.inf on the command line and in YAML)
+            trains bit for bit as without the callback. Give level or level_schedule, not both.
+        scope: whose loss decides between descent and ascent: "step" takes one sign from the mean loss of the effective
+            batch, "microbatch" one for each micro-batch on each rank.
+        level_schedule: pairs [step, level] with growing optimizer steps and finite levels, linear between the steps,
+            constant before the first and after the last.
+        start: when flooding begins: "immediately", "epoch 5" (when five epochs have passed) or "step 1000" (when a
+            thousand optimizer steps have). Training is plain before.
 
     Attributes:
         sign: 0-dim tensor, the step's sign: +1 or -1 from this callback's ``on_before_optimizer_step`` on, until the

@@ -25,9 +25,9 @@ def flood(losses: Tensor, level: float, kind: FloodKind = "batch") -> Tensor:
     callback :class:`Flooding` looks at the whole effective batch.
 
     Args:
-        losses: one loss for each sample (``reduction="none"``), any shape; ``"batch"`` also takes their mean. Leave
-            out positions that do not count, such as padding. Half precision is widened.
-        level: ``b``, in units of the loss. ``-inf`` gives the plain mean.
+        losses: one loss for each sample (``reduction="none"``), of any shape; ``"batch"`` also takes their mean, a
+            0-dim tensor. Leave out positions that do not count, such as padding. Half precision is widened.
+        level: the level ``b``, in units of the loss; ``-inf`` gives the plain mean.
         kind: ``"batch"`` is Ishida et al.'s Flooding, ``"sample"`` iFlood, ``"soft"`` SoftAD.
 
     Returns:

@@ -1,6 +1,8 @@
 """The gradient penalty inside a training_step of one's own (manual optimization)."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 from weakref import WeakSet
 
@@ -10,25 +12,26 @@ from torch import Tensor, nn
 
 from lightning_plugins.callbacks.gradient_penalty.first_step import check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.rules import (
-    check_choices,
     check_relative_step,
     require_full_precision,
     require_plain_gradients,
 )
-from lightning_plugins.callbacks.gradient_penalty.term import Penalty, PenaltyNorm, scale
+from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, weigh_
 from lightning_plugins.callbacks.run_checks import require_strategy
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.lightning_internals import loss_scale
 from lightning_plugins.core.random_state import get_random_state
 from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.core.vectors import norm as length_of
-from lightning_plugins.replay.differences import Difference
+from lightning_plugins.replay.differences import Difference, step_along
 from lightning_plugins.replay.differences import relative_step as best_step
 from lightning_plugins.replay.graph import half_precision, has_kinks
 from lightning_plugins.replay.module_state import ModuleState
 from lightning_plugins.replay.recorder import Call
 from lightning_plugins.replay.twice import explain, second_derivative, why_not_exact
 from lightning_plugins.replay.window import WindowLoss
+
+Engine = Literal["finite_difference", "exact"]
 
 _NAME = "gradient_penalty_backward"
 _PARAMETERS = must.Rule(
@@ -43,7 +46,7 @@ def gradient_penalty_backward(
     coefficient: float,
     params: Iterable[nn.Parameter] | None = None,
     norm: PenaltyNorm = "squared",
-    engine: Literal["finite_difference", "exact"] = "finite_difference",
+    engine: Engine = "finite_difference",
     difference: Difference = "forward",
     relative_step: float | Literal["auto"] = "auto",
 ) -> Tensor:
@@ -52,19 +55,23 @@ def gradient_penalty_backward(
     .. math:: L + c \|\nabla_{\theta} L\|^2 \quad\text{or}\quad L + c \|\nabla_{\theta} L\|
 
     with ``L`` the mean over ranks. Gradients are added to those that are there already, so that several losses may
-    share a step. See :class:`GradientPenalty` for the meaning of the arguments, their defaults and cost. A module's
-    first call with finite differences runs ``loss_fn`` once more, to see whether it can be repeated.
+    share a step. The cost is that of :class:`GradientPenalty`. A module's first call with finite differences runs
+    ``loss_fn`` once more, to see whether it can be repeated.
 
     Args:
-        module: with ``automatic_optimization = False``.
+        module: the module that trains, with ``automatic_optimization = False``.
         loss_fn: computes the loss, a scalar, and all that depends on ``params`` within it; it is called again at
             displaced parameters, with the same random numbers and buffers, and must use the same data each time.
-        coefficient: ``c >= 0``; 0 is ``manual_backward(loss_fn())``.
-        params: ``theta``, such as one optimizer's; all trainable parameters by default. Others get the loss's gradient.
-        norm: ``"squared"`` or ``"norm"``.
-        engine: ``"finite_difference"`` or ``"exact"``.
-        difference: ``"forward"`` or ``"central"``.
-        relative_step: displacement over ``|theta|``.
+        coefficient: the factor ``c``, 0 or more, in units of 1 / curvature (squared) or loss / gradient (norm); 0 is
+            ``manual_backward(loss_fn())``.
+        params: ``theta``, such as one optimizer's parameters; by default all trainable parameters of the module. Others
+            get the loss's gradient.
+        norm: ``"squared"`` penalises ``|grad L|^2``, ``"norm"`` penalises ``|grad L|``.
+        engine: ``"finite_difference"`` calls ``loss_fn`` again at displaced parameters, ``"exact"`` differentiates
+            twice.
+        difference: ``"forward"`` errs by first order in the displacement, ``"central"`` by second, for one more call.
+        relative_step: displacement over ``|theta|``, between 0 and 1; ``"auto"`` takes the best measured for the
+            precision of the loss, and a larger one where it has kinks.
 
     Returns:
         The loss, without the penalty, detached.
@@ -81,9 +88,11 @@ def gradient_penalty_backward(
             gradient_penalty_backward(self, lambda: self.generator_loss(noise), 0.1, self.generator.parameters())
             optimizer.step()
     """
-    check_choices(norm=norm, engine=engine, difference=difference)
     must.check(
         locals(),
+        norm=must.one_of(PenaltyNorm),
+        engine=must.one_of(Engine),
+        difference=must.one_of(Difference),
         module=must.instance(LightningModule, "a LightningModule"),
         loss_fn=must.function,
         coefficient=must.non_negative,
@@ -105,12 +114,12 @@ def gradient_penalty_backward(
     if coefficient == 0:
         module.manual_backward(loss)
     elif engine == "exact":
-        _exact(module, loss, params, Penalty(norm, True, difference, 0.0), coefficient)
+        _exact(module, loss, params, coefficient, norm)
     else:
-        step = relative_step
-        if step == "auto":
-            step = best_step(module.trainer, module, difference, has_kinks(loss, module), half_precision(loss))
-        _by_replay(module, loss, call, params, Penalty(norm, False, difference, step), coefficient)
+        if relative_step == "auto":
+            kinked, half = has_kinks(loss, module), half_precision(loss)
+            relative_step = best_step(module.trainer, module, difference, kinked, half)
+        _by_replay(module, loss, call, params, coefficient, norm, difference, relative_step)
     return loss.detach()
 
 
@@ -139,7 +148,7 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 def _exact(
-    module: LightningModule, loss: Tensor, params: list[nn.Parameter], penalty: Penalty, coefficient: float
+    module: LightningModule, loss: Tensor, params: list[nn.Parameter], coefficient: float, norm: PenaltyNorm
 ) -> None:
     """Differentiate twice; hooks scale the result as the loss is scaled, and DDP averages the sum."""
     if reason := why_not_exact(module.trainer, module):
@@ -151,7 +160,7 @@ def _exact(
             torch.zeros_like(p) if g is None else g.detach() / scale_now for g, p in zip(first, params, strict=True)
         ]
         mean_over_ranks_(gradient)
-        scale(gradient, penalty.weight(coefficient, length_of(gradient)))
+        weigh_(gradient, norm, coefficient, length_of(gradient))
         extras = second_derivative(first, params, gradient, retain_graph=True)
     except RuntimeError as error:
         raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
@@ -166,8 +175,16 @@ def _exact(
 
 
 def _by_replay(
-    module: LightningModule, loss: Tensor, call: Call, params: list[nn.Parameter], penalty: Penalty, coefficient: float
+    module: LightningModule,
+    loss: Tensor,
+    call: Call,
+    params: list[nn.Parameter],
+    coefficient: float,
+    norm: PenaltyNorm,
+    difference: Difference,
+    relative_step: float,
 ) -> None:
+    """The gradient, the check, the gradient at displaced parameters, the product, their sum."""
     before = [None if param.grad is None else param.grad.clone() for param in params]  # DDP may reuse their memory
     for param in params:
         param.grad = None
@@ -177,26 +194,35 @@ def _by_replay(
         window = WindowLoss(module.trainer, module, [call], trained)
         gradient = [param.grad for param in trained]
         window.unscale_(gradient)
-        extra = _penalise(module, window, gradient, penalty, coefficient)
-        if extra is not None:
-            torch._foreach_add_(local(gradient), local(extra))
+        length = length_of(gradient)
+        with _explained():
+            _check(module, window, gradient, length, relative_step)
+            step = step_along(trained, gradient, relative_step)
+            product = None if step is None else window.product(gradient, step, difference, gradient)
+        if product is not None:
+            weigh_(product, norm, coefficient, length)
+            torch._foreach_add_(local(gradient), local(product))
         window.scale_(gradient)
     for param, old in zip(params, before, strict=True):
         if old is not None:
             param.grad = old if param.grad is None else param.grad.add_(old)
 
 
-def _penalise(
-    module: LightningModule, window: WindowLoss, gradient: list[Tensor], penalty: Penalty, coefficient: float
-) -> list[Tensor] | None:
-    """The penalty's gradient; on the module's first call after a look at whether the loss can be repeated."""
-    cure = "use engine='exact', which runs it once"
+def _check(
+    module: LightningModule, window: WindowLoss, gradient: list[Tensor], length: Tensor, relative_step: float
+) -> None:
+    """On the module's first call: a second run must give the same gradient."""
+    if module not in _repeatable and 0 < length.item() < math.inf:
+        cure = "use engine='exact', which runs it once"
+        check_repeatable(module, gradient, window.gradient()[1], relative_step, _NAME, "loss_fn", cure)
+        _repeatable.add(module)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Tell what torch's error means when the loss was not computed anew."""
     try:
-        if module not in _repeatable and check_repeatable(
-            module, window, gradient, penalty.relative_step, _NAME, "loss_fn", cure
-        ):
-            _repeatable.add(module)
-        return penalty.of_window(window, gradient, coefficient, share=1.0).gradient
+        yield
     except RuntimeError as error:
         if "through the graph a second time" not in str(error):
             raise

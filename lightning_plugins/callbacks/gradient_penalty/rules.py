@@ -1,7 +1,7 @@
 """Setups in which GradientPenalty would train something else, each with its sentence."""
 
 import math
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
+from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm
 from lightning_plugins.callbacks.piecewise import Points, check_points
 from lightning_plugins.callbacks.run_checks import (
     require_automatic_optimization,
@@ -18,44 +19,38 @@ from lightning_plugins.callbacks.run_checks import (
 )
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.lightning_internals import compresses_gradients
+from lightning_plugins.replay.differences import Difference
 from lightning_plugins.replay.twice import why_not_exact
 
+Engine = Literal["finite_difference", "exact", "auto"]
+Scope = Literal["step", "microbatch"]
+Check = Literal["first_step", "off"]
+
 _NAME = "GradientPenalty"
-_CHOICES = {
-    "norm": ("squared", "norm"),
-    "engine": ("finite_difference", "exact", "auto"),
-    "scope": ("step", "microbatch"),
-    "difference": ("forward", "central"),
-    "check": ("first_step", "off"),
-}
+_CHOICES = {"norm": PenaltyNorm, "engine": Engine, "scope": Scope, "difference": Difference, "check": Check}
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
 class Arguments(Protocol):
-    """What is asked of a penalty here: its constructor's arguments as attributes."""
+    """What is asked of a penalty here: the arguments of its constructor, as attributes."""
 
     coefficient: float | None
     match_lr: float | None
-    norm: str
-    engine: str
-    scope: str
-    difference: str
-    check: str
-    relative_step: float | str
+    norm: PenaltyNorm
+    engine: Engine
+    scope: Scope
+    difference: Difference
+    relative_step: float | Literal["auto"]
     every_n_steps: int
     warmup_steps: int
     schedule: Points | None
-
-
-def check_choices(**arguments: str) -> None:
-    """Raise ``ValueError`` for a word that is none of an argument's choices."""
-    for name, value in arguments.items():
-        must.one_of(_CHOICES[name])(name, value)
+    check: Check
 
 
 def check_arguments(penalty: Arguments) -> None:
     """Raise ``ValueError`` for an argument out of range."""
-    check_choices(**{name: getattr(penalty, name) for name in _CHOICES})
+    for name, choices in _CHOICES.items():
+        must.one_of(choices)(name, getattr(penalty, name))
     if (penalty.coefficient is None) == (penalty.match_lr is None):
         raise ValueError(
             f"give either coefficient or match_lr, got coefficient={must.told(penalty.coefficient)} and "
@@ -67,7 +62,8 @@ def check_arguments(penalty: Arguments) -> None:
         if (value := getattr(penalty, name)) is not None:
             must.non_negative(name, value)
     check_relative_step(penalty.relative_step)
-    must.check(vars(penalty), every_n_steps=must.count, warmup_steps=must.whole(0))
+    must.count("every_n_steps", penalty.every_n_steps)
+    must.whole(0)("warmup_steps", penalty.warmup_steps)
     check_points("schedule", penalty.schedule)
     if penalty.schedule is not None and not all(0 <= factor < math.inf for _, factor in penalty.schedule):
         raise ValueError(f"schedule={must.told(penalty.schedule)} must have finite factors of 0 or more.")

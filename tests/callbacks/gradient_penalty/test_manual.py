@@ -354,6 +354,7 @@ def compiled():
         ({"coefficient": -1.0}, {}, ValueError, "coefficient=-1.0 must be 0 or more"),
         ({"norm": "l1"}, {}, ValueError, "norm='l1' must be one of squared, norm"),
         ({"engine": "fd"}, {}, ValueError, "engine='fd' must be one of finite_difference, exact"),
+        ({"engine": "auto"}, {}, ValueError, "engine='auto' must be one of finite_difference, exact"),
         ({"difference": "backward"}, {}, ValueError, "difference='backward' must be one of forward, central"),
         ({"relative_step": 0}, {}, ValueError, r"relative_step=0 must lie in \(0, 1\): 'auto' takes"),
         (
