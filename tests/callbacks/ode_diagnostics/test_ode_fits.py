@@ -15,7 +15,8 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_plugins import ODEDiagnostics
-from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics, read_columns
+from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics
+from lightning_plugins.callbacks.ode_diagnostics.read_log import read_columns
 
 QUIET = {
     "accelerator": "cpu",
