@@ -46,12 +46,11 @@ OnEdge = Literal["log", "warn"]
 
 @dataclass
 class _Begun:
-    """A step under way, from its gradient on; what comes after ``logs`` has values only in steps that are logged."""
+    """A logged step under way, from its gradient on."""
 
     params: list[Tensor]  # with a gradient
-    logs: bool
+    grad_norm: Tensor
     probes: bool = False  # the window can be run again
-    grad_norm: Tensor | None = None
     loss: Tensor | None = None  # raw mean
     signed_loss: Tensor | None = None  # mean with the calls' signs
     implicit: Tensor | None = None  # the implicit term
@@ -218,6 +217,100 @@ class ODEDiagnostics(Callback):
         index = self.optimizer_index
         return own_state_key(self, optimizer_index=index) if index else super().state_key
 
+    # A step: its gradient, the optimizer's move, the rows
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Look at the gradient before it is clipped; of several evaluations in one step (LBFGS) at the first."""
+        if self._watch is None or skips_backward(trainer) or not (params := self._watch.begin(optimizer)):
+            return
+        step = self._watch.steps
+        logs = trainer.loggers and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
+        due = self._is_due(step)
+        self._begun = self._begin(params, due) if due or logs else None
+
+    @torch.no_grad()
+    def _begin(self, params: list[Tensor], due: bool) -> _Begun:
+        """What the moved parameters will be compared with; copies in due steps only."""
+        rule, grads = rule_of(self._watch.optimizer), [p.grad for p in params]
+        begun = _Begun(params, norm(grads))
+        if self._probe is not None:
+            begun.loss, begun.signed_loss = self._probe.losses()
+            begun.probes = due and self._can_probe() and self._probe.is_ready(params)
+            if isinstance(rule, Rule) and (terms := implicit_term(self._watch.optimizer, rule, params)):
+                begun.implicit = implicit_sum(terms, params, rule.sign)
+        if due:
+            begun.theta, begun.gradient = [p.detach().clone() for p in params], [g.clone() for g in grads]
+        return begun
+
+    @torch.no_grad()
+    def _end(self, moved: bool) -> None:
+        """The optimizer has moved the parameters, or the GradScaler has skipped the step; the watch calls this."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return
+        rule = rule_of(self._watch.optimizer)
+        rows = {"skipped_steps": self._watch.skipped}
+        rows |= {"time": self._watch.time.time} if isinstance(rule, Rule) else {}
+        self._write(rows | self._rows(begun, rule) if moved else rows, rule)
+
+    def _rows(self, begun: _Begun, rule: Rule | str) -> dict[str, float]:
+        """By cost: the gradient alone, the move beside it, the gradient after it, the sharpness there."""
+        length, factor, turned = begun.grad_norm.item(), None, False
+        if self._probe is not None and isinstance(rule, Rule):  # others may write to their gradients
+            factor, turned = clipping(begun.gradient, length, [p.grad for p in begun.params])
+        loss, implicit = (None if tensor is None else tensor.item() for tensor in (begun.loss, begun.implicit))
+        rows = start_rows(length, factor, loss, implicit)
+        if begun.theta is None:
+            return rows
+        move = [p.detach() - theta for p, theta in zip(begun.params, begun.theta, strict=True)]
+        step = Step(begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._watch.optimizer))
+        rows |= first_order_rows(step)
+        if begun.probes and isinstance(rule, Rule):
+            search = (self.sharpness_rtol, self.sharpness_max_products)
+            search = search if self._finds_sharpness(self._watch.steps) else None
+            optimizer, before = self._watch.optimizer, begun.signed_loss
+            rows |= self._probe.rows(optimizer, rule, begun.params, step, before, self.tol, search)
+        return rows
+
+    def _write(self, rows: dict[str, float], rule: Rule | str) -> None:
+        """To the loggers at once: Lightning would repeat its values of this step in later ones."""
+        found = {name: float(value) for name, value in rows.items() if math.isfinite(value)}
+        step = batches_that_stepped(self._trainer)
+        row = {"step": step} | {f"ode/{name}": value for name, value in found.items()}
+        logged = {f"{self._prefix}{name}": value for name, value in found.items()}
+        self._trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged.items()})
+        for logger in self._trainer.loggers:
+            logger.log_metrics(logged, step=step)
+        if isinstance(rule, Rule):
+            row[LR] = largest_rate(self._watch.optimizer)
+            if self.on_edge == "warn" and (sentence := self._edge.sentence(row, rule)):
+                self._warn_once(sentence)
+        self.history.append(row)
+
+    # When a step is looked at
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Keep the batch if its step will be probed."""
+        if self._watch is not None:
+            self._watch.batch_begins()
+        if self._recorder is not None:
+            self._recorder.keep(self, self._is_due(self._watch.steps + 1) and self._can_probe())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        """A step that the GradScaler skipped calls no hook of the optimizer."""
+        if self._watch is not None:
+            self._watch.end_without_hook()
+
+    def _is_due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0 or self._finds_sharpness(step)
+
+    def _finds_sharpness(self, step: int) -> bool:
+        return self.sharpness_every_n_steps is not None and step % self.sharpness_every_n_steps == 0
+
+    def _can_probe(self) -> bool:
+        known = isinstance(rule_of(self._watch.optimizer), Rule)
+        return known and self._probe is not None and self._probe.repeats is not False
+
     # Before and after training
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -315,102 +408,7 @@ class ODEDiagnostics(Callback):
         """Go on from there if a fit starts with it."""
         self._loaded = state_dict or None
 
-    # A step: from its gradient to the moved parameters
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Keep the batch if its step will be probed."""
-        if self._watch is not None:
-            self._watch.batch_begins()
-        if self._recorder is not None:
-            self._recorder.keep(self, self._is_due(self._watch.steps + 1) and self._can_probe())
-
-    def _is_due(self, step: int) -> bool:
-        return step % self.every_n_steps == 0 or self._finds_sharpness(step)
-
-    def _finds_sharpness(self, step: int) -> bool:
-        return self.sharpness_every_n_steps is not None and step % self.sharpness_every_n_steps == 0
-
-    def _can_probe(self) -> bool:
-        known = isinstance(rule_of(self._watch.optimizer), Rule)
-        return known and self._probe is not None and self._probe.repeats is not False
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Look at the gradient before it is clipped; of several evaluations in one step (LBFGS) at the first."""
-        if self._watch is None or skips_backward(trainer) or not (params := self._watch.begin(optimizer)):
-            return
-        step = self._watch.steps
-        due = self._is_due(step)
-        logs = trainer.loggers and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
-        self._begun = _Begun(params, bool(due or logs))
-        if self._begun.logs:
-            with torch.no_grad():
-                self._read_gradient(self._begun, due)
-
-    def _read_gradient(self, begun: _Begun, due: bool) -> None:
-        rule = rule_of(self._watch.optimizer)
-        grads = [p.grad for p in begun.params]
-        begun.grad_norm = norm(grads)
-        if self._probe is not None:
-            begun.loss, begun.signed_loss = self._probe.losses()
-            begun.probes = due and self._can_probe() and self._probe.is_ready(begun.params)
-            if isinstance(rule, Rule) and (terms := implicit_term(self._watch.optimizer, rule, begun.params)):
-                begun.implicit = implicit_sum(terms, begun.params, rule.sign)
-        if due:
-            begun.theta = [p.detach().clone() for p in begun.params]
-            begun.gradient = [g.clone() for g in grads]
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        """A step that the GradScaler skipped calls no hook of the optimizer."""
-        if self._watch is not None:
-            self._watch.end_without_hook()
-
-    def _end(self, moved: bool) -> None:
-        """The optimizer has moved the parameters, or the step was skipped."""
-        begun, self._begun = self._begun, None
-        if begun.logs:
-            with torch.no_grad():
-                rule = rule_of(self._watch.optimizer)
-                self._write(self._rows(begun, rule) if moved else self._counts(rule), rule)
-
-    # The rows
-
-    def _counts(self, rule: Rule | str) -> dict[str, float]:
-        time = {"time": self._watch.time.time} if isinstance(rule, Rule) else {}
-        return {"skipped_steps": self._watch.skipped} | time
-
-    def _rows(self, begun: _Begun, rule: Rule | str) -> dict[str, float]:
-        length = begun.grad_norm.item()
-        factor, turned = None, False
-        if self._probe is not None and isinstance(rule, Rule):  # others may write to their gradients
-            factor, turned = clipping(begun.gradient, length, [p.grad for p in begun.params])
-        loss, implicit = (None if tensor is None else tensor.item() for tensor in (begun.loss, begun.implicit))
-        rows = self._counts(rule) | start_rows(length, factor, loss, implicit)
-        if begun.theta is not None:
-            move = [p.detach() - theta for p, theta in zip(begun.params, begun.theta, strict=True)]
-            step = Step(begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._watch.optimizer))
-            rows |= first_order_rows(step)
-            if begun.probes and isinstance(rule, Rule):
-                search = (self.sharpness_rtol, self.sharpness_max_products)
-                sharpness = search if self._finds_sharpness(self._watch.steps) else None
-                rows |= self._probe.rows(
-                    self._watch.optimizer, rule, begun.params, step, begun.signed_loss, self.tol, sharpness
-                )
-        return rows
-
-    def _write(self, rows: dict[str, float], rule: Rule | str) -> None:
-        """To the loggers at once: Lightning would repeat its values of this step in later ones."""
-        found = {name: float(value) for name, value in rows.items() if math.isfinite(value)}
-        step = batches_that_stepped(self._trainer)
-        row = {"step": step} | {f"ode/{name}": value for name, value in found.items()}
-        logged = {f"{self._prefix}{name}": value for name, value in found.items()}
-        self._trainer.callback_metrics.update({name: torch.tensor(value) for name, value in logged.items()})
-        for logger in self._trainer.loggers:
-            logger.log_metrics(logged, step=step)
-        if isinstance(rule, Rule):
-            row[LR] = largest_rate(self._watch.optimizer)
-            if self.on_edge == "warn" and (sentence := self._edge.sentence(row, rule)):
-                self._warn_once(sentence)
-        self.history.append(row)
+    # Results
 
     @property
     def _prefix(self) -> str:

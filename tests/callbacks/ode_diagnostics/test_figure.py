@@ -9,7 +9,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.colors import to_rgb
 
-from lightning_plugins.callbacks.ode_diagnostics.figure import ode_figure, plot_ode_diagnostics, read_columns
+from lightning_plugins.callbacks.ode_diagnostics.figure import ode_figure, plot_ode_diagnostics
+from lightning_plugins.callbacks.ode_diagnostics.read_log import read_columns
 
 NAN = float("nan")
 # What a run logs in this order, step by step: values that single precision holds exactly. Step 8 is logged twice, as

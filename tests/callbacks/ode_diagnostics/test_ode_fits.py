@@ -17,7 +17,8 @@ from toys import Classifier, mlp
 from trainers import fit, quiet_trainer
 
 from lightning_plugins import ODEDiagnostics
-from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics, read_columns
+from lightning_plugins.callbacks.ode_diagnostics.figure import plot_ode_diagnostics
+from lightning_plugins.callbacks.ode_diagnostics.read_log import read_columns
 
 FIRST_ORDER = {
     "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "skipped_steps",
