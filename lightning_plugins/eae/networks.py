@@ -104,7 +104,7 @@ def build_decoder(network: Network, image_shape: Sequence[int], num_inputs: int,
         layers += [conv, nn.BatchNorm2d(after), nn.ReLU()]
     border = (side - image_shape[1]) // 2
     crop = (-border, -border - (1 - odd))  # an even kernel of stride 1 leaves one row and column too many
-    layers += [nn.ConvTranspose2d(channels[-1], image_shape[0], kernel, 1, padding), nn.ZeroPad2d(crop * 2)]
+    layers += [nn.ConvTranspose2d(channels[-1], image_shape[0], kernel, 1, padding), nn.ZeroPad2d((*crop, *crop))]
     return nn.Sequential(*layers, nn.Sigmoid())
 
 
