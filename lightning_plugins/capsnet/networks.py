@@ -89,7 +89,7 @@ def resolve_preset(name: str, *, gradient: str = "full", **overrides: Any) -> Pr
     An iterated routing in ``efficient`` gets the paper's three iterations if none are given.
 
     Args:
-        name: one of ``PRESETS``.
+        name: one of the names in ``PRESETS``.
         gradient: what CapsNet was given, ``full`` or ``last``; only looked at.
         **overrides: values of the preset's fields; None keeps the preset's.
 

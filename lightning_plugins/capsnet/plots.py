@@ -76,8 +76,8 @@ def plot_reconstructions(images: Tensor, reconstructions: Tensor, labels: Tensor
     Args:
         images: ``(B, C, H, W)`` in [0, 1].
         reconstructions: ``(B, C, H, W)``, decoded from the capsule of the read class.
-        labels: ``(B,)`` true classes.
-        predictions: ``(B,)`` read classes.
+        labels: ``(B,)`` classes that are shown.
+        predictions: ``(B,)`` classes that were read.
     """
     titles = [f"{true} read {read}" for true, read in zip(labels.tolist(), predictions.tolist(), strict=True)]
     rows = {"input": images, "reconstruction": reconstructions}

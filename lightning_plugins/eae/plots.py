@@ -58,8 +58,8 @@ def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> "Figure":
     """Each image over its reconstruction, with the mean squared error, summed over pixels and channels.
 
     Args:
-        images: ``(n, C, H, W)``; the first 64 are drawn.
-        reconstructions: of the same shape.
+        images: ``(n, C, H, W)`` in [0, 1]; the first 64 are drawn.
+        reconstructions: ``(n, C, H, W)`` in [0, 1], one for each image.
 
     Raises:
         ValueError: the shapes differ, or there is no image.
