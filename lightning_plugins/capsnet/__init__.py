@@ -1,4 +1,9 @@
-"""CapsNet: routing between capsules is soft k-means clustering of votes."""
+"""CapsNet: routing between capsules is soft k-means clustering of votes.
+
+Read in this order: ``routing.py`` (the paper on a page: squash, votes, couplings, the loop), ``losses.py`` (its margin
+loss), ``layers.py`` (the same as modules with their start), ``module.py`` (the network and how it trains).
+``streamed_routing.py`` holds the operator that routes without storing votes; results are the same.
+"""
 
 from lightning_plugins.capsnet.layers import (
     CapsuleDecoder,

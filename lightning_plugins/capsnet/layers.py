@@ -25,15 +25,15 @@ class PrimaryCapsules(nn.Module):
     ``t * dim`` to ``t * dim + dim - 1`` at ``(y, x)``, and has index ``(t * H' + y) * W' + x`` in the output.
 
     Args:
-        in_channels: channels of the feature map.
-        num_types: capsule types T (32 in Sabour et al. 2017).
-        dim: dimensions D of a capsule (8 in Sabour et al. 2017).
-        kernel_size: of the convolution (9 in Sabour et al. 2017).
-        stride: of the convolution (2 in Sabour et al. 2017).
-        padding: zero padding of the convolution.
-        squash_scale: ``c`` of :func:`squash`.
-        divide_by_types: divide the convolution by T before bias and squash, as the authors' released code does
-            (there the primary layer is a routing over T outputs with uniform couplings).
+        in_channels: number of channels of the feature map.
+        num_types: number of capsule types T; 32 in Sabour et al. 2017.
+        dim: dimensions D of a capsule; 8 in Sabour et al. 2017.
+        kernel_size: side in pixels of the convolution's kernel; 9 in Sabour et al. 2017.
+        stride: pixels from one place of the convolution to the next; 2 in Sabour et al. 2017.
+        padding: pixels of zeros around the feature map; none in Sabour et al. 2017.
+        squash_scale: constant c, above 0, in the squash's factor n^2 / (c + n^2) for length n; 1 in Sabour et al. 2017.
+        divide_by_types: whether the convolution is divided by T before bias and squash, as the authors' released code
+            does (there the primary layer is a routing over T outputs with uniform couplings).
 
     Raises:
         ValueError: an argument is out of range.
@@ -73,7 +73,17 @@ class PrimaryCapsules(nn.Module):
 
 
 def group_channels(x: Tensor, num_types: int) -> Tensor:
-    """Read a feature map ``(B, T * D, H, W)`` as capsules ``(B, T * H * W, D)``, each from one place.
+    """Read a feature map as capsules, each from one place of it.
+
+    Args:
+        x: ``(B, T * D, H, W)`` feature map.
+        num_types: number of capsule types T.
+
+    Returns:
+        ``(B, T * H * W, D)`` capsules, by type, row and column.
+
+    Raises:
+        ValueError: the channels cannot be shared equally.
 
     Example:
         >>> x = torch.arange(8.0).view(1, 4, 1, 2)  # 2 types of 2 dimensions on a 1 x 2 grid
@@ -97,17 +107,18 @@ class RoutingCapsules(nn.Module):
 
     Args:
         in_dim: dimensions D of an input capsule.
-        num_capsules: output capsules J, one per class.
-        dim: dimensions K of an output capsule (16 in Sabour et al. 2017).
-        num_inputs: number N of input capsules for a transform ``W[i, j]`` per pair (Sabour et al. 2017), or ``None``
-            for transforms ``W[j]`` shared by any number of inputs (kexue.fm/archives/4819, 5112).
-        routing: ``dynamic`` (Sabour et al. 2017), ``kmeans`` (kexue.fm/archives/5112), ``kmeans_squash``
-            (kexue.fm/archives/4819) or ``uniform``.
-        iterations: coupling computations, the uniform first one included (3 in Sabour et al. 2017).
-        gradient: ``full`` through all iterations, or ``last`` with the last iteration's couplings held constant.
-        squash_scale: ``c`` of :func:`squash`.
-        bias: add a learned bias to each output before the squash, as the authors' released code does.
-        leaky: let an input vote for none of the outputs (orphan category; CIFAR-10 in Sabour et al. 2017).
+        num_capsules: number of output capsules J, one for each class.
+        dim: dimensions K of an output capsule; 16 in Sabour et al. 2017.
+        num_inputs: number N of input capsules for a transform W[i, j] of each pair (Sabour et al. 2017), or None for
+            transforms W[j] shared by any number of inputs (kexue.fm/archives/4819, 5112).
+        routing: kind of routing, "dynamic" (Sabour et al. 2017), "kmeans" (kexue.fm/archives/5112), "kmeans_squash"
+            (kexue.fm/archives/4819) or "uniform".
+        iterations: how often couplings are computed, the uniform first time included; 3 in Sabour et al. 2017.
+        gradient: whether gradients pass through all iterations ("full", as in the papers' code) or the last sum alone,
+            with its couplings held constant ("last").
+        squash_scale: constant c, above 0, in the squash's factor n^2 / (c + n^2) for length n; 1 in Sabour et al. 2017.
+        bias: whether a learned bias is added to each output before the squash, as the authors' released code does.
+        leaky: whether an input may vote for none of the outputs (orphan category; CIFAR-10 in Sabour et al. 2017).
 
     ``W`` starts normal with standard deviation :math:`J / \sqrt{N K}`, which gives the uniform sum of unit capsules
     about unit length, so that the first poses are neither dead nor saturated; shared transforms start with Glorot's
@@ -152,7 +163,15 @@ class RoutingCapsules(nn.Module):
         self.bias = nn.Parameter(torch.zeros(num_capsules, dim)) if bias else None
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Route ``(B, N, D)`` capsules to ``(B, J, K)`` poses; ``mask`` ``(B, N)`` is True where one is present."""
+        """Route input capsules.
+
+        Args:
+            u: ``(B, N, D)`` input capsules.
+            mask: ``(B, N)`` bool, True where an input capsule is present; all are by default.
+
+        Returns:
+            ``(B, J, K)`` poses.
+        """
         return route(
             u,
             self.weight,
@@ -191,10 +210,10 @@ class SelfAttentionRouting(nn.Module):
               c_{ij} = \mathrm{softmax}_j\Big(\tfrac{1}{\sqrt K} \sum_k \langle \hat u_{ij}, \hat u_{kj} \rangle\Big)
 
     Args:
-        in_dim: dimensions D of an input capsule (8 in the paper).
-        num_capsules: output capsules J.
-        dim: dimensions K of an output capsule (16 in the paper).
-        num_inputs: number N of input capsules (16 in the paper).
+        in_dim: dimensions D of an input capsule; 8 in the paper.
+        num_capsules: number of output capsules J, one for each class.
+        dim: dimensions K of an output capsule; 16 in the paper.
+        num_inputs: number N of input capsules; 16 in the paper.
 
     Raises:
         ValueError: an argument is out of range.
@@ -222,7 +241,7 @@ class SelfAttentionRouting(nn.Module):
 
     @torch.no_grad()
     def trace(self, u: Tensor) -> RoutingTrace:
-        """The couplings of the single pass, as one iteration; see :class:`RoutingTrace`."""
+        """The couplings of the single pass, with poses, objective and entropy, as one iteration."""
         poses = self(u)
         with torch.autocast(u.device.type, enabled=False):
             votes, couplings = self._couple(u.to(self.weight.dtype))
@@ -231,9 +250,15 @@ class SelfAttentionRouting(nn.Module):
 
 
 def exponential_squash(s: Tensor) -> Tensor:
-    r"""Efficient-CapsNet's squash, steeper near zero: :math:`(1 - e^{-\|s\|}) \, s / \|s\|`; shape kept.
+    r"""Efficient-CapsNet's squash, steeper near zero: :math:`(1 - e^{-\|s\|}) \, s / \|s\|`.
 
     The zero vector stays zero with a finite gradient.
+
+    Args:
+        s: ``(..., D)`` capsule inputs; half precision is widened for the norm.
+
+    Returns:
+        ``(..., D)`` vectors with length in [0, 1), in the type of ``s``.
 
     Raises:
         ValueError: ``s`` is no floating tensor ``(..., D)``.
@@ -249,10 +274,10 @@ class CapsuleDecoder(nn.Module):
     """Rebuild an image from the pose of one chosen capsule; all others are masked to zero.
 
     Args:
-        num_capsules: capsules J.
-        dim: dimensions K of a capsule.
-        image_shape: ``(C, H, W)`` to rebuild.
-        hidden: widths of the two ReLU layers (512 and 1024 in Sabour et al. 2017, figure 2).
+        num_capsules: number of capsules J, one for each class.
+        dim: dimensions K of a capsule; 16 in Sabour et al. 2017.
+        image_shape: shape (C, H, W) of the image to rebuild.
+        hidden: widths of the hidden layers with ReLU; 512 and 1024 in Sabour et al. 2017, figure 2.
 
     Raises:
         ValueError: an argument is out of range.
@@ -277,7 +302,15 @@ class CapsuleDecoder(nn.Module):
         self.layers = nn.Sequential(*hidden_layers, nn.Linear(widths[-1], math.prod(image_shape)))
 
     def forward(self, poses: Tensor, labels: Tensor) -> Tensor:
-        """Rebuild from ``(B, J, K)``: labels ``(B,)`` give ``(B, C, H, W)``, labels ``(B, L)`` ``(B, L, C, H, W)``."""
+        """Rebuild an image for each label.
+
+        Args:
+            poses: ``(B, J, K)`` poses of all classes.
+            labels: ``(B,)`` or ``(B, L)`` classes whose capsules are decoded.
+
+        Returns:
+            ``(B, C, H, W)`` or ``(B, L, C, H, W)`` in [0, 1].
+        """
         chosen = F.one_hot(labels, self.num_capsules).to(poses.dtype).unsqueeze(-1)  # (B, [L,] J, 1)
         if labels.ndim == 2:
             poses = poses.unsqueeze(1)

@@ -16,9 +16,9 @@ def margin_loss(
     Args:
         lengths: ``(B, J)`` in [0, 1).
         targets: ``(B,)`` class indices or ``(B, L)`` indices of several present classes.
-        m_plus: length a present class should reach (0.9).
-        m_minus: length an absent class may have (0.1).
-        downweight: :math:`\lambda`, weight of the absent classes (0.5; 0.25 in kexue.fm/archives/4819).
+        m_plus: length that a present class should reach; 0.9 in the paper.
+        m_minus: length that an absent class may have; 0.1 in the paper.
+        downweight: weight :math:`\lambda` of the absent classes; 0.5 in the paper, 0.25 in kexue.fm/archives/4819.
 
     Returns:
         ``()`` loss in float32 or wider.
@@ -44,7 +44,14 @@ def margin_loss(
 
 
 def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels ``(B,)`` or ``(B, L)`` as an int64 0/1 matrix ``(B, num_classes)``.
+    """Labels as a matrix of 0 and 1, with a 1 for each class that is present.
+
+    Args:
+        labels: ``(B,)`` or ``(B, L)`` int64 classes.
+        num_classes: number of classes J.
+
+    Returns:
+        ``(B, J)`` int64.
 
     Raises:
         ValueError: ``labels`` is no int64 tensor, or ``num_classes`` below 1.
@@ -59,7 +66,14 @@ def multi_hot(labels: Tensor, num_classes: int) -> Tensor:
 
 
 def align_labels(predictions: Tensor, labels: Tensor) -> Tensor:
-    """Reorder predicted classes ``(B, L)`` so that each right one stands where it stands in ``labels`` ``(B, L)``.
+    """Reorder predicted classes so that each right one stands where it stands in ``labels``.
+
+    Args:
+        predictions: ``(B, L)`` different classes.
+        labels: ``(B, L)`` different classes.
+
+    Returns:
+        ``(B, L)`` predictions; wrong ones fill the places that are left.
 
     Example:
         >>> align_labels(torch.tensor([[1, 5], [3, 5]]), torch.tensor([[5, 3], [3, 5]]))

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
-from torchmetrics import Metric, MetricCollection
+from torch.optim import Adam, Optimizer
+from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
 
 from lightning_plugins.capsnet import plots
@@ -32,8 +32,10 @@ from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import trainer_of
-from lightning_plugins.core.logging import figure_to_image, log_image
-from lightning_plugins.core.lr_schedules import exponential_decay, with_scheduler
+from lightning_plugins.core.logging import log_figures
+from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_own
+from lightning_plugins.core.modes import evaluating
+from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.sharding import shard_parts
 
 
@@ -49,40 +51,45 @@ class CapsNet(LightningModule):
     the decoder sees the true classes' capsules in training and the predicted ones otherwise.
 
     Args:
-        preset: the network and its constants; every ``None`` below is the preset's value, given in brackets.
-            ``sabour2017_paper``, ``sabour2017_official`` (the authors' released code: loss scale, initialisation,
-            biases and lowest rate of its own), ``su2018`` (kexue.fm/archives/5112) or ``efficient``
-            (Efficient-CapsNet, Mazzia et al. 2021; its batch norm makes DDP differ from one process).
-        image_shape: ``(C, H, W)`` of the images.
-        num_classes: classes J.
+        preset: published network with its constants, which every argument that is None takes from it:
+            "sabour2017_paper", "sabour2017_official" (the authors' released code: loss scale, initialisation, biases
+            and lowest rate of its own), "su2018" (kexue.fm/archives/5112) or "efficient" (Efficient-CapsNet, Mazzia et
+            al. 2021; its batch norm makes DDP differ from one process).
+        image_shape: shape (C, H, W) of the images; a batch of another one is refused.
+        num_classes: number of classes J, 2 or more, whose labels are 0 to J - 1.
         num_labels: different classes shown in one image, L; 2 for MultiMNIST. Accuracy is then of the exact set.
-        routing: ``dynamic``, ``kmeans``, ``kmeans_squash`` or ``uniform``; ``self_attention`` in ``efficient`` only
-            [``dynamic``; su2018 ``kmeans``; efficient ``self_attention``].
-        iterations: coupling computations, the uniform first one included [3; 1 for self-attention].
-        gradient: through all routing iterations (``full``) or the last weighted sum only (``last``).
-        share_weights: one vote transform for all input capsules in place of one for each pair [no; su2018 yes].
-        squash_scale: ``c`` in :math:`\|s\|^2 / (c + \|s\|^2)` [1; su2018 0.5].
-        leaky: let an input capsule vote for no class (CIFAR-10 in Sabour et al. 2017) [no].
-        channels: width of the first convolution [256; su2018 64; efficient 32].
-        kernel_size: of the first and the primary convolution [9]; of all four in su2018 [3], of the depthwise one in
-            efficient [9].
-        num_types: primary capsule types T [32; su2018 1; efficient 16].
-        primary_dim: dimensions D of a primary capsule [8; su2018 128].
-        capsule_dim: dimensions K of a class capsule [16].
-        decoder_hidden: widths of the decoder's hidden layers (Sabour et al. 2017, figure 2).
-        downweight: :math:`\lambda`, weight of the absent classes in the margin loss [0.5; su2018 0.25].
-        margin_weight: :math:`w_m` [1; official 0.05].
-        reconstruction_weight: :math:`w_r` on the summed squared error of an image [0.0005; su2018 0]; 0 builds no
-            decoder.
-        lr: Adam's rate [1e-3; efficient 5e-4].
-        lr_decay: factor on the rate every ``lr_decay_steps`` steps, applied smoothly; 1 for none [0.96; su2018 1;
-            efficient 0.97].
-        lr_decay_steps: optimiser steps per factor [2000; efficient 3750].
-        lr_min: lowest rate [0; official 1e-6].
-        pictures_every_n_epochs: log pictures after every so many validation epochs; 0 for none.
-        features: a network of your own from images to capsules ``(B, N, D)``, in place of the preset's.
-        optimizer: replaces Adam (``lr`` and the decay are then ignored).
-        scheduler: replaces the exponential decay, stepped once per epoch.
+        routing: how the couplings of capsules are found, "dynamic", "kmeans", "kmeans_squash", "uniform" or, in
+            "efficient" only, "self_attention"; by default the preset's: "dynamic" in both of Sabour's, "kmeans" in
+            "su2018", "self_attention" in "efficient".
+        iterations: how often couplings are computed, the uniform first time included; by default 3, and 1 for
+            self-attention.
+        gradient: whether gradients pass through all routing iterations ("full", as in the papers' code) or the last
+            weighted sum only ("last", cheaper and another training algorithm).
+        share_weights: whether one vote transform serves all input capsules, in place of one for each pair; by default
+            only in "su2018".
+        squash_scale: constant c, above 0, in the squash's factor n^2 / (c + n^2) for length n; by default 1, and 0.5 in
+            "su2018".
+        leaky: whether an input capsule may vote for no class (CIFAR-10 in Sabour et al. 2017); no by default.
+        channels: width of the first convolution; by default 256, in "su2018" 64, in "efficient" 32.
+        kernel_size: side in pixels of the kernels, 9 by default for the first and the primary convolution; in "su2018"
+            3 for all four, in "efficient" 9 for the depthwise one.
+        num_types: number of primary capsule types T; by default 32, in "su2018" 1, in "efficient" 16.
+        primary_dim: dimensions D of a primary capsule; by default 8, in "su2018" 128.
+        capsule_dim: dimensions K of a class capsule; 16 in all presets.
+        decoder_hidden: widths of the decoder's hidden layers; 512 and 1024 in Sabour et al. 2017, figure 2.
+        downweight: weight, 0 or more, of the absent classes in the margin loss; by default 0.5, in "su2018" 0.25.
+        margin_weight: factor, 0 or more, on the margin loss; by default 1, in "sabour2017_official" 0.05.
+        reconstruction_weight: factor, 0 or more, on the squared error summed over an image; by default 0.0005, in
+            "su2018" 0. With 0 no decoder is built.
+        lr: learning rate of Adam; by default 0.001, in "efficient" 0.0005.
+        lr_decay: factor in (0, 1] on the learning rate in every lr_decay_steps steps, applied smoothly, 1 for none; by
+            default 0.96, in "su2018" 1, in "efficient" 0.97.
+        lr_decay_steps: optimiser steps in which lr_decay is reached once; by default 2000, in "efficient" 3750.
+        lr_min: lowest learning rate of the decay; by default 0, in "sabour2017_official" 1e-6.
+        pictures_every_n_epochs: validation epochs from one set of logged pictures to the next; 0 for none.
+        features: a network of your own from images to capsules of shape (B, N, D), in place of the preset's.
+        optimizer: a factory of an optimizer in place of Adam; lr and the decay are then ignored.
+        scheduler: a factory of a learning-rate scheduler in place of the decay, stepped once per epoch.
 
     Raises:
         ValueError: an argument is out of range, contradicts the preset, or leaves no capsule for the image size.
@@ -110,7 +117,7 @@ class CapsNet(LightningModule):
         num_labels: int = 1,
         routing: RoutingKind | Literal["self_attention"] | None = None,
         iterations: int | None = None,
-        gradient: Literal["full", "last"] = "full",
+        gradient: GradientKind = "full",
         share_weights: bool | None = None,
         squash_scale: float | None = None,
         leaky: bool | None = None,
@@ -210,22 +217,19 @@ class CapsNet(LightningModule):
     @torch.no_grad()
     def _capsule_shape(self) -> tuple[int, int]:
         """Number and dimensions of the input capsules, from one blank image."""
-        training = self.features.training
-        u = self.features.eval()(torch.zeros(1, *self.image_shape))
-        self.features.train(training)
+        with evaluating(self.features):
+            u = self.features(torch.zeros(1, *self.image_shape))
         if u.ndim != 3:
             raise ValueError(f"features must give capsules of shape (B, N, D), got {tuple(u.shape)} for one image.")
         return u.shape[1], u.shape[2]
 
     def _build_metrics(self) -> None:
-        metric: dict[str, Metric | MetricCollection]
         if self.num_labels == 1:
-            metric = {"accuracy": MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)}
+            accuracy = MulticlassAccuracy(self.num_classes, average="micro", validate_args=False)
         else:
-            metric = {"accuracy": MultilabelExactMatch(self.num_classes, validate_args=False)}
-        self.metrics = nn.ModuleDict(
-            {f"{stage}_metrics": MetricCollection(metric, prefix=f"{stage}/").clone() for stage in _STAGES}
-        )
+            accuracy = MultilabelExactMatch(self.num_classes, validate_args=False)
+        metrics = MetricCollection({"accuracy": accuracy})
+        self.metrics = nn.ModuleDict({f"{stage}_metrics": metrics.clone(f"{stage}/") for stage in _STAGES})
 
     # What the network computes.
 
@@ -245,8 +249,8 @@ class CapsNet(LightningModule):
         """Rebuild images from the capsules of ``labels``, or of the predicted classes.
 
         Args:
-            image: ``(B, C, H, W)``.
-            labels: ``(B,)`` or ``(B, L)`` classes whose capsules to decode.
+            image: ``(B, C, H, W)`` in [0, 1].
+            labels: ``(B,)`` or ``(B, L)`` classes whose capsules are decoded; the predicted ones by default.
 
         Returns:
             ``(B, C, H, W)``, or ``(B, L, C, H, W)`` with one image per label.
@@ -258,14 +262,15 @@ class CapsNet(LightningModule):
         """Rebuild images with a value added to one pose dimension at a time (figure 4 of Sabour et al. 2017).
 
         Args:
-            image: ``(B, C, H, W)``.
+            image: ``(B, C, H, W)`` in [0, 1].
             values: ``(V,)`` what is added; -0.25 to 0.25 in steps of 0.05 by default.
-            labels: ``(B,)`` capsule to perturb; the longest one by default.
+            labels: ``(B,)`` classes whose capsules are perturbed; the longest ones by default.
 
         Returns:
-            ``(B, K, V, C, H, W)``.
+            ``(B, K, V, C, H, W)`` images, one for each dimension and value.
         """
-        decoder, poses = self._need_decoder(), self(image)
+        decoder = self._need_decoder()
+        poses: Tensor = self(image)
         values = plots.perturbation_values() if values is None else values
         B, J, K = poses.shape
         labels = poses.norm(dim=-1).argmax(-1) if labels is None else labels
@@ -277,7 +282,7 @@ class CapsNet(LightningModule):
     def routing_trace(self, image: Tensor) -> RoutingTrace:
         """Every routing iteration's couplings ``(R, B, N, J)``, poses, k-means objective and coupling entropy."""
         self._check_image(image)
-        capsules: Any = self.capsules  # with a trace(u), as build_capsules says
+        capsules: Any = self.capsules  # of a kind that has a trace
         return capsules.trace(self.features(image))
 
     def _need_decoder(self) -> nn.Module:
@@ -306,13 +311,13 @@ class CapsNet(LightningModule):
         """The named terms whose sum is trained: ``margin`` and, with a decoder, ``reconstruction``.
 
         Args:
-            batch: see the class.
+            batch: images, labels and, with several labels, parts, as the class documents them.
             poses: ``self(batch["image"])`` where it has been computed already.
         """
-        poses = self(batch["image"]) if poses is None else poses
-        terms = {"margin": self.preset.margin_weight * self._margin_loss(poses, batch["label"])}
+        v: Tensor = self(batch["image"]) if poses is None else poses
+        terms = {"margin": self.preset.margin_weight * self._margin_loss(v, batch["label"])}
         if self.decoder is not None:
-            sse = self._reconstruction_sse(poses, batch)
+            sse = self._reconstruction_sse(v, batch)
             terms["reconstruction"] = self.preset.reconstruction_weight * sse
         return terms
 
@@ -348,7 +353,7 @@ class CapsNet(LightningModule):
         if len(terms) > 1:
             named = {f"{stage}/{name}": term for name, term in terms.items()}
             self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        metrics = cast(MetricCollection, self.metrics[f"{stage}_metrics"])
+        metrics: Any = self.metrics[f"{stage}_metrics"]
         metrics.update(*self._scores(poses.detach(), batch["label"]))
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)
         return loss
@@ -388,35 +393,31 @@ class CapsNet(LightningModule):
     def configure_optimizers(self) -> Any:
         """Adam with the preset's smooth exponential decay, unless ``optimizer`` or ``scheduler`` is given."""
         p = self.preset
-        optimizer = self._optimizer(self.parameters()) if self._optimizer else torch.optim.Adam(self.parameters(), p.lr)
-        if self._scheduler:
-            return with_scheduler(optimizer, self._scheduler)
-        if self._optimizer or p.lr_decay == 1:
-            return optimizer
-        decay = exponential_decay(optimizer, p.lr_decay, p.lr_decay_steps, p.lr_min)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": decay, "interval": "step"}}
+
+        def decay(adam: Optimizer) -> dict[str, Any]:
+            scheduler = exponential_decay(adam, p.lr_decay, p.lr_decay_steps, p.lr_min)
+            return {"scheduler": scheduler, "interval": "step"}
+
+        schedule = None if p.lr_decay == 1 else decay
+        return optimizer_or_own(
+            self.parameters(), lambda own: Adam(own, p.lr), schedule, self._optimizer, self._scheduler
+        )
 
     # Pictures.
 
     def on_validation_epoch_end(self) -> None:
         """Draw the pictures on their cadence, and whenever validation was asked for by itself."""
-        every = self.pictures_every_n_epochs
-        alone = self.trainer.state.fn == TrainerFn.VALIDATING
-        if every and (alone or (self.current_epoch + 1) % every == 0) and not self.trainer.sanity_checking:
-            self._log_pictures("val")
+        self._log_pictures("val")
 
     def on_test_epoch_end(self) -> None:
         """Draw the pictures of the test images."""
-        if self.pictures_every_n_epochs:
-            self._log_pictures("test")
+        self._log_pictures("test")
 
-    @torch.no_grad()
     def _log_pictures(self, stage: str) -> None:
+        if self._shown is None or not pictures_are_due(self, self.pictures_every_n_epochs):
+            return  # None: a subclass with evaluation steps of its own
         # Every rank computes, because a sharded forward is collective; rank zero writes.
-        if self._shown is None:  # a subclass with evaluation steps of its own
-            return
-        for name, figure in plots.capsnet_figures(self, self._shown).items():
-            log_image(self.trainer, f"{stage}/{name}", figure_to_image(figure), self.global_step)
+        log_figures(self.trainer, stage, plots.capsnet_figures(self, self._shown), self.global_step)
         self._shown = None
 
 

@@ -88,6 +88,11 @@ def resolve_preset(name: str, *, gradient: str = "full", **overrides: Any) -> Pr
 
     An iterated routing in ``efficient`` gets the paper's three iterations if none are given.
 
+    Args:
+        name: one of the names in ``PRESETS``.
+        gradient: what CapsNet was given, ``full`` or ``last``; only looked at.
+        **overrides: values of the preset's fields; None keeps the preset's.
+
     Raises:
         ValueError: no such preset, or the overrides are out of range or contradict its routing.
     """
@@ -184,8 +189,7 @@ class EfficientFeatures(nn.Module):
         self.primary = nn.Conv2d(depth, depth, preset.kernel_size, groups=depth)
         for conv in (m for m in self.modules() if isinstance(m, nn.Conv2d)):
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-            assert conv.bias is not None  # Conv2d's default
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.get_parameter("bias"))
         self.grid = (preset.num_types, *((size - 9) // 2 + 1 - preset.kernel_size for size in image_shape[1:]))
         _check_grid(self.grid, image_shape, "kernel_size", preset.kernel_size)
 
@@ -214,8 +218,13 @@ def _check_grid(grid: Sequence[int], image_shape: Sequence[int], argument: str, 
 
 
 @torch.no_grad()
-def initialize_as_official(features: nn.Module | None, *others: nn.Module | None) -> None:
-    """The released code's start: truncated normal weights (0.05 in the first convolution, else 0.1), biases 0.1."""
+def initialize_as_official(features: SabourFeatures | None, *others: nn.Module | None) -> None:
+    """The released code's start: truncated normal weights (0.05 in the first convolution, else 0.1), biases 0.1.
+
+    Args:
+        features: the preset's network, whose first convolution has a start of its own; None where the user's stands.
+        *others: further parts, or None for such as there are not.
+    """
     first = None if features is None else features.conv
     for module in (m for root in (features, *others) if root is not None for m in root.modules()):
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)

@@ -1,11 +1,23 @@
-"""Routing between capsules: which output capsule each input capsule belongs to, found by agreement.
+r"""Routing between capsules: which output capsule each input capsule belongs to, found by agreement.
 
-The paper on a page: squash, couplings, what the votes are compared with next, and the loop. ``streamed_routing.py``
-computes the same without storing the votes.
+The paper on a page. Input capsules u vote for the output capsules by transforms W; in each iteration the votes are
+summed by couplings c, which grow where a vote agrees with a centre a, and the last sum is squashed to a pose v:
 
-Names follow the papers. Shape letters: B batch, N input capsules, D their size, J output capsules, K their size,
-R iterations. ``u`` (B,N,D) are input capsules, ``W`` (N,D,J,K) or shared (D,J,K) the transforms, votes ``u W``
-(B,N,J,K), couplings c (B,N,J), poses v (B,J,K). Only votes and couplings are large.
+.. math::
+    \hat u_{ij} = u_i W_{ij}, \quad c_{ij} = \mathrm{softmax}_j \langle \hat u_{ij}, a_j \rangle, \quad
+    s_j = \sum_i c_{ij} \hat u_{ij}, \quad v_j = \mathrm{squash}(s_j)
+
+The first iteration has no centres: its couplings are uniform. The kinds of routing differ in the centres that follow:
+``dynamic`` adds up v (Sabour et al. 2017, procedure 1), ``kmeans`` takes s by its length (kexue.fm/archives/5112),
+``kmeans_squash`` v (kexue.fm/archives/4819), and ``uniform`` stays with the first iteration.
+
+Each formula is a function, in the paper's order: :func:`squash`, :func:`compute_votes`, :func:`couplings`,
+:func:`next_centres`, the loop :func:`vote_sums`, and :func:`route_votes` around it; below stand lengths without
+overflow, and checks. ``streamed_routing.py`` computes the same without storing the votes.
+
+Shape letters: B batch, N input capsules, D their size, J output capsules, K their size, R iterations. ``u`` (B,N,D),
+``W`` (N,D,J,K) or shared (D,J,K), votes (B,N,J,K), couplings c (B,N,J), centres a, sums s and poses v (B,J,K). Only
+votes and couplings are large.
 """
 
 import functools
@@ -18,8 +30,6 @@ from torch import Tensor
 from lightning_plugins.core import arguments as must
 
 RoutingKind = Literal["dynamic", "kmeans", "kmeans_squash", "uniform"]
-
-
 GradientKind = Literal["full", "last"]
 
 
@@ -30,8 +40,8 @@ def squash(s: Tensor, scale: float = 1.0) -> Tensor:
 
     Args:
         s: ``(..., D)`` capsule inputs; half precision is widened for the norm.
-        scale: ``c > 0``. 1 in Sabour et al. 2017 eq. 1; 0.5 in kexue.fm/archives/5112, where length 0.9 is reached at
-            ``|s| = 2.12`` in place of 3.
+        scale: the constant c, above 0: 1 in Sabour et al. 2017, eq. 1; 0.5 in kexue.fm/archives/5112, where length 0.9
+            is reached at ``|s| = 2.12`` in place of 3.
 
     Returns:
         ``(..., D)`` vectors with length in [0, 1), in the dtype of ``s``; the zero vector stays zero, its gradient too.
@@ -46,12 +56,37 @@ def squash(s: Tensor, scale: float = 1.0) -> Tensor:
     """
     must.tensor("(..., D)")("s", s)
     must.positive("scale", scale)
-    t, n, c, _, zero = bounded(s.to(compute_dtype(s)), scale)
+    t, n, c, _, zero = bounded(s.to(compute_dtype(s)), scale)  # squash(s; scale) = squash(t; c)
     return (t * (n / (c + n * n)).masked_fill(zero, 0)).to(s.dtype)
 
 
+def compute_votes(u: Tensor, W: Tensor) -> Tensor:
+    r"""Let every input capsule predict every output capsule: :math:`\hat u_{ij} = u_i W_{ij}`.
+
+    Args:
+        u: ``(B, N, D)`` input capsules.
+        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
+
+    Returns:
+        ``(B, N, J, K)`` votes.
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Source: Sabour, Frosst, Hinton 2017, eq. 2.
+    """
+    check_shapes(u, W)
+    return torch.einsum("bnd,djk->bnjk" if W.dim() == 3 else "bnd,ndjk->bnjk", u, W)
+
+
 def couplings(logits: Tensor, leaky: bool, dim: int = -1) -> Tensor:
-    """Softmax over the output capsules; ``leaky`` adds an orphan class with logit 0, whose share is not returned."""
+    """Softmax over the output capsules (Sabour et al. 2017, eq. 3).
+
+    Args:
+        logits: agreements of votes and centres, with the J output capsules at ``dim``.
+        leaky: whether an orphan class with logit 0 takes its share, which is not returned.
+        dim: place of the output capsules among the dimensions.
+    """
     if not leaky:
         return logits.softmax(dim)
     orphan = torch.zeros_like(logits.narrow(dim, 0, 1))
@@ -66,16 +101,16 @@ def vote_couplings(votes: Tensor, centres: Tensor | None, leaky: bool) -> Tensor
 
 
 def next_centres(centres: Tensor | None, s: Tensor, routing: str, squash_scale: float) -> Tensor:
-    """Say what the votes are compared with after an iteration that summed to ``s``; None stands for the uniform start.
+    """What the votes are compared with after an iteration that summed to ``s``.
 
     Args:
-        centres: ``(B, J, K)`` of this iteration, or None.
-        s: ``(B, J, K)``.
-        routing: ``dynamic`` adds up squashed sums (the logits accumulate), the others start afresh.
-        squash_scale: ``c`` of :func:`squash`.
+        centres: ``(B, J, K)`` of this iteration; None for the uniform first one.
+        s: ``(B, J, K)`` sums of this iteration.
+        routing: ``dynamic`` adds up squashed sums, so that the logits accumulate; the other kinds start afresh.
+        squash_scale: the constant c of :func:`squash`.
 
     Returns:
-        ``(B, J, K)``.
+        ``(B, J, K)`` centres of the next iteration.
     """
     v = unit(s) if routing == "kmeans" else squash(s, squash_scale)
     return centres + v if routing == "dynamic" and centres is not None else v
@@ -84,27 +119,29 @@ def next_centres(centres: Tensor | None, s: Tensor, routing: str, squash_scale: 
 def vote_sums(
     votes: Tensor, bias: Tensor | None, routing: str, iterations: int, squash_scale: float, leaky: bool, last: bool
 ) -> list[Tensor]:
-    """Run the loop of the papers on stored votes, by plain autograd.
+    """The loop of the papers on stored votes, by plain autograd.
 
     Args:
-        votes: ``(B, N, J, K)``.
-        bias: ``(J, K)`` or None.
-        routing: see :func:`next_centres`.
-        iterations: ``>= 1``.
-        squash_scale: ``c`` of :func:`squash`.
-        leaky: adds the orphan class.
-        last: couplings of the last iteration are constants.
+        votes: ``(B, N, J, K)`` votes of the input capsules.
+        bias: ``(J, K)`` added to every sum, or None.
+        routing: which centres follow, as :func:`next_centres` knows them.
+        iterations: how many sums R, 1 or more.
+        squash_scale: the constant c of :func:`squash`.
+        leaky: whether the orphan class takes its share.
+        last: whether couplings are constants and gradients pass through the last sum alone.
 
     Returns:
         The R sums s ``(B, J, K)`` before squash, of which the last is the result.
     """
-    centres, sums = None, []
-    for left in reversed(range(iterations)):
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (left == 0 or not last)):
+    centres: Tensor | None = None
+    sums: list[Tensor] = []
+    for r in range(iterations):
+        is_result = r == iterations - 1
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (is_result or not last)):
             c = vote_couplings(votes, centres, leaky)
             s = torch.einsum("bnj,bnjk->bjk", c.detach() if last else c, votes)
             sums.append(s if bias is None else s + bias)
-            if left:
+            if not is_result:
                 centres = next_centres(centres, sums[-1], routing, squash_scale)
     return sums
 
@@ -120,23 +157,23 @@ def route_votes(
     bias: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Route stored votes, by plain autograd: the portable, readable form of :func:`route`, which says what is what.
+    """Route stored votes, by plain autograd: the portable, readable form of ``route``, which tells more of arguments.
 
     Args:
-        votes: ``(B, N, J, K)``, see :func:`compute_votes`.
-        routing: see :func:`route`, as all further arguments.
-        iterations: ``>= 1``.
-        gradient: ``"full"`` or ``"last"``.
-        squash_scale: ``> 0``.
-        leaky: adds the orphan class.
-        bias: ``(J, K)`` or None.
-        mask: ``(B, N)`` bool or None.
+        votes: ``(B, N, J, K)`` votes, from :func:`compute_votes`.
+        routing: which of the four kinds.
+        iterations: computations of couplings R, 1 or more, the uniform first one included.
+        gradient: ``"full"`` through all iterations, ``"last"`` with couplings as constants.
+        squash_scale: the constant c of :func:`squash`, above 0.
+        leaky: whether an orphan class takes the share of what belongs nowhere.
+        bias: ``(J, K)``, added to the sums of every iteration.
+        mask: ``(B, N)`` bool, True where an input capsule is present.
 
     Returns:
         ``(B, J, K)`` poses.
 
     Raises:
-        ValueError: if an argument is out of range or a shape does not fit.
+        ValueError: an argument is out of range or a shape does not fit.
     """
     iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
     must.tensor()("votes", votes)
@@ -153,20 +190,7 @@ def route_votes(
         return squash(sums[-1], squash_scale).to(result_dtype)
 
 
-def compute_votes(u: Tensor, W: Tensor) -> Tensor:
-    """Let every input capsule predict every output capsule: ``u_i W_ij``.
-
-    For reference, traces and tests: routing gives the same result without storing this tensor.
-
-    Args:
-        u: ``(B, N, D)`` input capsules.
-        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
-
-    Returns:
-        ``(B, N, J, K)`` votes.
-    """
-    check_shapes(u, W)
-    return torch.einsum("bnd,djk->bnjk" if W.dim() == 3 else "bnd,ndjk->bnjk", u, W)
+# Lengths of vectors, however long or short.
 
 
 def unit(s: Tensor) -> Tensor:
@@ -175,31 +199,10 @@ def unit(s: Tensor) -> Tensor:
     return (t / n).masked_fill(zero, 0)
 
 
-def check_shapes(u: Tensor, W: Tensor) -> None:
-    """Raise a ValueError unless ``u`` is (B, N, D) and ``W`` (N, D, J, K) or (D, J, K)."""
-    must.check({"u": u, "W": W}, u=must.tensor(), W=must.tensor())
-    if u.dim() != 3:
-        raise ValueError(f"u must have shape (B, N, D), not {tuple(u.shape)}.")
-    if W.dim() not in (3, 4):
-        raise ValueError(f"W must have shape (N, D, J, K) or, shared, (D, J, K), not {tuple(W.shape)}.")
-    if W.shape[:-2] != u.shape[5 - W.dim() :]:
-        raise ValueError(
-            f"W {tuple(W.shape)} does not fit u {tuple(u.shape)}: u is (B, N, D), W (N, D, J, K) or, shared, (D, J, K)."
-        )
-
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """Return the dtype for arithmetic: the tensors' promoted one, at least float32."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
 def bounded(s: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return t = s/q, |t|, c/q^2, q = max(1, |s|_inf): squash(s; c) = squash(t; c/q^2), where no square overflows.
+    """Return t = s/q, |t|, c/q^2, q = max(1, |s|_inf), and where s is zero: squash(s; c) = squash(t; c/q^2).
 
-    q counts as a constant: its true derivative cancels. Zero vectors, told by the last tensor, are replaced by ones,
+    No square overflows then. q counts as a constant: its true derivative cancels. Zero vectors are replaced by ones,
     as the norm's second derivative is NaN at zero.
     """
     largest = s.detach().abs().amax(-1, keepdim=True)
@@ -216,6 +219,17 @@ def by_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), zero, largest
 
 
+# Types, and what is refused.
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """Return the dtype for arithmetic: the tensors' promoted one, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
 def dtype_of_result(*tensors: Tensor) -> torch.dtype:
     """Float32 or wider under autocast, else the tensors' promoted dtype."""
     if torch.is_autocast_enabled(tensors[0].device.type):
@@ -224,11 +238,7 @@ def dtype_of_result(*tensors: Tensor) -> torch.dtype:
 
 
 _ROUTING, _GRADIENT = must.one_of(RoutingKind), must.one_of(GradientKind)
-
-
 _TENSOR = must.optional(must.tensor(dtype="any"))
-
-
 _ITERATIONS = must.whole(1, why="the first one is the uniform start")
 
 
@@ -240,6 +250,19 @@ def check_options(routing: str, iterations: int, gradient: str, squash_scale: fl
     must.positive("squash_scale", squash_scale)
     must.flag("leaky", leaky)
     return 1 if routing == "uniform" else iterations
+
+
+def check_shapes(u: Tensor, W: Tensor) -> None:
+    """Raise a ValueError unless ``u`` is (B, N, D) and ``W`` (N, D, J, K) or (D, J, K)."""
+    must.check({"u": u, "W": W}, u=must.tensor(), W=must.tensor())
+    if u.dim() != 3:
+        raise ValueError(f"u must have shape (B, N, D), not {tuple(u.shape)}.")
+    if W.dim() not in (3, 4):
+        raise ValueError(f"W must have shape (N, D, J, K) or, shared, (D, J, K), not {tuple(W.shape)}.")
+    if W.shape[:-2] != u.shape[5 - W.dim() :]:
+        raise ValueError(
+            f"W {tuple(W.shape)} does not fit u {tuple(u.shape)}: u is (B, N, D), W (N, D, J, K) or, shared, (D, J, K)."
+        )
 
 
 def check_extras(votes_shape: Sequence[int], bias: Tensor | None, mask: Tensor | None) -> None:

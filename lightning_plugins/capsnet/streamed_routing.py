@@ -36,9 +36,72 @@ from lightning_plugins.capsnet.routing import (
     vote_sums,
 )
 
-# numbers in one block: on a CPU the fastest of 2**15 to 2**22 for the paper's layer; a GPU wants larger launches
-_CPU_BLOCK = 2**20
-_GPU_BLOCK = 2**24
+
+def route(
+    u: Tensor,
+    W: Tensor,
+    routing: RoutingKind = "dynamic",
+    iterations: int = 3,
+    *,
+    gradient: GradientKind = "full",
+    squash_scale: float = 1.0,
+    leaky: bool = False,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    r"""Find the poses of the output capsules by iterated agreement.
+
+    .. math::
+        c_{ij} = \mathrm{softmax}_j \langle \hat u_{ij}, a_j \rangle, \quad
+        s_j = \sum_i c_{ij} \hat u_{ij} + \mathrm{bias}_j, \quad v_j = \mathrm{squash}(s_j)
+
+    The first iteration is uniform (``c = 1/J``). What the votes are compared with in iteration r is
+
+    * ``dynamic``: ``a = v_1 + ... + v_{r-1}``, the paper's accumulated logits (Sabour et al. 2017, procedure 1);
+    * ``kmeans``: ``a = s_{r-1} / |s_{r-1}|`` (kexue.fm/archives/5112);
+    * ``kmeans_squash``: ``a = v_{r-1}`` (kexue.fm/archives/4819);
+    * ``uniform``: nothing; couplings stay uniform whatever the iterations.
+
+    Arithmetic is float32 or wider, also under autocast.
+
+    Args:
+        u: ``(B, N, D)`` input capsules.
+        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
+        routing: which of the four kinds.
+        iterations: computations of couplings R, 1 or more, the uniform first one included. This is Sabour's r (3 in
+            the paper); Su's "r iterations after the uniform start" is r + 1 here.
+        gradient: ``"full"`` through all iterations, as in the papers' code; ``"last"`` takes the couplings of the last
+            iteration for constants, which is cheaper and a different training algorithm.
+        squash_scale: the constant c of :func:`~lightning_plugins.capsnet.squash`, above 0.
+        leaky: whether each softmax has one more logit, always 0: what belongs nowhere goes to this orphan class, and
+            the couplings of an input sum to less than one.
+        bias: ``(J, K)``, added to s in every iteration (the paper's official code).
+        mask: ``(B, N)`` bool, True where an input capsule is present; absent ones count as if dropped.
+
+    Returns:
+        ``(B, J, K)`` poses v of the last iteration: float32 (float64 for float64 input) under autocast, else in the
+        promoted dtype of ``u`` and ``W``.
+
+    Raises:
+        ValueError: an argument is out of range or a shape does not fit.
+    """
+    iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
+    check_shapes(u, W)
+    check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
+    result_dtype = dtype_of_result(u, W)
+    with torch.autocast(u.device.type, enabled=False):
+        dtype = compute_dtype(u, W)
+        u, W, bias = u.to(dtype), W.to(dtype), bias if bias is None else bias.to(dtype)
+        if mask is not None:  # the votes of a zero vector are zero: it pulls nowhere
+            u = u.masked_fill(~mask[:, :, None], 0)
+        sums = coupled_sums(
+            u.contiguous(), W.contiguous(), bias, routing, iterations, squash_scale, leaky, gradient == "last"
+        )
+        return squash(sums[-1], squash_scale).to(result_dtype)
+
+
+# The operator: the sums of all iterations, block by block.
+
 
 _OPTIONS = "Tensor? bias, str routing, int iterations, float squash_scale, bool leaky, bool last"
 
@@ -59,14 +122,14 @@ def coupled_sums(
     """Compute the sums ``s = sum_i c_ij u_i W_ij + bias`` of every routing iteration, the first one uniform.
 
     Args:
-        u: ``(B, N, D)`` contiguous, of one floating dtype with W and bias.
-        W: ``(N, D, J, K)`` or ``(D, J, K)``, contiguous.
-        bias: ``(J, K)`` or None.
+        u: ``(B, N, D)`` contiguous input capsules, in one floating type with W and bias.
+        W: ``(N, D, J, K)`` or ``(D, J, K)`` contiguous transforms.
+        bias: ``(J, K)`` added to every sum, or None.
         routing: ``dynamic``, ``kmeans`` or ``kmeans_squash``.
-        iterations: ``R >= 1``.
-        squash_scale: ``c`` of squash.
-        leaky: adds the orphan class to the softmax.
-        last: gradients pass through the last sum only, its couplings taken as constants.
+        iterations: how many sums R, 1 or more.
+        squash_scale: the constant c of squash.
+        leaky: whether the orphan class takes part in the softmax.
+        last: whether gradients pass through the last sum only, its couplings taken for constants.
 
     Returns:
         ``(R, B, J, K)``. With ``last``, gradients that arrive at all but the last of these are ignored.
@@ -84,6 +147,40 @@ def coupled_sums(
 @coupled_sums.register_fake
 def _(u, W, bias, routing, iterations, squash_scale, leaky, last):
     return u.new_empty(iterations, u.shape[0], *W.shape[-2:])
+
+
+def _uniform_sum(u: Tensor, W: Tensor, leaky: bool) -> Tensor:
+    """Return the sum of all votes by uniform couplings: one matrix product."""
+    J, K = W.shape[-2:]
+    rows = u.sum(1) if W.dim() == 3 else u.flatten(1)
+    return (rows @ W.reshape(-1, J * K)).view(-1, J, K) / (J + leaky)
+
+
+def _coupled_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
+    """Return ``sum_i softmax_j(<votes_ij, a_j>) votes_ij``, ``(B, J, K)``."""
+    if W.dim() == 3:
+        return _shared_sum(u, W, centres, leaky)
+    a = centres.permute(1, 2, 0).contiguous()  # (J, K, B)
+    s = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
+    h_all, x_all = (_scratch(u, W) for _ in range(2))
+    for _, u_b, W_b in _blocks(u, W):
+        x, h = x_all[:, : len(u_b)], _fold(W_b, a, h_all)
+        c = couplings(torch.mul(h, u_b, out=x).sum(2), leaky, dim=0)  # (J, I, B)
+        torch.mul(c.unsqueeze(2), u_b, out=x)
+        s.baddbmm_(x.flatten(1, 2).transpose(1, 2), W_b)
+    return s.transpose(0, 1)
+
+
+def _shared_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
+    """:func:`_coupled_sum` for shared transforms ``(D, J, K)``."""
+    h = torch.einsum("djk,bjk->bjd", W, centres)
+    x = torch.zeros_like(h)  # sum_i c_ij u_i
+    for _, u_b in _shared_blocks(u, W):
+        x.baddbmm_(couplings(h @ u_b.mT, leaky, dim=1), u_b)
+    return torch.einsum("bjd,djk->bjk", x, W)
+
+
+# Its derivative, from the last iteration to the first.
 
 
 @torch.library.custom_op(
@@ -106,9 +203,9 @@ def _coupled_sums_backward(
     """Return the gradients ``(u, W, bias)``, the inputs streamed once per iteration, from the last to the first."""
     with torch.autocast(u.device.type, enabled=False):
         du, dW, dbias = torch.zeros_like(u), torch.zeros_like(W), torch.zeros_like(sums[0, 0])
-        centres: list[Tensor | None] = [None]
+        centres: list[Tensor] = []  # of all iterations but the uniform first one
         for s in sums[:-1]:
-            centres.append(next_centres(centres[-1], s, routing, squash_scale))
+            centres.append(next_centres(centres[-1] if centres else None, s, routing, squash_scale))
         dcentres = None
         for r in reversed(range(iterations)):
             ds = grad[r]
@@ -118,9 +215,7 @@ def _coupled_sums_backward(
             if r == 0:
                 _uniform_sum_vjp(ds, u, W, leaky, du, dW)
                 break
-            centre = centres[r]
-            assert centre is not None  # after the first iteration
-            da = _coupled_sum_vjp(ds, u, W, centre, leaky, last, du, dW)
+            da = _coupled_sum_vjp(ds, u, W, centres[r - 1], leaky, last, du, dW)
             if last:
                 break
             dcentres = da + dcentres if routing == "dynamic" and dcentres is not None else da
@@ -157,11 +252,22 @@ def _differentiable_vjp(grad: Tensor, u: Tensor, W: Tensor, bias: Tensor | None,
         return torch.autograd.grad(sums, inputs, grad, create_graph=True)
 
 
-def _uniform_sum(u: Tensor, W: Tensor, leaky: bool) -> Tensor:
-    """Return the sum of all votes by uniform couplings: one matrix product."""
-    J, K = W.shape[-2:]
-    rows = u.sum(1) if W.dim() == 3 else u.flatten(1)
-    return (rows @ W.reshape(-1, J * K)).view(-1, J, K) / (J + leaky)
+def next_centres_vjp(grad: Tensor, s: Tensor, routing: str, squash_scale: float) -> Tensor:
+    r"""Pull a gradient of :func:`next_centres` back to ``s``.
+
+    .. math:: v = f(n) \, s, \quad \bar s = f \bar v + \frac{f'(n)}{n} \langle s, \bar v \rangle \, s,
+        \qquad f = \frac{n}{c + n^2}, \; f' = \frac{c - n^2}{(c + n^2)^2}
+
+    for squash, and :math:`\bar s = (\bar v - v \langle v, \bar v \rangle) / n` for unit length.
+    """
+    if routing == "kmeans":
+        t, n, zero, largest = by_largest(s)
+        v = t / n
+        return ((grad - v * (v * grad).sum(-1, keepdim=True)) / n / largest).masked_fill(zero, 0)
+    t, n, c, q, zero = bounded(s, squash_scale)
+    w = c + n * n
+    along = (t * grad).sum(-1, keepdim=True) / n
+    return ((grad * (n / w) + t * ((c - n * n) / w / w * along)) / q).masked_fill(zero, 0)
 
 
 def _uniform_sum_vjp(ds: Tensor, u: Tensor, W: Tensor, leaky: bool, du: Tensor, dW: Tensor) -> None:
@@ -174,21 +280,6 @@ def _uniform_sum_vjp(ds: Tensor, u: Tensor, W: Tensor, leaky: bool, du: Tensor, 
         du += (ds @ W.view(-1, J * K).T)[:, None]
     else:
         du.view(len(u), -1).addmm_(ds, W.view(-1, J * K).T)
-
-
-def _coupled_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
-    """Return ``sum_i softmax_j(<votes_ij, a_j>) votes_ij``, ``(B, J, K)``."""
-    if W.dim() == 3:
-        return _shared_sum(u, W, centres, leaky)
-    a = centres.permute(1, 2, 0).contiguous()  # (J, K, B)
-    s = a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # (J, B, K)
-    h_all, x_all = (_scratch(u, W) for _ in range(2))
-    for _, u_b, W_b in _blocks(u, W):
-        x, h = x_all[:, : len(u_b)], _fold(W_b, a, h_all)
-        c = couplings(torch.mul(h, u_b, out=x).sum(2), leaky, dim=0)  # (J, I, B)
-        torch.mul(c.unsqueeze(2), u_b, out=x)
-        s.baddbmm_(x.flatten(1, 2).transpose(1, 2), W_b)
-    return s.transpose(0, 1)
 
 
 def _coupled_sum_vjp(
@@ -219,6 +310,33 @@ def _coupled_sum_vjp(
             du_b.addcmul_(h, dlogits.unsqueeze(2))
         du[:, block] += du_b.sum(0).permute(2, 0, 1)
     return da.transpose(0, 1)
+
+
+def _shared_sum_vjp(
+    ds: Tensor, u: Tensor, W: Tensor, centres: Tensor, leaky: bool, last: bool, du: Tensor, dW: Tensor
+) -> Tensor:
+    """:func:`_coupled_sum_vjp` for shared transforms ``(D, J, K)``."""
+    h, dx = torch.einsum("djk,bjk->bjd", W, centres), torch.einsum("djk,bjk->bjd", W, ds)
+    x, dh = torch.zeros_like(h), torch.zeros_like(h)
+    for block, u_b in _shared_blocks(u, W):
+        c = couplings(h @ u_b.mT, leaky, dim=1)  # (B, J, I)
+        x.baddbmm_(c, u_b)
+        du[:, block].baddbmm_(c.mT, dx)
+        if not last:
+            dc = dx @ u_b.mT
+            dlogits = c * (dc - (c * dc).sum(1, keepdim=True))
+            dh.baddbmm_(dlogits, u_b)
+            du[:, block].baddbmm_(dlogits.mT, h)
+    dW += torch.einsum("bjd,bjk->djk", x, ds) + torch.einsum("bjd,bjk->djk", dh, centres)
+    return torch.einsum("bjd,djk->bjk", dh, W)
+
+
+# Blocks of inputs.
+
+
+# numbers in one block: on a CPU the fastest of 2**15 to 2**22 for the paper's layer; a GPU wants larger launches
+_CPU_BLOCK = 2**20
+_GPU_BLOCK = 2**24
 
 
 def _block_size(u: Tensor, numbers: int) -> int:
@@ -252,117 +370,8 @@ def _fold(W_b: Tensor, a: Tensor, scratch: Tensor) -> Tensor:
     return h
 
 
-def _shared_sum(u: Tensor, W: Tensor, centres: Tensor, leaky: bool) -> Tensor:
-    """:func:`_coupled_sum` for shared transforms ``(D, J, K)``."""
-    h = torch.einsum("djk,bjk->bjd", W, centres)
-    x = torch.zeros_like(h)  # sum_i c_ij u_i
-    for _, u_b in _shared_blocks(u, W):
-        x.baddbmm_(couplings(h @ u_b.mT, leaky, dim=1), u_b)
-    return torch.einsum("bjd,djk->bjk", x, W)
-
-
-def _shared_sum_vjp(
-    ds: Tensor, u: Tensor, W: Tensor, centres: Tensor, leaky: bool, last: bool, du: Tensor, dW: Tensor
-) -> Tensor:
-    """:func:`_coupled_sum_vjp` for shared transforms ``(D, J, K)``."""
-    h, dx = torch.einsum("djk,bjk->bjd", W, centres), torch.einsum("djk,bjk->bjd", W, ds)
-    x, dh = torch.zeros_like(h), torch.zeros_like(h)
-    for block, u_b in _shared_blocks(u, W):
-        c = couplings(h @ u_b.mT, leaky, dim=1)  # (B, J, I)
-        x.baddbmm_(c, u_b)
-        du[:, block].baddbmm_(c.mT, dx)
-        if not last:
-            dc = dx @ u_b.mT
-            dlogits = c * (dc - (c * dc).sum(1, keepdim=True))
-            dh.baddbmm_(dlogits, u_b)
-            du[:, block].baddbmm_(dlogits.mT, h)
-    dW += torch.einsum("bjd,bjk->djk", x, ds) + torch.einsum("bjd,bjk->djk", dh, centres)
-    return torch.einsum("bjd,djk->bjk", dh, W)
-
-
 def _shared_blocks(u: Tensor, W: Tensor) -> Iterator[tuple[slice, Tensor]]:
     size = _block_size(u, u.shape[2] + W.shape[1])
     for i in range(0, u.shape[1], size):
         block = slice(i, min(i + size, u.shape[1]))
         yield block, u[:, block]
-
-
-def route(
-    u: Tensor,
-    W: Tensor,
-    routing: RoutingKind = "dynamic",
-    iterations: int = 3,
-    *,
-    gradient: GradientKind = "full",
-    squash_scale: float = 1.0,
-    leaky: bool = False,
-    bias: Tensor | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    r"""Find the poses of the output capsules by iterated agreement.
-
-    .. math::
-        c_{ij} = \mathrm{softmax}_j \langle \hat u_{ij}, a_j \rangle, \quad
-        s_j = \sum_i c_{ij} \hat u_{ij} + \mathrm{bias}_j, \quad v_j = \mathrm{squash}(s_j)
-
-    The first iteration is uniform (``c = 1/J``). What the votes are compared with in iteration r is
-
-    * ``dynamic``: ``a = v_1 + ... + v_{r-1}``, the paper's accumulated logits (Sabour et al. 2017, procedure 1);
-    * ``kmeans``: ``a = s_{r-1} / |s_{r-1}|`` (kexue.fm/archives/5112);
-    * ``kmeans_squash``: ``a = v_{r-1}`` (kexue.fm/archives/4819);
-    * ``uniform``: nothing; couplings stay uniform whatever the iterations.
-
-    Arithmetic is float32 or wider, also under autocast.
-
-    Args:
-        u: ``(B, N, D)`` input capsules.
-        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
-        routing: which of the four kinds.
-        iterations: ``>= 1`` computations of couplings, the uniform first one included. This is Sabour's r (3 in the
-            paper); Su's "r iterations after the uniform start" is r + 1 here.
-        gradient: ``"full"`` through all iterations, as in the papers' code; ``"last"`` takes the couplings of the last
-            iteration as constants, which is cheaper and a different training algorithm.
-        squash_scale: ``c`` of :func:`squash`.
-        leaky: one more logit, always 0, in each softmax: what belongs nowhere goes to this orphan class, and the
-            couplings of an input sum to less than one.
-        bias: ``(J, K)``, added to s in every iteration (the paper's official code).
-        mask: ``(B, N)`` bool, True where an input capsule is present; absent ones count as if dropped.
-
-    Returns:
-        ``(B, J, K)`` poses v of the last iteration: float32 (float64 for float64 input) under autocast, else in the
-        promoted dtype of ``u`` and ``W``.
-
-    Raises:
-        ValueError: if an argument is out of range or a shape does not fit.
-    """
-    iterations = check_options(routing, iterations, gradient, squash_scale, leaky)
-    check_shapes(u, W)
-    check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
-    result_dtype = dtype_of_result(u, W)
-    with torch.autocast(u.device.type, enabled=False):
-        dtype = compute_dtype(u, W)
-        u, W, bias = u.to(dtype), W.to(dtype), bias if bias is None else bias.to(dtype)
-        if mask is not None:  # the votes of a zero vector are zero: it pulls nowhere
-            u = u.masked_fill(~mask[:, :, None], 0)
-        sums = coupled_sums(
-            u.contiguous(), W.contiguous(), bias, routing, iterations, squash_scale, leaky, gradient == "last"
-        )
-        return squash(sums[-1], squash_scale).to(result_dtype)
-
-
-def next_centres_vjp(grad: Tensor, s: Tensor, routing: str, squash_scale: float) -> Tensor:
-    r"""Pull a gradient of :func:`next_centres` back to ``s``.
-
-    .. math:: v = f(n) \, s, \quad \bar s = f \bar v + \frac{f'(n)}{n} \langle s, \bar v \rangle \, s,
-        \qquad f = \frac{n}{c + n^2}, \; f' = \frac{c - n^2}{(c + n^2)^2}
-
-    for squash, and :math:`\bar s = (\bar v - v \langle v, \bar v \rangle) / n` for unit length.
-    """
-    if routing == "kmeans":
-        t, n, zero, largest = by_largest(s)
-        v = t / n
-        return ((grad - v * (v * grad).sum(-1, keepdim=True)) / n / largest).masked_fill(zero, 0)
-    t, n, c, q, zero = bounded(s, squash_scale)
-    w = c + n * n
-    along = (t * grad).sum(-1, keepdim=True) / n
-    return ((grad * (n / w) + t * ((c - n * n) / w / w * along)) / q).masked_fill(zero, 0)

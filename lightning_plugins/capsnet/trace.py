@@ -22,34 +22,6 @@ from lightning_plugins.capsnet.routing import (
 from lightning_plugins.core import arguments as must
 
 
-def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None) -> Tensor:
-    r"""Measure how well the centres explain the votes: the loss that ``kmeans`` routing never raises.
-
-    .. math:: L = -\sum_i \log \sum_j \exp \langle \hat u_{ij}, v_j / \|v_j\| \rangle
-
-    Args:
-        votes: ``(B, N, J, K)``.
-        centres: ``(B, J, K)``; only their directions count.
-        mask: ``(B, N)`` bool, True where an input capsule is present.
-
-    Returns:
-        ``(B,)`` objective of each sample.
-
-    Raises:
-        ValueError: a tensor of another shape.
-
-    Source: kexue.fm/archives/5112.
-    """
-    must.check(
-        {"votes": votes, "centres": centres}, votes=must.tensor("(B, N, J, K)"), centres=must.tensor("(B, J, K)")
-    )
-    check_extras((*votes.shape[:2], *centres.shape[1:]), None, mask)
-    terms = torch.einsum("bnjk,bjk->bnj", votes, unit(centres)).logsumexp(-1)
-    if mask is not None:
-        terms = terms.masked_fill(~mask, 0)
-    return -terms.sum(-1)
-
-
 @dataclass(frozen=True)
 class RoutingTrace:
     """What happened in each of R routing iterations.
@@ -58,7 +30,7 @@ class RoutingTrace:
         couplings: ``(R, B, N, J)``, zero for absent inputs.
         poses: ``(R, B, J, K)`` after squash.
         objective: ``(R, B)`` :func:`kmeans_objective` at the poses of that iteration.
-        entropy: ``(R, B)`` of the couplings, mean over present inputs, as a fraction of the largest possible,
+        entropy: ``(R, B)`` entropy of the couplings, mean over present inputs, as a fraction of the largest possible,
             ``log J`` (``log(J + 1)`` when leaky, the orphan's share included).
     """
 
@@ -83,20 +55,20 @@ def routing_trace(
     """Record couplings, poses, objective and entropy of every iteration; votes are stored, nothing is differentiated.
 
     Args:
-        u: see :func:`route`, as all further arguments.
-        W: ``(N, D, J, K)`` or ``(D, J, K)``.
-        routing: which of the four kinds.
-        iterations: ``>= 1``.
-        squash_scale: ``> 0``.
-        leaky: adds the orphan class.
-        bias: ``(J, K)`` or None.
-        mask: ``(B, N)`` bool or None.
+        u: ``(B, N, D)`` input capsules.
+        W: ``(N, D, J, K)`` one transform per pair, or ``(D, J, K)`` shared by any number of inputs.
+        routing: which of the four kinds of :func:`~lightning_plugins.capsnet.route`.
+        iterations: computations of couplings R, 1 or more, the uniform first one included.
+        squash_scale: the constant c of :func:`~lightning_plugins.capsnet.squash`, above 0.
+        leaky: whether an orphan class takes the share of what belongs nowhere.
+        bias: ``(J, K)``, added to the sums of every iteration.
+        mask: ``(B, N)`` bool, True where an input capsule is present.
 
     Returns:
         A :class:`RoutingTrace`.
 
     Raises:
-        ValueError: if an argument is out of range or a shape does not fit.
+        ValueError: an argument is out of range or a shape does not fit.
     """
     steps = check_options(routing, iterations, "full", squash_scale, leaky)
     check_shapes(u, W)
@@ -121,6 +93,34 @@ def routing_trace(
             objective=torch.stack([kmeans_objective(votes, s, mask) for s in sums]),
             entropy=(_relative_entropy(c, leaky) * present).sum(-1) / present.sum(-1),
         )
+
+
+def kmeans_objective(votes: Tensor, centres: Tensor, mask: Tensor | None = None) -> Tensor:
+    r"""Measure how well the centres explain the votes: the loss that ``kmeans`` routing never raises.
+
+    .. math:: L = -\sum_i \log \sum_j \exp \langle \hat u_{ij}, v_j / \|v_j\| \rangle
+
+    Args:
+        votes: ``(B, N, J, K)`` votes of the input capsules.
+        centres: ``(B, J, K)`` centres of the output capsules; only their directions count.
+        mask: ``(B, N)`` bool, True where an input capsule is present.
+
+    Returns:
+        ``(B,)`` objective of each sample.
+
+    Raises:
+        ValueError: a tensor of another shape.
+
+    Source: kexue.fm/archives/5112.
+    """
+    must.check(
+        {"votes": votes, "centres": centres}, votes=must.tensor("(B, N, J, K)"), centres=must.tensor("(B, J, K)")
+    )
+    check_extras((*votes.shape[:2], *centres.shape[1:]), None, mask)
+    terms = torch.einsum("bnjk,bjk->bnj", votes, unit(centres)).logsumexp(-1)
+    if mask is not None:
+        terms = terms.masked_fill(~mask, 0)
+    return -terms.sum(-1)
 
 
 def _relative_entropy(couplings: Tensor, leaky: bool) -> Tensor:

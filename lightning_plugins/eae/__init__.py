@@ -1,4 +1,9 @@
-"""EAE: an autoencoder with batch-normalised codes of maximal entropy generates images from N(0, I)."""
+"""EAE: an autoencoder with batch-normalised codes of maximal entropy generates images from N(0, I).
+
+Read in this order: ``entropy.py`` (the estimate that is maximised, from its first function down), ``objectives.py``
+(the terms that it is one of), ``batch_norm.py`` (codes among which N(0, I) has the largest entropy), ``module.py`` (a
+batch from ``training_step`` to ``loss`` and its terms). ``nearest_neighbours.py`` holds the estimate's search.
+"""
 
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import LatentDiagnostics, latent_diagnostics

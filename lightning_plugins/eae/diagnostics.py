@@ -34,11 +34,11 @@ def latent_diagnostics(z: Tensor, k: int | Sequence[int] = 1) -> dict[str, Tenso
       than two. Independent Gaussian dimensions have :math:`\sqrt{2 / (\pi N)}`: 0.05 for 256 codes, 0.012 for 4,096.
     - ``active_dims``: dimensions with a variance above 0.01, as Burda et al. 2016 count them (of a VAE, the means are
       the codes).
-    - ``duplicates``: as :func:`~lightning_plugins.eae.entropy.count_duplicates` counts them.
+    - ``duplicates``: copies of earlier codes (:func:`~lightning_plugins.eae.entropy.count_duplicates`).
 
     Args:
         z: ``(N, d)`` codes as they are decoded, N > k. No gradient is kept.
-        k: the neighbour of the entropy estimate, or several, whose estimates are averaged.
+        k: which nearest neighbour the entropy's estimate takes, or several whose estimates are averaged.
 
     Returns:
         The nine values as scalars of z's type, float32 if that is narrower.
@@ -78,9 +78,12 @@ def latent_diagnostics(z: Tensor, k: int | Sequence[int] = 1) -> dict[str, Tenso
 
 
 def chi_moments(d: int) -> tuple[float, float]:
-    r"""Mean and standard deviation of the norm of N(0, I) in d dimensions.
+    r"""Mean and standard deviation of the norm of N(0, I).
 
     .. math:: \mu = \sqrt2 \, \Gamma((d + 1) / 2) \, / \, \Gamma(d / 2), \qquad \sigma^2 = d - \mu^2
+
+    Args:
+        d: number of dimensions, 1 or more.
 
     >>> chi_moments(2)[0] == math.sqrt(math.pi / 2)
     True
@@ -93,6 +96,10 @@ def chi_density(radius: Tensor, d: int) -> Tensor:
     r"""Density of the norm of N(0, I) in d dimensions, at each positive radius.
 
     .. math:: p(r) = r^{d - 1} e^{-r^2 / 2} \, / \, (2^{d / 2 - 1} \, \Gamma(d / 2))
+
+    Args:
+        radius: positive numbers, of any shape.
+        d: number of dimensions, 1 or more.
     """
     constant = (d / 2 - 1) * math.log(2) + math.lgamma(d / 2)
     return ((d - 1) * radius.log() - radius.square() / 2 - constant).exp()
@@ -119,9 +126,9 @@ class LatentDiagnostics(KeptCodes):
     (:class:`~lightning_plugins.eae.kept_codes.KeptCodes`); all values are then those of it, ``duplicates`` too.
 
     Args:
-        latent_dim: d.
-        k: the neighbour of the entropy estimate, or several, whose estimates are averaged.
-        max_codes: codes kept, more than k; time and memory of ``compute`` grow with its square.
+        latent_dim: dimensions d of a code.
+        k: which nearest neighbour the entropy's estimate takes, or several whose estimates are averaged.
+        max_codes: how many codes are kept, more than k; time and memory grow with the square of their number.
 
     Raises:
         ValueError: an argument is out of range, or ``max_codes`` too small for k; codes of another shape in

@@ -43,11 +43,11 @@ def knn_entropy(
 
     Args:
         z: ``(N, d)`` codes; any offset and floating type.
-        k: which neighbour, or several: the mean of their estimates. 1 in the EAE paper; more means less variance and
-            more bias.
-        eps: ``> 0``, added to the squared distances. It is meant for codes of unit variance, and bounds the gradient
-            without stopping close pairs, as a minimum would; it adds less than 0.01 nats unless codes are crowded in
-            one or two dimensions.
+        k: which nearest neighbour the estimate takes, or several whose estimates are averaged. 1 in the EAE paper; more
+            means less variance and more bias.
+        eps: what is added to the squared distances, above 0. It is meant for codes of unit variance, and bounds the
+            gradient without stopping close pairs, as a minimum would; it adds less than 0.01 nats unless codes are
+            crowded in one or two dimensions.
         chunk_size: rows that are searched at once: the search holds ``chunk_size * N`` distances.
         group: processes whose codes count together, in the order of ranks, such as
             ``torch.distributed.group.WORLD``; every one gets the same value, and DDP's mean of the gradients is that of
@@ -93,10 +93,10 @@ def conditional_knn_entropy(
 
     Args:
         z: ``(N, d)`` codes, of all processes where there are several.
-        labels: ``(N,)`` integers. Classes with k codes or fewer are left out.
-        k: as for :func:`knn_entropy`, as are the others.
-        eps: ``> 0``.
-        chunk_size: rows searched at once.
+        labels: ``(N,)`` integers, the codes' classes. Those with k codes or fewer are left out.
+        k: which nearest neighbour the estimate takes, or several whose estimates are averaged.
+        eps: what is added to the squared distances, above 0.
+        chunk_size: rows that are searched at once: the search holds ``chunk_size * N`` distances.
 
     Returns:
         Scalar in nats; float32, or float64 for float64 codes. 0 without gradient if all classes are left out.
@@ -136,7 +136,7 @@ def koleo_loss(z: Tensor, *, eps: float = 1e-8, group: ProcessGroup | None = Non
 
     Args:
         z: ``(N, d)`` codes, not zero; half precision is widened, also under autocast.
-        eps: ``> 0``, 1e-8 in DINOv2.
+        eps: what is added to differences and distances, above 0; 1e-8 in DINOv2.
         group: processes whose codes count together, as for :func:`knn_entropy`. None: this process's alone, as in
             DINOv2.
 
@@ -192,12 +192,12 @@ def gaussian_reference_entropy(
     after a batch norm are, which also halves the noise.
 
     Args:
-        num_samples: N.
-        dim: d.
-        k: as for :func:`knn_entropy`.
+        num_samples: number of codes N, more than k.
+        dim: dimensions d of a code.
+        k: which nearest neighbour the estimate takes, or several whose estimates are averaged.
         num_draws: how many sets of N codes. None: as many as make 2 ** 15 codes together, at least one, for a standard
             error of 0.01 nats at d = 16 and 0.03 at d = 64.
-        seed: of a generator of its own, on the CPU: the same number on every process and device.
+        seed: number that starts a generator of the simulation's own, on the CPU: the result is the same everywhere.
 
     Returns:
         Nats, remembered for the life of the process.
@@ -231,7 +231,7 @@ def entropy_gap(z: Tensor, k: int | Sequence[int] = 1) -> Tensor:
 
     Args:
         z: ``(N, d)`` codes, normalised per dimension.
-        k: as for :func:`knn_entropy`.
+        k: which nearest neighbour the estimate takes, or several whose estimates are averaged.
 
     Returns:
         Scalar in nats. Above 0 codes are spread more evenly than random ones, as after maximising the entropy.
@@ -246,10 +246,11 @@ class KNNEntropyLoss(nn.Module):
     """Minus :func:`knn_entropy`, for any network's codes; pair it with something that bounds their scale.
 
     Args:
-        k: as for :func:`knn_entropy`, as are the others.
-        eps: ``> 0``.
-        chunk_size: rows searched at once.
-        all_ranks: all processes' codes count together, where there are several.
+        k: which nearest neighbour the estimate takes, or several whose estimates are averaged; 1 in the EAE paper.
+        eps: what is added to the squared distances, above 0, so that equal codes have a gradient; 1e-6 is meant for
+            codes of unit variance.
+        chunk_size: rows that are searched at once; the search holds chunk_size times N distances for N codes.
+        all_ranks: whether all processes' codes count together, where there are several.
 
     Raises:
         ValueError: an argument is out of range.
@@ -280,12 +281,12 @@ _CHUNK_SIZE = must.whole(1, why="512 suits most machines")
 
 
 def several(k: int | Sequence[int]) -> list[int]:
-    """The neighbours asked for, as a list."""
+    """The neighbours asked for, as a list, whether k is one or several."""
     return list(k) if isinstance(k, Sequence) else [k]
 
 
 def more_than(k: int | Sequence[int]) -> must.Rule:
-    """So many codes that each has all its neighbours."""
+    """The rule for a number of codes of which each is to have its k nearest neighbours."""
     largest = max(several(k))
     return must.whole(largest + 1, why=f"k={largest} neighbours need more than {largest} codes")
 
@@ -309,7 +310,7 @@ def _constants(dim: int, columns: Sequence[int]) -> float:
 
 
 def _digamma(n: int) -> float:
-    """Of an integer ``>= 1``: recurrence up to 10, then the asymptotic series, to 1e-10."""
+    """Psi of an integer from 1 on: recurrence up to 10, then the asymptotic series, to 1e-10."""
     below = sum(1 / i for i in range(n, 10))
     n = max(n, 10)
     return math.log(n) - 1 / (2 * n) - 1 / (12 * n**2) + 1 / (120 * n**4) - 1 / (252 * n**6) - below

@@ -43,9 +43,9 @@ def sigreg(
 
     Args:
         z: ``(N, d)`` codes; half precision is widened, also under autocast.
-        num_slices: M random directions, new ones in each call.
-        num_knots: T points on [0, 3]; the integrand is even.
-        generator: of the directions, on the codes' device; the global one by default.
+        num_slices: number of random directions M, new ones in each call.
+        num_knots: number of points T on [0, 3] where the integrand, which is even, is taken; 2 or more.
+        generator: source of the directions, on the codes' device; the global one by default.
         group: processes whose codes count together: all see the same directions and get the same value, and DDP's mean
             of the gradients is that of one process with all codes. None: this process's codes alone.
 
@@ -103,8 +103,9 @@ def mmd(
 
     Args:
         z: ``(N, d)`` codes; half precision is widened, also under autocast.
-        generator: of the normal draws y, on the codes' device; the global one by default.
-        group: processes whose codes and draws count together, as for :func:`sigreg`. None: this process's alone.
+        generator: source of the normal draws y, on the codes' device; the global one by default.
+        group: processes whose codes and draws count together: all get the same value, and DDP's mean of the gradients
+            is that of one process with all codes. None: this process's codes alone.
 
     Returns:
         Scalar to be minimised; float32, or float64 for float64 codes. Time and memory grow with N squared.
@@ -127,7 +128,7 @@ def mmd(
 
 
 def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
-    """Of all pairs of rows, over all widths."""
+    """The kernels' sum over all pairs of rows and all widths."""
     squares = (a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
     scales = [2 * a.shape[1] * width for width in _WIDTHS]
     return torch.stack([(scale / (scale + squares)).sum() for scale in scales]).sum()

@@ -33,11 +33,11 @@ def fit_mixture(
 
     Args:
         z: ``(N, d)`` float64 with N >= K.
-        num_components: Gaussians K.
+        num_components: number of Gaussians K, 1 or more.
         num_starts: starts that are tried; one alone may miss a cluster.
         num_steps: most steps of the likeliest; scikit-learn's default.
         tolerance: nats per code; scikit-learn's default.
-        seed: of the starts' random numbers.
+        seed: number that the random numbers of the starts follow from.
 
     Returns:
         Weights ``(K,)``, means ``(K, d)`` and the covariances' lower Cholesky factors ``(K, d, d)``.
@@ -78,7 +78,16 @@ def _maximise(z: Tensor, responsibilities: Tensor) -> _Mixture:
 
 
 def log_densities(z: Tensor, means: Tensor, factors: Tensor) -> Tensor:
-    """Log densities ``(n, K)`` of K Gaussians with means ``(K, d)`` and lower Cholesky factors ``(K, d, d)``."""
+    """Log densities of codes under each of several Gaussians.
+
+    Args:
+        z: ``(n, d)`` codes, of any number.
+        means: ``(K, d)`` means of the Gaussians.
+        factors: ``(K, d, d)`` lower Cholesky factors of their covariances.
+
+    Returns:
+        ``(n, K)`` nats.
+    """
     d = z.shape[1]
     whiten = torch.linalg.solve_triangular(factors, torch.eye(d, dtype=z.dtype, device=z.device), upper=False)
     squares = torch.stack([((z - m) @ w.mT).square().sum(1) for m, w in zip(means, whiten, strict=True)], 1)

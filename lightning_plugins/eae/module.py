@@ -279,12 +279,12 @@ class EAE(LightningModule):
         """Draw images, with the networks in evaluation mode.
 
         Args:
-            num_samples: n.
+            num_samples: number of images n, 0 or more.
             labels: ``(n,)`` int64 classes of a conditional model; uniform at random by default.
-            prior: of the codes, ``normal``, ``gaussian`` or ``mixture``; the constructor's by default. The last two are
-                fitted to the remembered training codes, unless :meth:`fit_prior` came after these.
-            temperature: factor on the codes' standard deviation; below 1 nearer to the middle.
-            generator: of the draws, on any device.
+            prior: what codes are drawn from, ``normal``, ``gaussian`` or ``mixture``; the constructor's by default. The
+                last two are fitted to the remembered training codes, unless :meth:`fit_prior` came after these.
+            temperature: factor on the codes' standard deviation, 0 or more; below 1 they are nearer to the middle.
+            generator: source of the draws, on any device; torch's own by default.
 
         Returns:
             ``(n, C, H, W)`` in [0, 1], float32.
@@ -316,11 +316,11 @@ class EAE(LightningModule):
         """Images on the way from images ``a`` to images ``b``, in the codes.
 
         Args:
-            a: ``(B, C, H, W)`` in [0, 1].
-            b: ``(B, C, H, W)`` in [0, 1].
-            num_steps: S, both reconstructions included.
+            a: ``(B, C, H, W)`` images in [0, 1] where the ways begin.
+            b: ``(B, C, H, W)`` images in [0, 1] where they end.
+            num_steps: images S on each way, 2 or more, both reconstructions included.
             mode: ``linear``, or ``slerp`` along a great circle.
-            labels: ``(B,)`` classes to decode as, if conditional.
+            labels: ``(B,)`` classes to decode as, if the model is conditional.
 
         Returns:
             ``(B, S, C, H, W)`` in [0, 1], float32.

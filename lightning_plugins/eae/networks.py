@@ -75,15 +75,16 @@ def build_decoder(network: Network, image_shape: Sequence[int], num_inputs: int,
         network: ``mlp`` mirrors the encoder. ``rae`` has a linear layer to ``8 width`` channels of 8 x 8, transposed
             convolutions of stride 2 with ``width`` times 4, 2 (and 1 for images of 64) channels, batch norm and ReLU,
             and one of stride 1 to the image; the border that the encoder adds to images of 28 is cut off.
-        image_shape: ``(C, H, W)`` as for :func:`build_encoder`.
-        num_inputs: d plus the number of classes if class-conditional.
-        width: as for :func:`build_encoder`.
+        image_shape: ``(C, H, W)``; ``rae`` takes H = W of 28, 32 or 64.
+        num_inputs: d, plus the number of classes if class-conditional.
+        width: hidden units (256 by default) or the first layer's channels (128 in the RAE code; any less for tests
+            and small machines), the same number as the encoder's.
 
     Returns:
         A module from ``(B, num_inputs)`` to ``(B, C, H, W)``.
 
     Raises:
-        ValueError: as :func:`build_encoder`.
+        ValueError: unknown network, a size out of range, or images that ``rae`` does not take.
 
     Source:
         Ghosh et al. 2020, the released code; there is no nonlinearity behind its first layer.

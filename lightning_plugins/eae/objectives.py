@@ -138,7 +138,7 @@ def resolve_objective(name: str, weight: float | None) -> Objective:
     """The objective of that name, with a weight of the user's if it has a term to weigh.
 
     Args:
-        name: one of ``OBJECTIVES``.
+        name: one of the names in ``OBJECTIVES``.
         weight: factor of its term, 0 or more; None for the usual one.
 
     Raises:

@@ -23,9 +23,9 @@ def interpolate_codes(a: Tensor, b: Tensor, num_steps: int, mode: PathMode = "li
     radius. Opposite codes have no shortest great circle: the line is taken.
 
     Args:
-        a: ``(B, d)``.
-        b: ``(B, d)``.
-        num_steps: S, 2 or more.
+        a: ``(B, d)`` codes where the ways begin.
+        b: ``(B, d)`` codes where they end.
+        num_steps: codes S on each way, 2 or more.
         mode: ``linear`` or ``slerp`` (Shoemake 1985).
 
     Returns:

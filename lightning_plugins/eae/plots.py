@@ -58,8 +58,8 @@ def plot_reconstructions(images: Tensor, reconstructions: Tensor) -> "Figure":
     """Each image over its reconstruction, with the mean squared error, summed over pixels and channels.
 
     Args:
-        images: ``(n, C, H, W)``; the first 64 are drawn.
-        reconstructions: of the same shape.
+        images: ``(n, C, H, W)`` in [0, 1]; the first 64 are drawn.
+        reconstructions: ``(n, C, H, W)`` in [0, 1], one for each image.
 
     Raises:
         ValueError: the shapes differ, or there is no image.
@@ -155,8 +155,7 @@ def plot_latents(z: Tensor) -> "Figure":
     chosen = distance.argsort(descending=True, stable=True)[:_MAX_HISTOGRAMS].sort().values
     columns, heat_map = -(-len(chosen) // 2), 2 <= d <= _MAX_CORRELATIONS
     figure = new_figure(1.6 * columns + 4.2, 5.4 if d > 1 else 3.0, _DPI)
-    halves: Any = figure.subfigures(1, 2, width_ratios=[1.6 * columns + 0.4, 3.8])  # an array, as there are two
-    left, right = halves
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.6 * columns + 0.4, 3.8])[0]
     histograms = left.subplots(min(d, 2), columns, sharex=True, sharey=True, squeeze=False).ravel()
     limit = max(4.0, z[:, chosen].abs().quantile(0.995, 0).max().item())
     for axes, dim in zip(histograms, chosen.tolist(), strict=False):

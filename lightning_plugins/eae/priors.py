@@ -25,9 +25,9 @@ class LatentPrior(nn.Module):
 
     Args:
         latent_dim: dimensions d of a code.
-        num_components: Gaussians K of the mixture; 10 in Ghosh et al. 2020 and Ghose et al. 2020.
-        capacity: codes that are remembered. By default 10,000, or for d > 419 as many as fit in 16 MiB of float32
-            (4 d bytes each). The fitted prior takes another 4 d² (K + 1) bytes.
+        num_components: number of Gaussians K in the mixture; 10 in Ghosh et al. 2020 and Ghose et al. 2020.
+        capacity: how many codes are remembered. By default 10,000, or for d above 419 as many as fit in 16 MiB of
+            float32 (4 d bytes each). The fitted prior takes another 4 d² (K + 1) bytes.
 
     Raises:
         ValueError: an argument is out of range.
@@ -138,7 +138,7 @@ class LatentPrior(nn.Module):
         """Draw codes.
 
         Args:
-            n: how many.
+            n: number of codes, 0 or more.
             kind: the distribution; fitted to the memory first if it is not, or codes have been remembered since.
             temperature: factor, 0 or more, on the standard deviation. In the mixture it is every component's own, about
                 the component's mean; which components are drawn does not change.

@@ -408,3 +408,11 @@ def test_mistakes_say_what_to_do(make, message):
     with pytest.raises(ValueError, match=r"^[^\n]*$") as error:
         make()
     assert message in str(error.value)
+
+
+def test_a_part_in_evaluation_mode_stays_there():
+    """A user's frozen features: finding out how many capsules they give wakes none of them."""
+    frozen = torch.nn.Sequential(torch.nn.BatchNorm2d(1).eval(), torch.nn.Flatten(), torch.nn.Unflatten(1, (12, 8)))
+    model = CapsNet(image_shape=(1, 8, 12), num_classes=4, features=frozen)
+    assert [part.training for part in model.features] == [False, True, True] and model.features.training
+    assert not model.features[0].running_mean.any()  # nor does the blank image count
