@@ -1,4 +1,9 @@
-"""SiD: a diffusion model distilled into a one-step generator by score identities, without data."""
+"""SiD: a diffusion model distilled into a one-step generator by score identities, without data.
+
+Read in this order: ``losses.py`` (the paper's two losses), ``objectives.py`` (Algorithm 1, from noise to what each
+network is trained on), ``module.py`` (the updates in turn, the running mean, checkpoints); ``denoiser.py`` says how any
+teacher becomes the f of the formulas.
+"""
 
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.diffusion_teacher import DiffusionTeacher

@@ -1,4 +1,4 @@
-"""What arguments of SiD must be: everything that can be said before the teacher is loaded."""
+"""The arguments of SiD looked at before the teacher is loaded."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -39,10 +39,11 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
     """The text of README.md, with the Hub's header and an example that runs in the folder.
 
     Args:
-        pipeline: as it is written.
-        sigma_init: the generator's noise level.
+        pipeline: the pipeline that the card stands beside.
+        sigma_init: the generator's noise level in EDM scaling.
         clips: whether images were clamped in training.
-        card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name), and other ``settings``.
+        card: what is told of the training: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by
+            name), and other ``settings``.
     """
     name, teacher = type(pipeline).__name__, str(card["teacher"])
     hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", teacher) and not Path(teacher).exists()

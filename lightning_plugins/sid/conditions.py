@@ -1,4 +1,4 @@
-"""What batches say: how many images to make and of what; and batches for training without data."""
+"""How many images a batch asks for and of what, and batches for training without data."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +14,8 @@ class EqualBatches:
     alike there is nothing to remember.
 
     Args:
-        batch_size: B, images of one process.
-        num_batches: batches of an epoch.
+        batch_size: number of images of one process in a batch, B.
+        num_batches: number of batches in an epoch.
     """
 
     def __init__(self, batch_size: int, num_batches: int) -> None:
@@ -40,8 +40,11 @@ def conditions(batch: Any, conditional: bool) -> tuple[int, Tensor | None, list[
     """How many samples a batch asks for, and of which classes or prompts.
 
     Args:
-        batch: ``prompt``, a list of n texts; or ``label`` ``(n,)``; or anything with n rows.
+        batch: a dict with ``prompt``, a list of n texts; or ``label`` ``(n,)``; or any tensor of n rows.
         conditional: whether the teacher has classes; if not, labels are passed over.
+
+    Returns:
+        n, the labels ``(n,)`` or None, and the prompts or None.
 
     Raises:
         ValueError: no dict, or one without any of these.
@@ -63,9 +66,9 @@ def real_images(batch: Mapping[str, Any], description: Mapping[str, Any], dtype:
     """A batch's images ``(n, C, H, W)`` in [-1, 1], for SiDA.
 
     Args:
-        batch: with ``image`` in [0, 1], and ``label`` if the teacher has classes.
-        description: of the networks.
-        dtype: of the result.
+        batch: a dict with ``image`` ``(n, C, H, W)`` in [0, 1], and ``label`` if the teacher has classes.
+        description: what the networks are, :attr:`StudentNetworks.description`.
+        dtype: floating type of the result.
 
     Raises:
         ValueError: there are none, or without classes, or of another shape than what the teacher makes.

@@ -56,17 +56,19 @@ class Denoiser(nn.Module):
     variance), the first half counts.
 
     Args:
-        network: called as ``network(x, timestep=t, **conditioning)``, with a tensor or diffusers' output back.
+        network: the network, called as ``network(x, timestep=t, **conditioning)``, which returns a tensor or diffusers'
+            output.
         scheduler: a diffusers scheduler, or its config as a dict with ``_class_name``; the prediction and the noise
             levels are read from its config, whatever was done to the object since.
 
     Attributes:
-        kind: ``"vp"``, ``"flow"`` or ``"edm"``.
+        kind: the family: ``"vp"``, ``"flow"`` or ``"edm"``.
         sigmas: ``(T,)`` increasing levels of the grid, None for EDM's continuous ones; float32 in every precision.
-        sigma_min: the lowest level.
-        sigma_max: the highest; an infinite one (zero terminal SNR, s = 1) counts as 2^24.
-        sigma_data: EDM's; 0.5, the value for images in [-1, 1], in the other families.
-        scheduler_config: plain data, with ``_class_name``.
+        sigma_min: the lowest noise level.
+        sigma_max: the highest noise level; an infinite one (zero terminal SNR, s = 1) counts as 2^24.
+        sigma_data: standard deviation of the images by EDM's scheduler; 0.5, that of images in [-1, 1], in the other
+            families.
+        scheduler_config: the scheduler's config as plain data, with ``_class_name``.
 
     Raises:
         ValueError: a scheduler of no known family.
@@ -119,13 +121,24 @@ class Denoiser(nn.Module):
         return c_skip * x + c_out * output[:, :channels]  # the coefficients widen a low output
 
     def nearest(self, sigma: Tensor) -> Tensor:
-        """The levels of the grid nearest to ``(B,)`` sigma in their logarithm; for EDM sigma itself, in range."""
+        """The levels of the grid nearest to ``(B,)`` sigma in their logarithm; for EDM sigma itself, in range.
+
+        Args:
+            sigma: ``(B,)`` noise levels, positive.
+
+        Returns:
+            ``(B,)`` levels that the network has been trained at.
+        """
         if self.sigmas is None:
             return sigma.clamp(self.sigma_min, self.sigma_max)
         return self.sigmas[self._index(sigma)]
 
     def timesteps(self, sigma: Tensor) -> Tensor:
-        """What the network is told of ``(B,)`` sigma: the int64 index, ``T s`` for flow, ``ln(sigma) / 4`` for EDM."""
+        """What the network is told of ``(B,)`` sigma: the int64 index, ``T s`` for flow, ``ln(sigma) / 4`` for EDM.
+
+        Args:
+            sigma: ``(B,)`` noise levels, positive.
+        """
         if self.kind == "vp":
             return self._index(sigma)
         if self.kind == "edm":
@@ -138,6 +151,9 @@ class Denoiser(nn.Module):
         :math:`\sqrt{1 + \sigma^2}` for VP and EDM's schedulers, :math:`1 + \sigma` for flow matching, whose own
         pipelines start at :attr:`sigma_max`. The one-step generator is ``G(z) = D(input_scale * z, sigma_init)``.
 
+        Args:
+            sigma_init: the noise level of the first step, within the teacher's.
+
         Raises:
             ValueError: a level outside of the teacher's.
         """
@@ -149,7 +165,11 @@ class Denoiser(nn.Module):
         return 1 + sigma_init if self.kind == "flow" else math.sqrt(1 + sigma_init**2)
 
     def sharing(self, network: nn.Module) -> "Denoiser":
-        """The same preconditioning over another network: the generator's, or the fake score's."""
+        """The same preconditioning over another network: the generator's, or the fake score's.
+
+        Args:
+            network: takes what this denoiser's takes; it is not copied.
+        """
         return Denoiser(network, self._scheduler)
 
     def _coefficients(self, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of SiD's networks. It may be anyone's: only what is known is built from it."""
+"""A checkpoint's description of SiD's networks, which may be anyone's: only what is known is built from it."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +32,9 @@ _PROGRESS: dict[str, Callable[[Any], bool]] = {
 def check_description(record: Mapping[str, Any]) -> None:
     """Refuse a description of networks that :attr:`StudentNetworks.description` cannot have written.
 
+    Args:
+        record: a checkpoint's own entry of SiD.
+
     Raises:
         ValueError: which entry is of another form.
     """
@@ -39,7 +42,10 @@ def check_description(record: Mapping[str, Any]) -> None:
 
 
 def check_progress(record: Mapping[str, Any]) -> None:
-    """The same for how far training was.
+    """Refuse a record of how far training was that SiD cannot have written.
+
+    Args:
+        record: a checkpoint's own entry of SiD.
 
     Raises:
         ValueError: which entry is of another form.

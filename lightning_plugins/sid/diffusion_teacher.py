@@ -37,7 +37,7 @@ BetaSchedule = Literal["linear", "squaredcos_cap_v2"]
 
 @read_as_data
 class DiffusionTeacher(LightningModule):
-    r"""Train a diffusers ``UNet2DModel`` on images, and write it as a pipeline that :class:`SiD` takes as its teacher.
+    r"""Train a diffusers UNet2DModel on images, and write it as a pipeline that SiD takes as its teacher.
 
     .. math:: L = \|n - \hat n(x_t, t)\|^2, \qquad x_t = \bar a_t x_0 + \bar b_t n, \qquad t \sim U\{0, \dots, T - 1\}
 
@@ -49,27 +49,28 @@ class DiffusionTeacher(LightningModule):
     ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time.
 
     Args:
-        image_shape: ``(C, H, W)``; H and W divisible by 2 for each level but the first.
-        num_classes: classes J; read only with ``conditional``.
+        image_shape: channels, height and width of the images; height and width can be halved for each level but the
+            first.
+        num_classes: number of classes; read only if the model is conditional.
         conditional: tell the network the class, and choose it when sampling.
         block_out_channels: channels of each level, multiples of 8; the feature maps of each have half the height and
             width of those before. (128, 256, 256, 256) for the 32 x 32 px of CIFAR-10 in Ho et al. 2020.
         layers_per_block: residual blocks on the way down of a level; 2 in Ho et al. 2020.
         attention_levels: levels with self-attention, counted from the smallest feature maps; the blocks between the
             way down and up have it always.
-        prediction_type: ``epsilon``, the noise, or ``v_prediction``.
-        beta_schedule: ``linear``, or ``squaredcos_cap_v2`` (Nichol and Dhariwal 2021).
-        num_train_timesteps: T; 1000 in the papers. The linear schedule's ends scale with 1000 / T, so that the last
-            level is noise.
+        prediction_type: what the network predicts: epsilon, the noise, or v_prediction, the velocity.
+        beta_schedule: how the noise grows from step to step: linear, or squaredcos_cap_v2 (Nichol and Dhariwal 2021).
+        num_train_timesteps: number of noise levels; 1000 in the papers. The linear schedule's ends scale with 1000 over
+            it, so that the last level is noise.
         lr: AdamW's highest rate, reached by a linear warm-up and followed by a linear decay to 0.
         warmup: optimiser steps of the warm-up, or below 1 their share of all; 0 for none.
-        weight_decay: AdamW's; 0.01 is torch's.
-        ema_decay: share of the running mean that stays in a step; smaller in the first ones,
-            ``(1 + n) / (10 + n)`` after n. 0.999 for some thousand steps, 0.9999 for some hundred thousand.
-        seed: of the noise.
+        weight_decay: AdamW's decay of all weights; 0.01 is torch's default.
+        ema_decay: share of the running mean that stays in a step; in the first ones it is smaller, (1 + n) / (10 + n)
+            after n steps. 0.999 for some thousand steps, 0.9999 for some hundred thousand.
+        seed: seed of all noise, with the epoch, the batch and the process.
         pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
-        export_to: folder that :meth:`export` writes at the end of ``fit``; none by default, nor under
-            ``fast_dev_run``. A relative one is below the current folder.
+        export_to: folder that the pipeline is written to at the end of training; none by default, nor under
+            fast_dev_run. A relative one is below the current folder.
         optimizer: replaces AdamW and its schedule.
         scheduler: replaces the schedule, stepped once per epoch.
 
@@ -181,10 +182,10 @@ class DiffusionTeacher(LightningModule):
         """Draw images by the running mean.
 
         Args:
-            num_samples: n.
+            num_samples: how many images, n.
             labels: ``(n,)`` int64 classes of a conditional model; uniform at random by default.
-            generator: of the draws, on any device.
-            num_steps: calls of the network, of :func:`~lightning_plugins.sid.sampling.many_steps`.
+            generator: where the noise comes from, on any device; torch's global generator by default.
+            num_steps: calls of the network in :func:`~lightning_plugins.sid.sampling.many_steps`.
 
         Returns:
             ``(n, C, H, W)`` in [0, 1], float32.
@@ -217,8 +218,8 @@ class DiffusionTeacher(LightningModule):
         """The mean error of the noise or the velocity, as ``denoising``, at random levels.
 
         Args:
-            batch: see the class.
-            generator: of levels and noise, on the module's device.
+            batch: images ``(B, C, H, W)`` in [0, 1] as ``image``, and ``label`` ``(B,)`` of a conditional model.
+            generator: where levels and noise come from, on the module's device.
         """
         return {"denoising": self._errors(self.denoiser, batch, generator).mean()}
 
@@ -346,7 +347,7 @@ class DiffusionTeacher(LightningModule):
         ``num_inference_steps=50``.
 
         Args:
-            folder: new, or empty.
+            folder: where to write; new or empty.
 
         Returns:
             The folder.

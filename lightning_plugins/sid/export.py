@@ -57,12 +57,13 @@ def export_student(
     complete: after an error nothing is left, after a crash nothing under the name.
 
     Args:
-        denoiser: of the student's network; not changed.
-        folder: new, or empty.
+        denoiser: the student's network in EDM's scaling; not changed.
+        folder: where to write; new, or empty.
         sigma_init: the generator's noise level, one of the denoiser's.
         clips: whether images were clamped to [-1, 1] (the scheduler's ``clip_sample_range``) in training.
-        teacher: whose VAE, text encoder and tokenizer are written; None in pixel space.
-        card: for the model card: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by name).
+        teacher: the model whose VAE, text encoder and tokenizer are written; None in pixel space.
+        card: what the model card tells: ``teacher`` (a name), ``alpha``, ``images`` (seen), ``metrics`` (figures by
+            name), and other ``settings``.
 
     Returns:
         The folder.

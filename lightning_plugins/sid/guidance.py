@@ -31,11 +31,12 @@ def guided(
     that pipelines apply to those.
 
     Args:
-        denoiser: of the network.
+        denoiser: the network in EDM's scaling.
         x: ``(B, C, H, W)`` noisy images in EDM scaling.
-        sigma: ``(B,)`` their levels.
+        sigma: ``(B,)`` noise levels of the images.
         conditioning: the network's keyword arguments: tensors ``(B, ...)``, or dicts of such.
-        null_conditioning: the same keys for no condition, tensors ``(B, ...)`` or ``(1, ...)``. Unused at scale 1.
+        null_conditioning: the network's keyword arguments for no condition, with equal keys: tensors ``(B, ...)`` or
+            ``(1, ...)``. Unused at scale 1.
         scale: kappa; 1 is the plain conditional denoiser, in one call with the batch as it is. 1.5 to 4.5 in SiD-LSG.
 
     Returns:

@@ -18,7 +18,7 @@ def lora_copy(network: nn.Module, rank: int) -> nn.Module:
 
     Args:
         network: a diffusers network; its parameters are frozen where they are, and shared with the copy.
-        rank: r, 1 or more; the weight of the adapters (``lora_alpha / r``) is 1.
+        rank: rank of the adapters, r, 1 or more; their weight (``lora_alpha / r``) is 1.
 
     Returns:
         The copy in train mode, which computes what the network does, whose only trainable parameters (``lora_`` in
@@ -48,7 +48,7 @@ def merged(network: nn.Module) -> nn.Module:
     """A plain network of the same class as before :func:`lora_copy`, with the adapters added to its weights.
 
     Args:
-        network: from :func:`lora_copy`; not changed.
+        network: a network from :func:`lora_copy`; not changed.
 
     Returns:
         A network with weights of its own, without gradients, in eval mode.

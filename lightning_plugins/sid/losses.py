@@ -168,7 +168,7 @@ def reverse_kl_loss(x_g: Tensor, d_teacher: Tensor, d_fake: Tensor, weighting: W
     Args:
         x_g: ``(B, ...)`` generated.
         d_teacher: ``(B, ...)`` denoised by the teacher; ``torch.no_grad()`` saves its backward.
-        d_fake: ``(B, ...)`` denoised by the fake score network, likewise.
+        d_fake: ``(B, ...)`` denoised by the fake score network; ``torch.no_grad()`` saves its backward.
         weighting: ``"l1"`` is DMD's; ``"none"`` leaves 1: times ``sigma ** -2`` it is the gradient of the divergence.
 
     Returns:

@@ -16,7 +16,11 @@ from lightning_plugins.sid.objectives import Draws, Score
 
 @torch.no_grad()
 def finite_gradients_(parameters: Iterable[nn.Parameter]) -> None:
-    """Gradients without NaN and infinities, in place: 0, and at most 1e5 in size, as in the paper's code."""
+    """Gradients without NaN and infinities, in place: 0, and at most 1e5 in size, as in the paper's code.
+
+    Args:
+        parameters: each with a gradient, sharded (FSDP2) or whole.
+    """
     for parameter in parameters:
         gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
         torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
@@ -24,6 +28,10 @@ def finite_gradients_(parameters: Iterable[nn.Parameter]) -> None:
 
 def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
     """Refuse what cannot train two networks in turn, by small steps.
+
+    Args:
+        module: the module in training.
+        trainer: its trainer, whose strategy and precision are looked at.
 
     Raises:
         MisconfigurationException: DDP without ``find_unused_parameters``, the first FSDP, or the module compiled whole.
@@ -54,6 +62,10 @@ def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
 
 def refuse_endless_decay(trainer: Trainer, decay_from: float) -> None:
     """Refuse rates that begin to fall after a share of a run that has no end.
+
+    Args:
+        trainer: whose ``max_steps`` and ``max_epochs`` are looked at.
+        decay_from: share of the steps after which the rates fall.
 
     Raises:
         ValueError: ``decay_from`` is below 1, and the trainer has neither ``max_steps`` nor ``max_epochs``.

@@ -66,45 +66,53 @@ class SiD(LightningModule):
     :math:`\omega |\delta|^2`.
 
     Args:
-        teacher: a diffusers model: an id of the Hub (``google/ddpm-cifar10-32``), a folder, or in Python a loaded
-            pipeline. It is not kept in checkpoints: a resumed run loads it again and refuses another.
-        alpha: 1.2 in the paper (1.0 for AFHQ-v2); 0.5 is unbiased where the fake score is exact, and best at toy scale.
+        teacher: a diffusers model: an id of the Hub (google/ddpm-cifar10-32), a folder, or in Python a loaded pipeline.
+            It is not kept in checkpoints: a resumed run loads it again and refuses another.
+        alpha: how far the loss pushes beyond the plain difference of scores; 1.2 in the paper (1.0 for AFHQ-v2). 0.5 is
+            unbiased where the fake score is exact, and best at toy scale.
         sigma_init: the generator's noise level in EDM scaling; 2.5 in the paper. The teacher's nearest is taken. A
             teacher of flow matching is at the time s = sigma / (1 + sigma) then; its own pipelines begin at s = 1,
             pure noise, which is 2^24 here (16777216).
         lr: Adam's rate of the generator; 1e-5 in the paper on CIFAR-10 and FFHQ, 4e-6 on ImageNet, 5e-6 on AFHQ-v2.
-        fake_lr: of the fake score; the same in the paper.
-        betas: of both; (0, 0.999) in the paper. A first one of 0.9 ruins training: the opponent moves.
-        eps: of both; 1e-8 in the paper, 1e-6 with fp16.
+        fake_lr: Adam's rate of the fake score; equal to the generator's in the paper.
+        betas: Adam's momenta for generator and fake score, (0, 0.999) in the paper. A first one of 0.9 ruins training:
+            the opponent moves.
+        eps: Adam's smallest divisor for generator and fake score; 1e-8 in the paper, 1e-6 with fp16.
         fake_steps: updates of the fake score before each of the generator; 1 in the paper.
         batch_size: images of one process in a step, where no data give the batches; the paper's 256 is of all.
         accumulate: parts that a batch is cut into for lack of memory, one after the other.
         gradient_clip: largest norm of each network's gradient; none in the paper.
-        decay_from: share of ``max_steps`` after which both rates fall linearly to 0; 1: never, as in the paper.
-        ema_halflife_images: memory of the student's running mean; 500,000 in the paper (2,000,000 on ImageNet).
+        decay_from: share of the trainer's steps after which both rates fall linearly to 0. With the default 1 they
+            never fall, as in the paper.
+        ema_halflife_images: memory of the student's running mean in images; 500,000 in the paper (2,000,000 on
+            ImageNet), 0 for no mean.
         ema_ramp_up: share of the images seen so far that the memory is at most; 0.05 in the paper's code.
-        loss: ``sid``, or ``reverse_kl`` (Diff-Instruct, DMD) for comparison.
-        weighting: ``l1``, the paper's :math:`\omega`, or ``none``.
-        noise_levels: of the generator's loss: ``edm``, the paper's, runs along EDM's schedule up to ``t_max``, moved to
-            the teacher's nearest levels; ``grid`` draws the teacher's own timesteps, each as likely, from ``t_min`` to
-            ``t_max`` thousandths (SiD-LSG).
-        fake_noise_levels: of the fake score's: ``edm``, the paper's, are log-normal with EDM's weights; ``grid`` all of
-            the teacher's timesteps with plain noise prediction (SiD-LSG). Default: as ``noise_levels``.
-        t_min: thousandths of the schedule the generator's levels begin at; 0 in the paper, 20 in SiD-LSG.
-        t_max: and end at; 800 in the paper, 980 in SiD-LSG.
-        guidance: classifier-free guidance of the teacher; 1 is none. SiD-LSG: 1.5 to 4.5.
-        fake_guidance: of the fake score, in its training too; the teacher's by default (SiD-LSG).
+        loss: what the generator is trained on: sid, or reverse_kl (Diff-Instruct, DMD) for comparison.
+        weighting: weight of each sample in the generator's loss: l1, the paper's, by the mean distance of the image to
+            the teacher's, or none.
+        noise_levels: how the levels of the generator's loss are drawn. The paper's edm runs along EDM's schedule up to
+            t_max, moved to the teacher's nearest levels; grid draws the teacher's own timesteps, each as likely, from
+            t_min to t_max (SiD-LSG).
+        fake_noise_levels: how the levels of the fake score's loss are drawn. The paper's edm is log-normal with EDM's
+            weights; grid takes all of the teacher's timesteps with plain noise prediction (SiD-LSG). By default it is
+            what noise_levels is.
+        t_min: first noise level of the generator's loss, in thousandths of the schedule; 0 in the paper, 20 in SiD-LSG.
+        t_max: last noise level of the generator's loss, in thousandths of the schedule; 800 in the paper, 980 in
+            SiD-LSG.
+        guidance: classifier-free guidance of the teacher, where 1 is none; 1.5 to 4.5 in SiD-LSG.
+        fake_guidance: classifier-free guidance of the fake score, in its training too; by default the teacher's
+            (SiD-LSG).
         condition_dropout: share of the fake score's conditions that are dropped in training; 0.1 in SiD-LSG. Needs a
             teacher that knows no condition.
-        adversarial: SiDA: the fake score's encoder also tells generated images from the data's, which are then needed,
-            and the generator learns from that, half and half; ``alpha`` is 1 there.
-        lora_rank: train low-rank adapters of this rank in place of the networks (needs the extra ``lora``).
-        clip_output: clamp generated images as the teacher's scheduler does (``clip_sample``), in training too, so that
-            the student learns what a pipeline emits. Default: if the teacher's scheduler does.
-        teacher_steps: of the teacher's samples in pictures.
+        adversarial: train as SiDA does: the fake score's encoder also tells generated images from the data's, which are
+            then needed, and the generator learns from that, half and half. SiDA sets alpha to 1.
+        lora_rank: train low-rank adapters of this rank in place of the networks (needs the extra lora).
+        clip_output: clamp generated images as the teacher's scheduler does (its clip_sample), in training too, so that
+            the student learns what a pipeline emits. By default only if the teacher's scheduler does.
+        teacher_steps: steps of the teacher's samples in pictures.
         num_pictures: student's and teacher's samples in a picture; 0 for none.
         updates_per_epoch: generator updates that count as an epoch where no data give the batches.
-        seed: of all noise, with the step and the process: a resumed run draws what an uninterrupted one would.
+        seed: seed of all noise, with the step and the process: a resumed run draws what an uninterrupted one would.
         optimizer: replaces Adam for the generator.
         fake_optimizer: replaces Adam for the fake score.
 
@@ -279,10 +287,10 @@ class SiD(LightningModule):
         """Draw images from the student, in one step.
 
         Args:
-            num_samples: n.
+            num_samples: how many images, n.
             labels: ``(n,)`` int64 classes of a class-conditional teacher; uniform at random by default.
             prompts: n texts of a text-to-image teacher.
-            generator: of the noise, on any device.
+            generator: where the noise comes from, on any device; torch's global generator by default.
 
         Returns:
             ``(n, C, H, W)`` in [0, 1], float32.
@@ -304,7 +312,21 @@ class SiD(LightningModule):
         generator: torch.Generator | None = None,
         num_steps: int | None = None,
     ) -> Tensor:
-        """Draw images from the teacher in ``num_steps`` [``teacher_steps``], from the noise that ``sample`` takes."""
+        """Draw images from the teacher, of the noise that :meth:`sample` takes.
+
+        Args:
+            num_samples: how many images, n.
+            labels: ``(n,)`` int64 classes of a class-conditional teacher; uniform at random by default.
+            prompts: n texts of a text-to-image teacher.
+            generator: where the noise comes from, on any device; torch's global generator by default.
+            num_steps: calls of the network; ``teacher_steps`` by default.
+
+        Returns:
+            ``(n, C, H, W)`` in [0, 1], float32.
+
+        Raises:
+            ValueError: classes or prompts for a teacher without, or missing ones; too many steps.
+        """
         noise = self.networks.noise(num_samples, generator, self.device)
         conditioning = self.networks.conditioning(num_samples, labels, prompts, generator, self.device)
         null = self.networks.null_conditioning() if self.guidance != 1 else None
@@ -550,7 +572,7 @@ class SiD(LightningModule):
         """Write the student as a diffusers pipeline that samples in one step, with no plugin installed.
 
         Args:
-            folder: new or empty; written whole or not at all.
+            folder: where to write; new or empty, and written whole or not at all.
             metrics: figures for the model card, such as ``{"FID": 1.92}``; by default those of the last validation or
                 test before the checkpoint was written.
 

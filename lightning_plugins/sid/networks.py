@@ -29,9 +29,9 @@ class StudentNetworks(nn.Module):
     checkpoint's :attr:`description`.
 
     Args:
-        source: of the teacher, for :func:`~lightning_plugins.sid.teacher.load_teacher`.
-        sigma_init: the generator's noise level; the teacher's nearest is taken.
-        clip_output: clamp what is generated; ``None``: if the teacher's scheduler does.
+        source: what :func:`~lightning_plugins.sid.teacher.load_teacher` makes the teacher of.
+        sigma_init: the generator's noise level in EDM scaling; the teacher's nearest is taken.
+        clip_output: clamp what is generated; by default (None) only if the teacher's scheduler does.
     """
 
     def __init__(self, source: Any, sigma_init: float, clip_output: bool | None = None) -> None:
@@ -162,7 +162,14 @@ class StudentNetworks(nn.Module):
         self.student.requires_grad_(False)
 
     def built(self, denoiser: Denoiser | None) -> Denoiser:
-        """The network, or one sentence if it has not been built."""
+        """The network, or one sentence if it has not been built.
+
+        Args:
+            denoiser: one of the three, or None.
+
+        Raises:
+            ValueError: there are no networks yet.
+        """
         if denoiser is None:
             raise ValueError(
                 "This SiD has no networks yet: they are built when a trainer starts; outside of one, load a checkpoint "
@@ -189,19 +196,39 @@ class StudentNetworks(nn.Module):
         return clips(self.built(self.generator))
 
     def generate(self, denoiser: Denoiser | None, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        r""":math:`G(z) = D(s z, \sigma_{init})`, as a pipeline of one step feeds its network."""
+        r""":math:`x_g = G(z) = D(s z, \sigma_{init})`, as a pipeline of one step feeds its network.
+
+        Args:
+            denoiser: the generator, or the student.
+            noise: ``(n, C, H, W)`` of unit variance, z; its scale s is :meth:`Denoiser.input_scale`.
+            conditioning: the network's keyword arguments.
+
+        Returns:
+            ``(n, C, H, W)`` images in [-1, 1] or latents, clamped where :attr:`clips` says so.
+        """
         denoiser, level = self.built(denoiser), self.start_level
         images = denoiser(noise * denoiser.input_scale(level), noise.new_full((len(noise),), level), **conditioning)
         return clip(denoiser, images) if self.clips else images
 
     def student_images(self, noise: Tensor, conditioning: Mapping[str, Any]) -> Tensor:
-        """What the student generates of noise, without dropout."""
+        """What the student generates of noise, without dropout.
+
+        Args:
+            noise: ``(n, C, H, W)`` of unit variance.
+            conditioning: the network's keyword arguments.
+        """
         student = self.built(self.student)
         with evaluating(student):
             return self.generate(student, noise, conditioning)
 
     def noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Unit noise ``(n, C, H, W)``, drawn where the generator is."""
+        """Unit noise ``(n, C, H, W)``, drawn where the generator is.
+
+        Args:
+            n: number of samples.
+            generator: where the random numbers come from; torch's global generator by default.
+            device: where the noise is wanted.
+        """
         source = device if generator is None else generator.device
         return torch.randn((n, *self.description["sample_shape"]), generator=generator, device=source).to(device)
 
@@ -214,6 +241,13 @@ class StudentNetworks(nn.Module):
         device: torch.device,
     ) -> dict[str, Tensor]:
         """The network's keyword arguments for n classes or prompts; classes are drawn uniformly if none are given.
+
+        Args:
+            n: number of samples.
+            labels: ``(n,)`` int64 classes, or None.
+            prompts: n texts, or None.
+            generator: where classes are drawn from; torch's global generator by default.
+            device: where the arguments are wanted.
 
         Raises:
             ValueError: classes or prompts for a teacher without, or too few, others, or none for one that needs them.
@@ -244,7 +278,11 @@ class StudentNetworks(nn.Module):
         return self._null
 
     def decode(self, x: Tensor) -> Tensor:
-        """Generated samples as images in [0, 1]; latents need the teacher's VAE."""
+        """Generated samples as images in [0, 1]; latents need the teacher's VAE.
+
+        Args:
+            x: ``(n, C, H, W)`` images in [-1, 1], or latents.
+        """
         if self.description["in_pixels"]:
             return (x.float() / 2 + 0.5).clamp(0, 1)
         return self.teacher.decode(x)
@@ -280,10 +318,11 @@ def half_life_decay(batch_images: int, images_seen: int, half_life: float, ramp_
     .. math:: \beta = 2^{-b / \min(h, r n)}
 
     Args:
-        batch_images: b, images in the batch of all processes.
-        images_seen: n, images before it.
-        half_life: h, images after which weights count half; 0 keeps no mean.
-        ramp_up: r, so that the first images are soon forgotten; 0.05 in the code of SiD and EDM.
+        batch_images: images in the batch of all processes, b.
+        images_seen: images before this batch, n.
+        half_life: images after which weights count half, h; 0 keeps no mean.
+        ramp_up: share of the images seen that the memory is at most, r, so that the first are soon forgotten; 0.05 in
+            the code of SiD and EDM.
 
     Returns:
         In [0, 1): 0 at the first batch.

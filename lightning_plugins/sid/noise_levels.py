@@ -1,4 +1,4 @@
-"""At which noise levels sigma the networks are asked: along EDM's schedule, log-normal, or on a teacher's own grid."""
+"""Noise levels sigma at which the networks are asked: along EDM's schedule, log-normal, or on a teacher's own grid."""
 
 from typing import Literal
 
@@ -46,10 +46,10 @@ def karras_sigmas(r: Tensor, sigma_min: float = 0.002, sigma_max: float = 80.0, 
     .. math:: \sigma(r) = \left(\sigma_{\min}^{1/\rho} + r (\sigma_{\max}^{1/\rho} - \sigma_{\min}^{1/\rho})\right)^\rho
 
     Args:
-        r: any shape, in [0, 1].
-        sigma_min: ``> 0``, at r = 0; default of EDM.
-        sigma_max: at r = 1; default of EDM.
-        rho: larger puts more levels near ``sigma_min``; default of EDM.
+        r: places along the schedule, in [0, 1] and of any shape.
+        sigma_min: level at r = 0, above 0; 0.002 in EDM.
+        sigma_max: level at r = 1; 80 in EDM.
+        rho: larger values put more levels near ``sigma_min``; 7 in EDM.
 
     Returns:
         The shape of r, in [sigma_min, sigma_max].
@@ -89,13 +89,14 @@ def generator_sigmas(
     r"""Draw noise levels for the generator's loss: :func:`karras_sigmas` of r ~ U[t_min / 1000, t_max / 1000].
 
     Args:
-        n: how many.
+        n: number of levels.
         generator: where the random numbers come from; they are drawn on its device.
-        t_min: in thousandths of the schedule, 0 in the paper.
-        t_max: 800 in the paper: levels up to 24.4, with median 0.97 (r = 0.4).
-        sigma_min: of the schedule. A teacher with a discrete grid needs its nearest levels: ``Denoiser.nearest``.
-        sigma_max: of the schedule.
-        device: of the result; by default the generator's.
+        t_min: least noise, in thousandths of the schedule; 0 in the paper.
+        t_max: most noise, in thousandths of the schedule; 800 in the paper: levels up to 24.4, with median 0.97.
+        sigma_min: lowest level of the schedule; 0.002 in EDM. A teacher with a discrete grid needs its nearest levels:
+            ``Denoiser.nearest``.
+        sigma_max: highest level of the schedule; 80 in EDM.
+        device: where the levels are wanted; by default where the generator is.
 
     Returns:
         ``(n,)`` float32.
@@ -121,11 +122,11 @@ def grid_sigmas(
     """Draw noise levels from a teacher's own grid, each as likely: its integer t, exact without interpolation.
 
     Args:
-        n: how many.
-        sigmas: ``(T,)`` increasing, as ``Denoiser.sigmas``.
+        n: number of levels.
+        sigmas: ``(T,)`` increasing levels, as ``Denoiser.sigmas``.
         generator: where the random numbers come from; they are drawn on its device.
-        t_min: in thousandths of the grid; 20 in SiD-LSG.
-        t_max: 980 in SiD-LSG, which draws t from 20 to 979 of 1000.
+        t_min: first level, in thousandths of the grid; 20 in SiD-LSG.
+        t_max: end of the levels, in thousandths of the grid; 980 in SiD-LSG, which draws t from 20 to 979 of 1000.
 
     Returns:
         ``(n,)`` with type and device of ``sigmas``.
@@ -156,11 +157,11 @@ def fake_score_sigmas(
     r"""Draw noise levels for training the fake score, as EDM trains: :math:`\ln \sigma \sim N(mean, std^2)`.
 
     Args:
-        n: how many.
-        mean: of the logarithm.
-        std: of the logarithm.
+        n: number of levels.
+        mean: mean of the logarithm; -1.2 in EDM.
+        std: standard deviation of the logarithm; 1.2 in EDM.
         generator: where the random numbers come from; they are drawn on its device.
-        device: of the result; by default the generator's.
+        device: where the levels are wanted; by default where the generator is.
 
     Returns:
         ``(n,)`` float32.
@@ -179,8 +180,12 @@ def _uniform(n: int, generator: torch.Generator | None, device: torch.device | s
 def check_times(t_min: float, t_max: float) -> None:
     """Refuse what is no interval of thousandths.
 
+    Args:
+        t_min: its beginning.
+        t_max: its end.
+
     Raises:
-        ValueError: so.
+        ValueError: not 0 <= t_min < t_max <= 1000.
     """
     must.check({"t_min": t_min, "t_max": t_max}, t_min=must.finite, t_max=must.finite)
     if not 0 <= t_min < t_max <= 1000:

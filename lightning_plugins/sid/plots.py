@@ -44,10 +44,10 @@ def plot_student(student: Tensor, teacher: Tensor, num_steps: int, images: int) 
     """The student's samples at the left, the teacher's of the same noise at the right.
 
     Args:
-        student: n samples, made in one step.
-        teacher: n samples.
-        num_steps: the teacher's.
-        images: that the student has been trained with.
+        student: ``(n, C, H, W)`` samples, made in one step.
+        teacher: ``(n, C, H, W)`` samples of the teacher.
+        num_steps: the teacher's number of steps, for the title.
+        images: number of images that the student has been trained with, for the title.
     """
     height, width = student.shape[-2:]
     figure = new_figure(9.0, 9.0 / 2 * height / width + 0.6)
@@ -62,8 +62,8 @@ def plot_progress(images: Sequence[float], curves: dict[str, Sequence[float]], t
     """Fréchet distances against images seen on logarithmic axes, as figure 4 of the paper.
 
     Args:
-        images: seen, at each measurement; those at 0 are left out of a logarithmic axis.
-        curves: distances at these, by name.
+        images: number of images seen at each measurement; a logarithmic axis leaves 0 out.
+        curves: distances at each measurement, by name.
         teacher: the teacher's distance for each curve, drawn as a dashed line.
     """
     figure = new_figure(6.0, 4.0)

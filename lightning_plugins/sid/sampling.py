@@ -19,8 +19,8 @@ def step_levels(denoiser: Denoiser, num_steps: int) -> Tensor:
     their scheduler's own spacing; else the scheduler's, without flow matching's shift by an image's size.
 
     Args:
-        denoiser: whose grid the levels are of.
-        num_steps: 1 or more; for VP teachers at most the levels there are.
+        denoiser: the model whose levels they are.
+        num_steps: number of steps, 1 or more; for VP teachers at most the levels there are.
 
     Raises:
         ValueError: more steps than levels, or none.
@@ -68,12 +68,12 @@ def many_steps(
     DDIM does, and not the one in the direction.
 
     Args:
-        denoiser: the teacher's.
+        denoiser: the teacher's network in EDM's scaling.
         noise: ``(B, C, H, W)`` of unit variance.
-        num_steps: calls of the network.
+        num_steps: number of steps, each a call of the network.
         conditioning: the network's keyword arguments.
-        null_conditioning: the same for no condition, for guidance other than 1.
-        guidance: classifier-free guidance's scale.
+        null_conditioning: the network's keyword arguments for no condition; needed for guidance other than 1.
+        guidance: scale of classifier-free guidance; 1 is none.
 
     Returns:
         ``(B, C, H, W)`` clean samples, not clamped further.

@@ -39,16 +39,16 @@ class Teacher:
     """A frozen diffusion model and what belongs to it.
 
     Attributes:
-        network: in eval mode, without gradients of its parameters.
-        scheduler: the pipeline's.
-        denoiser: of the network, by the scheduler.
-        sample_shape: (C, H, W) of its images or latents.
+        network: the network that denoises, in eval mode, without gradients of its parameters.
+        scheduler: the pipeline's scheduler, which says how noise and network belong together.
+        denoiser: the network in EDM's scaling, by the scheduler.
+        sample_shape: channels, height and width of its images or latents.
         num_classes: labels 0 to num_classes - 1, for the keyword ``class_labels``; None for a teacher without.
         vae: turns latents into images; None in pixel space.
-        text_encoder: of a text-to-image model; None otherwise.
-        tokenizer: the same.
+        text_encoder: reads the prompts of a text-to-image model; None otherwise.
+        tokenizer: cuts the prompts of a text-to-image model into tokens; None otherwise.
         source: what it was loaded from; None for a loaded pipeline.
-        fingerprint: the same for the same configs and weights, on every device.
+        fingerprint: a text that equal configs and weights have in common, on every device.
     """
 
     network: nn.Module
@@ -67,6 +67,9 @@ class Teacher:
         """Clean ``(B, C, H, W)`` samples as images ``(B, channels, height, width)`` in [0, 1], float32.
 
         Images in [-1, 1] are shifted and clamped; latents go through the VAE first.
+
+        Args:
+            x: ``(B, C, H, W)`` samples without noise, as the network makes them.
         """
         if self.vae is not None:
             config, parameter = self.vae.config, next(self.vae.parameters())
@@ -79,6 +82,9 @@ class Teacher:
         """Prompts as the network's keyword arguments: ``encoder_hidden_states``, ``(B, tokens, width)``.
 
         As in Stable Diffusion's pipeline: padded or cut to the tokenizer's length, the encoder's last hidden states.
+
+        Args:
+            prompts: B texts.
 
         Raises:
             ValueError: this teacher takes no prompts, or wants more than one encoder's.
@@ -158,6 +164,10 @@ def fingerprint(network: nn.Module, scheduler: "SchedulerMixin") -> str:
     """A hash of a diffusers network and scheduler: classes, settings other than the defaults, and all weights.
 
     The weights enter by the exact sums of their bits over rows and over columns, at the speed of memory.
+
+    Args:
+        network: a network of diffusers, in any precision and on any device.
+        scheduler: its scheduler.
     """
     settings = [(type(part).__name__, _settings(part)) for part in (network, scheduler)]
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=16)

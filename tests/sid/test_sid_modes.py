@@ -277,11 +277,23 @@ def test_pictures_figures_and_predictions(teacher_folder, tmp_path):
     (picture,) = tmp_path.rglob("images/val/samples/000002.png")
     with Image.open(picture) as image:
         assert image.size[0] > 400
+    assert figures_saved(module) == {"val/frechet_distance": run.callback_metrics["val/frechet_distance"].item()}
     run.test(module, data, verbose=False)
+    tested = {"test/frechet_distance": run.callback_metrics["test/frechet_distance"].item()}
+    assert figures_saved(module) == tested
+    fit(module, data, max_steps=1, limit_val_batches=0)
+    assert figures_saved(module) == tested  # nothing has been measured since
     assert len(list(tmp_path.rglob("images/test/samples/*.png"))) == 1
     logged = next(iter(tmp_path.rglob("metrics.csv"))).read_text().splitlines()[0].split(",")
     names = {"train/fake_loss", "train/generator_loss", "train/divergence", "train/images", "train/nonfinite_samples"}
     assert names | {"images/s"} <= set(logged)
+
+
+def figures_saved(module):
+    """What a checkpoint of now says of them, for the model card."""
+    checkpoint = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(checkpoint)
+    return checkpoint["sid"]["results"]
 
 
 def test_sampling(teacher_folder):
