@@ -157,7 +157,8 @@ class LatentPrior(nn.Module):
         dtype = torch.promote_types(self.mean.dtype, torch.float32)
         if kind == "mixture":
             weights = self.weights.to(source["device"], dtype)
-            chosen = torch.multinomial(weights, n, replacement=True, generator=generator).to(device)
+            # torch refuses to draw none
+            chosen = torch.multinomial(weights, max(n, 1), replacement=True, generator=generator)[:n].to(device)
         noise = torch.randn(n, self.latent_dim, dtype=dtype, **source).to(device) * temperature
         if kind == "normal":
             return noise.to(self.mean.dtype)

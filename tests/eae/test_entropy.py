@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.spatial import cKDTree
-from scipy.special import digamma, gammaln
+from scipy.special import digamma, gammaln, polygamma
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lightning_plugins.eae.entropy import (
@@ -252,3 +252,57 @@ def test_wrong_arguments_are_refused(arguments, words):
 def test_koleo_refuses_a_single_code():
     with pytest.raises(ValueError, match="k=1 neighbours need more than 1 codes, got 1"):
         koleo_loss(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("k", [1, 5])
+@pytest.mark.parametrize(
+    ("distribution", "entropy", "variance"),
+    [  # of minus the logarithm of the density
+        (torch.distributions.Uniform(0.0, 1.0), 0.0, 0.0),
+        (torch.distributions.Exponential(1.0), 1.0, 1.0),
+        (torch.distributions.Laplace(0.0, 1.0), 1 + math.log(2), 1.0),
+    ],
+    ids=["uniform", "exponential", "laplace"],
+)
+def test_other_distributions_have_their_own_entropy(distribution, entropy, variance, k):
+    """In one dimension, where the bias is far below the noise.
+
+    Its variance is (c psi'(k) + Var log p) / N, where c counts the codes that may share a distance: 2 k and the code.
+    """
+    z = distribution.sample((4096, 1)).double()
+    noise = math.sqrt(((2 * k + 1) * polygamma(1, k) + variance) / 4096)
+    assert knn_entropy(z, k, eps=1e-30).item() == pytest.approx(entropy, abs=4 * noise + k / 4096)
+
+
+def test_by_default_the_reference_is_of_as_many_codes_as_fit_in_two_to_the_fifteen():
+    for num_samples, num_draws in ((2**14, 2), (12_000, 3)):
+        default = gaussian_reference_entropy(num_samples, 1, seed=3)
+        assert default == gaussian_reference_entropy(num_samples, 1, num_draws=num_draws, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (dict(num_samples=3, dim=2, k=3), "num_samples=3 must be 4 or more: k=3 neighbours need more than 3 codes"),
+        (dict(num_samples=4, dim=2, k=[1, 4]), "num_samples=4 must be 5 or more"),
+        (dict(num_samples=9, dim=0), "dim=0 must be 1 or more"),
+        (dict(num_samples=9, dim=2, k=0), "k=0 must be 1 or more"),
+        (dict(num_samples=9, dim=2, num_draws=0), "num_draws=0 must be"),
+    ],
+)
+def test_a_reference_that_cannot_be_is_refused(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        gaussian_reference_entropy(**arguments)
+
+
+@pytest.mark.parametrize("function", [entropy_gap, knn_entropy, koleo_loss, count_duplicates, KNNEntropyLoss()])
+def test_other_shapes_are_refused(function):
+    with pytest.raises(ValueError, match=r"codes \(N, d\), got \(6,\)"):
+        function(torch.ones(6))
+
+
+def test_a_loss_refuses_its_options_when_it_is_made():
+    for options in (dict(k=0), dict(eps=-1.0), dict(chunk_size=0), dict(all_ranks="yes")):
+        (name,) = options
+        with pytest.raises(ValueError, match=f"{name}=.* must be"):
+            KNNEntropyLoss(**options)

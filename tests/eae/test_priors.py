@@ -347,3 +347,32 @@ def test_refusals(fitted):
             use(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="temperature=-1 must be 0 or more"):
         fitted.sample(3, temperature=-1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_samples_are_an_empty_tensor_and_fewer_are_refused(fitted, kind):
+    assert fitted.sample(0, kind).shape == (0, 2)
+    with pytest.raises(ValueError, match="n=-1 must be 0 or more"):
+        fitted.sample(-1, kind)
+    with pytest.raises(ValueError, match="generator=7 must be"):
+        fitted.sample(3, kind, generator=7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_codes_of_another_type_are_remembered_in_the_memorys_own(dtype):
+    prior = LatentPrior(2, num_components=2, capacity=8)
+    codes = torch.randn(5, 2, generator=seeded()).to(dtype)
+    prior.remember(codes)
+    assert prior.memory.dtype == torch.float32 and torch.equal(prior.memory[:5], codes.float())
+
+
+def test_a_mixture_draws_its_components_by_their_weights():
+    prior = LatentPrior(1, num_components=3).double()
+    prior.fit(clusters()[:, :1])
+    prior.weights.copy_(torch.tensor([0.7, 0.3, 0.0]))
+    prior.means.copy_(torch.tensor([[-100.0], [0.0], [100.0]]))
+    z = prior.sample(4000, "mixture", generator=seeded())
+    shares = torch.stack([(z < -50).double().mean(), (z.abs() < 50).double().mean(), (z > 50).double().mean()])
+    # four standard deviations of a share of 4,000 draws
+    np.testing.assert_allclose(shares, [0.7, 0.3, 0.0], atol=4 * math.sqrt(0.7 * 0.3 / 4000))
+    assert shares[2] == 0
