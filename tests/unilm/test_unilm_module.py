@@ -249,7 +249,7 @@ def test_a_checkpoint_needs_neither_the_folder_nor_the_data(module, tokenizer, t
     sources = ["one two", "nine"]
     assert again.generate_text(sources) == model.generate_text(sources)
     third = module(tokenizer=str(where))  # the trainer, too, asks the checkpoint rather than the folder
-    trainer = trainers.quiet_trainer()
+    trainer = trainers.quiet_trainer(enable_checkpointing=True)
     loader = Plain([batch_of(tokenizer, some_pairs(2))]).batches
     trainer.validate(third, loader, ckpt_path=callback.last_model_path, verbose=False)
     assert third.generate_text(sources) == model.generate_text(sources)
