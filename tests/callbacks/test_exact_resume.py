@@ -115,7 +115,7 @@ def fit(folder, writer, path, *callbacks):
     seed_everything(1 if path is None else 99, verbose=False)
     model = Counting()
     saver = ModelCheckpoint(folder, "{step}-{epoch}", **WRITERS[writer])
-    trainer = quiet_trainer(callbacks=[RandomState(), *callbacks, saver], max_epochs=3)
+    trainer = quiet_trainer(RandomState(), *callbacks, saver, max_epochs=3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`|The dirpath has changed")
         trainer.fit(model, digits(), ckpt_path=path)

@@ -34,7 +34,7 @@ class SaveOnException(Checkpoint):
 def broken_run(*callbacks, data=None, **settings):
     """The checkpoint of a run that an exception ended."""
     seed_everything(1, verbose=False)
-    trainer = quiet_trainer(callbacks=[RandomState(), *callbacks, SaveOnException()], max_epochs=2, **settings)
+    trainer = quiet_trainer(RandomState(), *callbacks, SaveOnException(), max_epochs=2, **settings)
     with pytest.raises(StoppedError):
         trainer.fit(Counting(), data or digits())
     return "broken.ckpt"
@@ -43,7 +43,7 @@ def broken_run(*callbacks, data=None, **settings):
 def test_in_the_middle_of_a_step_no_batch_is_left_out():
     path = broken_run(Break("on_before_backward", 8))
     seed_everything(99, verbose=False)
-    model, trainer = Counting(), quiet_trainer(callbacks=[RandomState()], max_epochs=2)
+    model, trainer = Counting(), quiet_trainer(RandomState(), max_epochs=2)
     with pytest.warns(UserWarning, match="after batch 2 of epoch 1, in the middle of a training step that did not end"):
         trainer.fit(model, digits(), ckpt_path=path)
     assert trainer.global_step == 12
@@ -53,13 +53,13 @@ def test_in_the_middle_of_a_step_no_batch_is_left_out():
 
 def test_between_accumulated_batches_a_callback_that_must_see_them_all():
     path = broken_run(Break("on_validation_end", 1), accumulate_grad_batches=2, val_check_interval=3)
-    trainer = quiet_trainer(callbacks=[RandomState(), Flooding(0.1)], max_epochs=1, accumulate_grad_batches=2)
+    trainer = quiet_trainer(RandomState(), Flooding(0.1), max_epochs=1, accumulate_grad_batches=2)
     with pytest.warns(UserWarning, match="in the middle of 2 accumulated batches, which Flooding must see together"):
         trainer.fit(Noisy(), digits(), ckpt_path=path)
     checkpoint = torch.load(path, weights_only=True)
     del checkpoint["accumulated_gradients"]  # as Lightning alone writes it
     torch.save(checkpoint, path)
-    trainer = quiet_trainer(callbacks=[ExactResume()], max_epochs=1, accumulate_grad_batches=2)
+    trainer = quiet_trainer(ExactResume(), max_epochs=1, accumulate_grad_batches=2)
     with pytest.warns(UserWarning, match="in the middle of 2 accumulated batches, without their gradients"):
         trainer.fit(Noisy(), digits(), ckpt_path=path)
 
@@ -141,7 +141,7 @@ def test_a_torch_loader_goes_on_at_the_end_of_an_epoch(tmp_path, name):
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_torch_loader_cannot_go_on_in_mid_epoch():
     path = broken_run(Break("on_train_batch_end", 2), data=Loaders(torch_loader))
-    trainer = quiet_trainer(callbacks=[RandomState()], max_epochs=1)
+    trainer = quiet_trainer(RandomState(), max_epochs=1)
     with pytest.warns(UserWarning, match="a DataLoader cannot go on there: the rest of the epoch is of a new order"):
         trainer.fit(Noisy(), Loaders(torch_loader), ckpt_path=path)
 
@@ -151,7 +151,7 @@ def test_workers_that_live_on_are_named():
         return torch_loader(1, persistent_workers=True)
 
     path = broken_run(Break("on_train_epoch_start", 5), data=Loaders(persistent))
-    trainer = quiet_trainer(callbacks=[RandomState()], max_epochs=2, limit_val_batches=0)
+    trainer = quiet_trainer(RandomState(), max_epochs=2, limit_val_batches=0)
     with pytest.warns(UserWarning, match="Set persistent_workers=False"):
         trainer.fit(Noisy(), Loaders(persistent), ckpt_path=path)
 
@@ -170,7 +170,7 @@ def plain_fit(folder, path=None, callbacks=(), **settings):
     model = Steps()
     saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1, enable_version_counter=False)
     settings = {"limit_train_batches": 4, "limit_val_batches": 0, "max_epochs": 3} | settings
-    trainer = quiet_trainer(callbacks=[*callbacks, saver], **settings)
+    trainer = quiet_trainer(*callbacks, saver, **settings)
     trainer.fit(model, Boring(), ckpt_path=path)
     return model.steps, trainer.global_step
 

@@ -4,11 +4,11 @@ import functools
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.utils.data import DataLoader
+from trainers import quiet_trainer
 
 from lightning_plugins.capsnet import PRESETS, CapsNet, squash
 from lightning_plugins.data import MultiMNIST
@@ -48,16 +48,8 @@ def small(**arguments):
     return CapsNet(**(SMALL | {"num_classes": 4} | arguments))
 
 
-def trainer(tmp_path, **arguments):
-    defaults = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "max_epochs": 1,
-        "log_every_n_steps": 1,
-        "enable_model_summary": False,
-    }
-    return Trainer(default_root_dir=tmp_path, accelerator="cpu", **(defaults | arguments))
+def trainer(tmp_path, **options):
+    return quiet_trainer(default_root_dir=tmp_path, **({"max_epochs": 1, "log_every_n_steps": 1} | options))
 
 
 def test_training_masks_by_label_and_evaluation_by_prediction():

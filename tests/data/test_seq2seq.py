@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from toys import Squares
+from trainers import fit
 
 from lightning_plugins.core.pretrained import load_tokenizer
 from lightning_plugins.data import PythonDocstrings, Seq2SeqData, text_data
@@ -250,18 +251,17 @@ def test_targets_are_never_cut(tmp_path, caplog):
 # The tokenizer
 
 
-class Net(LightningModule):
+class Net(Squares):
     """Remembers its batches; its ``tokenizer`` is a plain attribute."""
 
     def __init__(self, tokenizer=None):
-        super().__init__()
+        super().__init__(torch.nn.Embedding(40_000, 2))
         self.tokenizer = tokenizer
-        self.net = torch.nn.Embedding(40_000, 2)
         self.seen = []
 
     def training_step(self, batch, index):
         self.seen.append((self.current_epoch, index, {name: value.clone() for name, value in batch.items()}))
-        return self.net(batch["input_ids"]).square().mean()
+        return self.loss(batch["input_ids"])
 
     def validation_step(self, batch, index):
         self.log("val/loss", self.net(batch["input_ids"]).mean(), batch_size=len(batch["input_ids"]))
@@ -269,36 +269,24 @@ class Net(LightningModule):
     def predict_step(self, batch, index):
         return [{"source": source} for source in batch["source"]]
 
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def fit(folder, model, data, ckpt_path=None, **trainer):
-    arguments = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    arguments |= {"enable_model_summary": False, "default_root_dir": folder, **trainer}
-    trainer = Trainer(**arguments)
-    trainer.fit(model, data, ckpt_path=ckpt_path)
-    return trainer
-
 
 def test_the_models_tokenizer_is_taken_and_another_refused(tmp_path, byte_level):
-    once = {"max_epochs": 1, "enable_checkpointing": False}
     data = Seq2SeqData(pairs=PAIRS)
     model = Net(load_tokenizer(byte_level))
-    trainer = fit(tmp_path, model, data, **once)
+    trainer = fit(model, data)
     assert data.tokenizer is model.tokenizer
     assert model.seen[0][2]["input_ids"][0, 0] == model.tokenizer.cls_token_id
     assert len(trainer.predict(model, Seq2SeqData(pairs=PAIRS, test_file=write(tmp_path / "t.tsv", ["source", "1 2"]),
                                                   target_format="{source}"))) == 1  # fmt: skip
-    fit(tmp_path, Net(load_tokenizer(MINILM)), Seq2SeqData(pairs=PAIRS, tokenizer=MINILM), **once)  # twice the same
+    fit(Net(load_tokenizer(MINILM)), Seq2SeqData(pairs=PAIRS, tokenizer=MINILM))  # twice the same
     with pytest.raises(ValueError) as error:
-        fit(tmp_path, model, Seq2SeqData(pairs=PAIRS, tokenizer=MINILM), **once)
+        fit(model, Seq2SeqData(pairs=PAIRS, tokenizer=MINILM))
     assert str(error.value) == (
         f"tokenizer={MINILM!r} of the data has 30522 tokens and is not the model's, which has 300: leave it out, then "
         "the data use the model's."
     )
     other = Net(load_tokenizer(MINILM))
-    fit(tmp_path, other, data, **once)  # the same data with another model are encoded again
+    fit(other, data)  # the same data with another model are encoded again
     assert other.seen[0][2]["input_ids"][0, 0] == other.tokenizer.cls_token_id
 
 
@@ -346,7 +334,7 @@ def test_interrupted_run_equals_uninterrupted(tmp_path, arguments):
     def run(model, ckpt_path=None):
         checkpoint = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
         data = Seq2SeqData(pairs=PAIRS, batch_size=8, **arguments)
-        fit(tmp_path, model, data, ckpt_path, callbacks=[checkpoint], max_epochs=2)
+        fit(model, data, checkpoint, ckpt_path=ckpt_path, max_epochs=2)
         return model.seen
 
     whole = run(Net())
@@ -366,9 +354,9 @@ def test_resuming_with_other_lengths_is_refused():
         next(iter(other))
 
 
-def test_without_validation_texts_there_is_no_validation(tmp_path):
+def test_without_validation_texts_there_is_no_validation():
     model = Net()
-    trainer = fit(tmp_path, model, Seq2SeqData(pairs=PAIRS, val_size=0, batch_size=30), enable_checkpointing=False)
+    trainer = fit(model, Seq2SeqData(pairs=PAIRS, val_size=0, batch_size=30), max_epochs=3)
     assert len(model.seen) == 6 and trainer.limit_val_batches == 0
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from torchmetrics import Metric, MetricCollection
+from toys import Squares, mlp
+from trainers import fit, quiet_trainer
 
 import lightning_plugins
 from lightning_plugins import callbacks, capsnet, data, eae, metrics, optim, sid, unilm
@@ -103,43 +104,16 @@ def train_unilm(module: unilm.UniLMSeq2Seq) -> list[Tensor]:
     return [*module.network.parameters()]
 
 
-class Line(LightningModule):
-    """A smooth network that callbacks watch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Linear(2, 1)
-        nn.init.ones_(self.layer.weight)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """A squared error."""
-        return (self.layer(batch).tanh() - 0.5).square().mean()
-
-    def train_dataloader(self) -> DataLoader:
-        """Two batches."""
-        return DataLoader(draw(8, 2), batch_size=4)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Gradient descent."""
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def quiet_trainer(**options: Any) -> Trainer:
-    """One that writes nothing."""
-    off = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    return Trainer(accelerator="cpu", devices=1, **dict.fromkeys(off, False), **options)
-
-
 def watch(callback: Callback) -> list[Tensor]:
     """Two steps of a trainer with the callback."""
-    module = Line()
-    quiet_trainer(max_steps=2, callbacks=[callback]).fit(module)
+    module = Squares(mlp(2, 1, 1, seed=0))
+    fit(module, list(draw(8, 2).split(4)), callback)
     return [*module.parameters()]
 
 
 def penalised() -> dict[str, Any]:
     """Arguments of gradient_penalty_backward for a module in a trainer."""
-    module = Line()
+    module = Squares(mlp(2, 1, 1, seed=0))
     module.automatic_optimization = False
     module.trainer = quiet_trainer(max_steps=1)
     module.trainer.strategy.connect(module)

@@ -8,9 +8,10 @@ import zlib
 from contextlib import suppress
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from trainers import quiet_trainer
 
 from lightning_plugins.callbacks import RandomState, SaveOnSigterm
 from lightning_plugins.core.lightning_internals import fit_progress, read_place
@@ -103,12 +104,11 @@ for _place in PLACES:
     setattr(SaveAnywhere, _place, lambda self, trainer, *_, _place=_place: self.save(trainer, _place))
 
 
-def fit(module, data, folder=None, ckpt_path=None, callbacks=(), last=None, stop="crash", **trainer):
+def fit(module, data, folder=None, ckpt_path=None, callbacks=(), last=None, stop="crash", **options):
     """One run, from the start or from a checkpoint; returns trainer, recorder and the checkpoints on the way."""
     recorder, saver = Recorder(), SaveAnywhere(folder, last, stop)
-    settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0, **trainer}
-    run = Trainer(callbacks=[RandomState(), SaveOnSigterm(), *callbacks, recorder, saver], **settings)
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0} | options
+    run = quiet_trainer(RandomState(), SaveOnSigterm(), *callbacks, recorder, saver, **options)
     with suppress(StoppedError, SIGTERMException):
         run.fit(module, data, ckpt_path=ckpt_path)
     return run, recorder, saver.paths

@@ -1,8 +1,11 @@
 """A module that draws random numbers everywhere, and how it is trained and broken off."""
 
+from functools import partial
+
 import torch
+import trainers
 from chains import StoppedError
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 
 from lightning_plugins.data import Digits
 
@@ -77,6 +80,4 @@ def digits():
     return Digits(image_size=8, batch_size=200, shift=1)  # 6 batches an epoch
 
 
-def quiet_trainer(**settings):
-    base = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return Trainer(**(base | {"num_sanity_val_steps": 0} | settings))
+quiet_trainer = partial(trainers.quiet_trainer, num_sanity_val_steps=0)  # it would draw

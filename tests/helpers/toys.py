@@ -24,6 +24,11 @@ def flat(tensors):
     return torch.cat([tensor.detach().flatten() for tensor in tensors]).clone()
 
 
+def weights(module):
+    """All parameters of a module in one vector."""
+    return flat(module.parameters())
+
+
 class Squares(LightningModule):
     """Learns to answer zero: the mean square of what ``net`` makes of a batch.
 
@@ -105,19 +110,15 @@ def rows(n=12, seed=0):
     return x, torch.randn(n, dtype=torch.float64, generator=generator)
 
 
-class Bert(LightningModule):
+class Bert(Squares):
     """A stock sentence classifier with random weights; ``options`` are its configuration's."""
 
     def __init__(self, optimizer=SGD, **options):
         from transformers import BertConfig, BertForSequenceClassification  # takes seconds
 
-        super().__init__()
         sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
         config = BertConfig(**(sizes | options), num_hidden_layers=2, max_position_embeddings=12)
-        self.net, self.optimizer = BertForSequenceClassification(config), optimizer
+        super().__init__(BertForSequenceClassification(config), optimizer)
 
-    def training_step(self, batch, batch_idx):
+    def loss(self, batch):
         return self.net(**batch).loss
-
-    def configure_optimizers(self):
-        return self.optimizer(self.parameters())

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from toys import Squares
+from trainers import quiet_trainer
 
 from lightning_plugins import Digits
 from lightning_plugins.metrics import FrechetDistance, feature_extractor
@@ -163,14 +164,13 @@ def test_wrong_use_gets_a_sentence():
 
 
 def test_lightning_logs_it_every_epoch():
-    class Module(LightningModule):
+    class Module(Squares):
         def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(4, 4)
+            super().__init__(nn.Linear(4, 4))
             self.distance = FrechetDistance("digits")
 
         def training_step(self, batch, batch_idx):
-            return self.layer(torch.ones(4)).sum()
+            return self.loss(torch.ones(4))
 
         def validation_step(self, batch, batch_idx):
             if not self.distance.real_features_num_samples >= 80:
@@ -178,14 +178,10 @@ def test_lightning_logs_it_every_epoch():
             self.distance.update(batch * (0.9 - 0.2 * self.current_epoch), real=False)
             self.log("val/frechet_distance", self.distance)
 
-        def configure_optimizers(self):
-            return torch.optim.SGD(self.parameters(), lr=0.1)
-
     module, found = Module(), []
     module.on_validation_end = lambda: found.append(float(module.trainer.callback_metrics["val/frechet_distance"]))
     images = torch.rand(80, 1, 8, 8)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(max_epochs=3, logger=False, accelerator="cpu", num_sanity_val_steps=0, **quiet)
+    trainer = quiet_trainer(max_epochs=3, num_sanity_val_steps=0)
     trainer.fit(module, DataLoader(images, batch_size=40), DataLoader(images, batch_size=40))
     assert module.distance.real_features_num_samples == 80
     assert 0 < found[0] < found[1] < found[2]

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from chains import Runs, quiet
-from lightning.pytorch import Trainer
+from trainers import quiet_trainer
 
 from lightning_plugins import EAE, CapsNet, DiffusionTeacher, Digits, Seq2SeqData, SiD, UniLMSeq2Seq
 
@@ -109,16 +109,15 @@ def test_a_chain(request, tmp_path, name, kind, seed):
 def test_float64_is_read_as_float64(request, tmp_path, name):
     """By Lightning alone, without a callback of ours: weights do not pass through float32 on their way."""
     make = MAKERS.get(name) or request.getfixturevalue(name)
-    settings = {"precision": "64-true", "limit_val_batches": 0, "accelerator": "cpu", "enable_progress_bar": False}
-    settings |= {"logger": False, "enable_model_summary": False, "enable_checkpointing": False}
+    settings = {"precision": "64-true", "limit_val_batches": 0, "max_steps": 2}
     module, data = make()
-    trainer = Trainer(max_steps=2, **settings)
+    trainer = quiet_trainer(**settings)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     expected = module.state_dict()
     assert any(value.dtype == torch.float64 and not torch.equal(value, value.float()) for value in expected.values())
     module, data = make()
-    trainer = Trainer(max_steps=2, **settings)  # which has been made: nothing is left to do
+    trainer = quiet_trainer(**settings)  # which has been made: nothing is left to do
     trainer.fit(module, data, ckpt_path=tmp_path / "saved.ckpt")
     assert trainer.global_step == 2
     for key, value in expected.items():

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from toys import Squares
+from trainers import save
 
 from lightning_plugins import CapsNet
 from lightning_plugins.cli import main
@@ -56,14 +57,6 @@ def test_checkpoint_of_the_command_line_loads_safely(project):
     assert model(torch.zeros(2, *model.image_shape)).shape == (2, 10, 16)
 
 
-class Other(LightningModule):
-    """Another network, without hyperparameters."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = torch.nn.Linear(2, 2)
-
-
 def test_what_is_no_checkpoint_is_told_and_left(project, tmp_path):
     """Three mistakes, each in a process of its own, all at the same time."""
     good = (project / LAST).read_bytes()
@@ -71,9 +64,7 @@ def test_what_is_no_checkpoint_is_told_and_left(project, tmp_path):
     last.parent.mkdir(parents=True)
     last.write_bytes(good[: len(good) // 2])
     torch.save({"weights": torch.zeros(3)}, tmp_path / "foreign.pt")
-    trainer = Trainer(logger=False, accelerator="cpu", enable_checkpointing=False)
-    trainer.strategy.connect(Other())
-    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    save(Squares(torch.nn.Linear(2, 2)), tmp_path / "other.ckpt")  # another network, without hyperparameters
 
     mistakes = [  # the words, and what is told about them
         (

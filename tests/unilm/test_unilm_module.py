@@ -2,11 +2,13 @@
 
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningDataModule, Trainer
+import trainers
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -82,19 +84,7 @@ def batch_of(tokenizer, pairs):
     }
 
 
-def fit(model, datamodule, tmp_path, **arguments):
-    defaults = {
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "num_sanity_val_steps": 0,
-        "log_every_n_steps": 1,
-    }
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, **(defaults | arguments))
-    trainer.fit(model, datamodule=datamodule)
-    return trainer
+fit = partial(trainers.fit, num_sanity_val_steps=0, log_every_n_steps=1)
 
 
 def stock_logits(network, batch):
@@ -179,7 +169,7 @@ def test_tokens_of_accumulated_batches_weigh_the_same(module, tokenizer, tmp_pat
         batches = Plain([batch_of(tokenizer, part) for part in parts])
         for k in [len(parts)] if name == "one" else [3, 4]:
             start = {key: value.clone() for key, value in model.state_dict().items()}
-            fit(model, batches, tmp_path, accumulate_grad_batches=k, limit_val_batches=0)
+            fit(model, batches, accumulate_grad_batches=k, limit_val_batches=0)
             steps[name, k] = {key: value - start[key] for key, value in model.state_dict().items()}
             model.load_state_dict(start)
     for k in (3, 4):
@@ -190,7 +180,7 @@ def test_tokens_of_accumulated_batches_weigh_the_same(module, tokenizer, tmp_pat
 def test_evaluation_logs_scores_and_writes_a_table(module, folder, tmp_path):
     logger = CSVLogger(tmp_path)
     model = module(num_generate=5)
-    trainer = fit(model, data(folder), tmp_path, logger=logger, max_epochs=2, num_sanity_val_steps=2)
+    trainer = fit(model, data(folder), logger=logger, max_epochs=2, num_sanity_val_steps=2)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert {"val/loss", "val/perplexity", "val/rougeL", "val/bleu", "val/chrf", "val/exact_match"} <= logged.keys()
     assert logged["val/perplexity"] == pytest.approx(math.exp(logged["val/loss"]), rel=1e-4)
@@ -219,7 +209,7 @@ def test_validation_loss_is_a_mean_over_tokens_without_smoothing(module, folder,
     model = module(generate_every_n_epochs=0)
     pairs = some_pairs(8)
     datamodule = data(folder, pairs=some_pairs(8, seed=5), val_size=0)
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    trainer = trainers.quiet_trainer()
     loaders = Plain([batch_of(tokenizer, pairs[:3]), batch_of(tokenizer, pairs[3:])]).batches
     (result,) = trainer.validate(model, dataloaders=loaders, verbose=False)
     model.eval()
@@ -231,7 +221,7 @@ def test_validation_loss_is_a_mean_over_tokens_without_smoothing(module, folder,
 
 def test_predict_gives_records_and_texts_come_alone_or_in_batches(module, folder, tmp_path):
     model, datamodule = module(), data(folder, test_file=None)
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    trainer = trainers.quiet_trainer()
     datamodule.setup("validate")
     records = [record for batch in trainer.predict(model, datamodule.val_dataloader()) for record in batch]
     assert len(records) == 8
@@ -271,14 +261,14 @@ def test_a_checkpoint_needs_neither_the_folder_nor_the_data(module, tokenizer, t
     tokenizer.save_pretrained(where)
     model = module(tokenizer=str(where))
     callback = ModelCheckpoint(tmp_path / "ckpt", save_last=True)
-    fit(model, data(str(where)), tmp_path, enable_checkpointing=True, callbacks=[callback])
+    fit(model, data(str(where)), callback)
     for path in where.iterdir():
         path.unlink()
     again = UniLMSeq2Seq.load_from_checkpoint(callback.last_model_path, weights_only=True)
     sources = ["one two", "nine"]
     assert again.generate_text(sources) == model.generate_text(sources)
     third = module(tokenizer=str(where))  # the trainer, too, asks the checkpoint rather than the folder
-    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_progress_bar=False)
+    trainer = trainers.quiet_trainer(enable_checkpointing=True)
     loader = Plain([batch_of(tokenizer, some_pairs(2))]).batches
     trainer.validate(third, loader, ckpt_path=callback.last_model_path, verbose=False)
     assert third.generate_text(sources) == model.generate_text(sources)
@@ -289,23 +279,14 @@ def test_a_checkpoint_needs_neither_the_folder_nor_the_data(module, tokenizer, t
 def test_a_resumed_run_equals_an_uninterrupted_one(module, folder, tmp_path, objective):
     from lightning_plugins import RandomState
 
-    settings = {"enable_checkpointing": True, "limit_val_batches": 0}
     arguments = {"objective": objective, "lr": 1e-2, "target_noise": 0.0 if objective == "masked" else 0.3}
     whole = module(**arguments)
     keep = ModelCheckpoint(tmp_path / objective, every_n_train_steps=6, save_top_k=-1)
-    fit(whole, data(folder), tmp_path, max_epochs=3, callbacks=[keep, RandomState()], **settings)
+    fit(whole, data(folder), keep, RandomState(), max_epochs=3, limit_val_batches=0)
     (path,) = (tmp_path / objective).glob("*step=6.ckpt")
     resumed = module(**arguments)
     keep = ModelCheckpoint(tmp_path / objective, every_n_train_steps=6, save_top_k=-1)
-    trainer = Trainer(
-        accelerator="cpu",
-        max_epochs=3,
-        logger=False,
-        enable_progress_bar=False,
-        callbacks=[keep, RandomState()],
-        **settings,
-    )
-    trainer.fit(resumed, datamodule=data(folder), ckpt_path=path)
+    trainer = fit(resumed, data(folder), keep, RandomState(), max_epochs=3, limit_val_batches=0, ckpt_path=path)
     assert trainer.global_step == 12
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[key], value, rtol=0, atol=0)
@@ -316,11 +297,11 @@ def test_several_masks_train_together_and_still_generate(module, folder, tmp_pat
     model = module(objective="masked", mask=shares, mask_probability=0.15, segment="unilm_v1")
     (tmp_path / "running.txt").write_text("\n\n".join(" ".join(WORDS[i:] + WORDS[:i]) for i in range(10)))
     text = {"pairs": None, "train_file": str(tmp_path / "running.txt"), "text_column": "text", "val_size": 2}
-    trainer = fit(model, data(folder, **text), tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    trainer = fit(model, data(folder, **text), precision="bf16-mixed", gradient_clip_val=1.0)
     assert torch.isfinite(trainer.callback_metrics["val/loss"])
     assert "val/rougeL" in trainer.callback_metrics
     only = module(mask="l2r")
-    trainer = fit(only, data(folder), tmp_path)
+    trainer = fit(only, data(folder))
     assert "val/rougeL" not in trainer.callback_metrics
     with pytest.raises(ValueError, match="that needs 'seq2seq'"):
         only.generate_text(["one"])
@@ -372,7 +353,7 @@ def test_pretrained_weights_a_smaller_vocabulary_and_more_positions(tmp_path):
 
 def test_export_carries_the_last_scores(module, folder, tmp_path):
     model = module()
-    fit(model, data(folder), tmp_path)
+    fit(model, data(folder))
     where = model.export(tmp_path / "out")
     card = (where / "README.md").read_text()
     assert "val/rougeL" in card
@@ -443,13 +424,13 @@ def test_pseudo_copies_need_positions_of_their_own(module):
 def test_wrong_setups_are_refused_before_training(module, folder, tokenizer, tmp_path):
     long = data(folder, pairs=[["one " * 30, "two " * 20]] * 4, val_size=0, max_source_length=32, max_target_length=24)
     with pytest.raises(ValueError, match="longer than the network's 40 positions"):
-        fit(module(), long, tmp_path, limit_val_batches=0)
+        fit(module(), long, limit_val_batches=0)
     batches = [batch_of(tokenizer, some_pairs(4)), batch_of(tokenizer, [["one " * 30, "two " * 20]])]
     with pytest.raises(ValueError, match="A sample of 53 tokens is longer than the network's 40"):  # not in the first
-        fit(module(), Plain(batches), tmp_path, limit_val_batches=0)
+        fit(module(), Plain(batches), limit_val_batches=0)
     foreign = batch_of(tokenizer, some_pairs(4))
     foreign["input_ids"] = foreign["input_ids"] + 20
     with pytest.raises(ValueError, match="made with another tokenizer"):
-        fit(module(), Plain([foreign]), tmp_path, limit_val_batches=0)
+        fit(module(), Plain([foreign]), limit_val_batches=0)
     with pytest.raises(ValueError, match="needs a tokenizer"):
-        fit(module(tokenizer=None), Plain([foreign]), tmp_path, limit_val_batches=0)
+        fit(module(tokenizer=None), Plain([foreign]), limit_val_batches=0)

@@ -2,10 +2,11 @@
 
 import copy
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+import trainers
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -72,12 +73,7 @@ def module(tokenizer):
     return build
 
 
-def fit(model, data, callbacks, **options):
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "log_every_n_steps": 1}
-    quiet |= {"enable_model_summary": False, "num_sanity_val_steps": 0, "max_epochs": 1}
-    trainer = Trainer(accelerator="cpu", callbacks=callbacks, **(quiet | options))
-    trainer.fit(model, data)
-    return trainer
+fit = partial(trainers.fit, num_sanity_val_steps=0, log_every_n_steps=1)
 
 
 def written(model, batches, flooding, penalty):
@@ -104,7 +100,7 @@ def test_flooding_and_penalty_are_the_written_objective(module, data, flooding, 
     reference = copy.deepcopy(model).double()
     callbacks = [Flooding(LEVEL)] if flooding else []
     callbacks += [GradientPenalty(C, engine=engine, difference="central", relative_step=1e-6)] if engine else []
-    trainer = fit(model, data(), callbacks, precision="64-true")
+    trainer = fit(model, data(), *callbacks, precision="64-true")
     assert "val/rougeL" in trainer.callback_metrics
     expected, signs = written(reference, model.batches, flooding, engine is not None)
     assert not flooding or {True, False} == set(signs)
@@ -118,7 +114,7 @@ def test_diagnostics_see_the_curvature_along_the_step(module, data):
     model.network  # noqa: B018
     reference = copy.deepcopy(model).double()
     diagnostics = ODEDiagnostics(every_n_steps=1)
-    fit(model, data(), [diagnostics], precision="64-true")
+    fit(model, data(), diagnostics, precision="64-true")
     params, batch = list(reference.parameters()), model.batches[0]
     loss = reference.loss(batch)["nll"]
     gradient = torch.autograd.grad(loss, params)
@@ -136,7 +132,7 @@ def test_diagnostics_see_the_curvature_along_the_step(module, data):
 @pytest.mark.parametrize("callback", [lambda: Flooding(LEVEL), lambda: GradientPenalty(C), ODEDiagnostics])
 def test_callbacks_that_cannot_see_the_weights_of_accumulated_batches_are_refused(module, data, callback):
     with pytest.raises(MisconfigurationException, match="weighs accumulated batches by their tokens: set accumulate"):
-        fit(module(), data(), [callback()], accumulate_grad_batches=2)
+        fit(module(), data(), callback(), accumulate_grad_batches=2)
 
 
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
@@ -149,7 +145,7 @@ def test_an_average_of_weights_is_one(module, data):
             states.append(flat(param.detach().clone() for param in pl_module.parameters()))
             super().on_train_batch_end(trainer, pl_module, *args)
 
-    fit(model, data(), [Watched(decay=0.5)], limit_val_batches=0)
+    fit(model, data(), Watched(decay=0.5), limit_val_batches=0)
     average = states[0]
     for state in states[1:]:
         average = (average + state) / 2
@@ -162,23 +158,22 @@ def test_an_average_of_weights_is_one(module, data):
 def test_stochastic_weight_averaging_needs_the_network_first(module, data):
     swa = {"swa_lrs": LR, "swa_epoch_start": 1}
     with pytest.raises(MisconfigurationException, match=r"would average nothing: touch module\.network before fit"):
-        fit(module(), data(), [StochasticWeightAveraging(**swa)])
+        fit(module(), data(), StochasticWeightAveraging(**swa))
     model = module()
     model.network  # noqa: B018
     callback = StochasticWeightAveraging(**swa)
-    fit(model, data(), [callback], max_epochs=3, limit_val_batches=0)
+    fit(model, data(), callback, max_epochs=3, limit_val_batches=0)
     assert len(list(callback._average_model.parameters())) == len(list(model.parameters())) > 0
 
 
 def test_validation_before_training_leaves_nothing_behind(module, data):
     """Its inference mode makes tensors that training must not meet."""
     model, datamodule = module(tokenizer=None), data()
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", enable_checkpointing=False, max_epochs=1, **quiet)
+    trainer = trainers.quiet_trainer(max_epochs=1)
     (before,) = trainer.validate(model, datamodule, verbose=False)
     trainer.fit(model, datamodule)
     fresh = module(tokenizer=None)
-    other = fit(fresh, data(), [], num_sanity_val_steps=2)
+    other = fit(fresh, data(), num_sanity_val_steps=2)
     assert before["val/loss"] != trainer.callback_metrics["val/loss"]
     assert trainer.callback_metrics["val/loss"] == other.callback_metrics["val/loss"]
 
@@ -193,11 +188,10 @@ def test_the_network_begins_on_cpu_whatever_the_trainers_device(module, data, tm
 
     monkeypatch.setattr(SingleDeviceStrategy, "tensor_init_context", other_device)
     learnt = module(tokenizer=None)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    Trainer(accelerator="cpu", **quiet).validate(learnt, data(), verbose=False)
+    trainers.quiet_trainer().validate(learnt, data(), verbose=False)
     learnt.export(tmp_path / "pretrained")
     pretrained = UniLMSeq2Seq(str(tmp_path / "pretrained"), max_positions=50, generation={"max_new_tokens": 4})
-    (result,) = Trainer(accelerator="cpu", **quiet).validate(pretrained, data(), verbose=False)
+    (result,) = trainers.quiet_trainer().validate(pretrained, data(), verbose=False)
     assert result["val/loss"] > 0
     for model in (learnt, pretrained):
         assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
@@ -212,9 +206,7 @@ def test_a_network_that_is_built_late_is_where_its_module_is(module):
 def test_mistakes_are_told_in_a_sentence(module, data):
     from lightning.pytorch.demos.boring_classes import BoringModel
 
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, **quiet)
-    trainer.fit(BoringModel(), torch.utils.data.DataLoader(torch.zeros(2, 32)))
+    trainer = trainers.fit(BoringModel(), [torch.zeros(1, 32)], max_steps=1, limit_val_batches=0)
     trainer.save_checkpoint("other.ckpt")
     with pytest.raises(ValueError, match="describes no network of UniLMSeq2Seq: it is another module's"):
         trainer.validate(module(), data(), ckpt_path="other.ckpt", verbose=False)

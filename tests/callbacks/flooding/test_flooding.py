@@ -9,7 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from toys import Regression, mlp
+from toys import Regression, mlp, weights
 from trainers import fit
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
@@ -62,10 +62,6 @@ def trained(model, *callbacks, data=None, **options):
     )
     model.signs = signs.signs
     return model
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def flooded(losses, level, scope):

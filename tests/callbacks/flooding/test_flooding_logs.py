@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
-from toys import Regression, mlp
+from toys import Regression, mlp, weights
 from trainers import fit, quiet_trainer
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
@@ -61,10 +61,6 @@ def trained(model, *callbacks, **options):
     fit(model, batches(), *callbacks, seen, **({"max_epochs": 2, "log_every_n_steps": 1} | options))
     model.signs, model.logged = seen.signs, seen.logged
     return model
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 @pytest.mark.parametrize("scope", ["step", "microbatch"])

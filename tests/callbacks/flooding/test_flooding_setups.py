@@ -17,7 +17,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.utils.data import DataLoader
-from toys import Bert, Squares
+from toys import Bert, Squares, weights
 from trainers import fit
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
@@ -58,10 +58,6 @@ def trained(model, *callbacks, data=None, lr=0.1, optimizer=torch.optim.SGD, **o
     seed_everything(0, verbose=False)
     data = boring()[1] if data is None else data
     return fit(model, data, *callbacks, **({"log_every_n_steps": 1} | options))
-
-
-def weights(model):
-    return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
 def assert_ascends(build, scope="step", optimizer=torch.optim.SGD, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from toys import WatchedClassifier, mlp
+from toys import WatchedClassifier, mlp, weights
 from trainers import fit
 
 from lightning_plugins.callbacks import Flooding, GradientPenalty
@@ -68,10 +68,6 @@ def written(flooding, penalty, k):
     return model, signs
 
 
-def flat(model):
-    return torch.cat([param.detach().flatten() for param in model.parameters()])
-
-
 ORDERS = {
     "flooding first": lambda flooding, penalty: [flooding, penalty],
     "penalty first": lambda flooding, penalty: [penalty, flooding],
@@ -93,7 +89,7 @@ def test_gradient(flooding_scope, penalty_scope, engine, k, order):
     assert len(model.gradients) == len(expected.gradients)
     for found, right in zip(model.gradients, expected.gradients, strict=True):
         assert (found - right).norm() / right.norm() < TOLERANCES[engine]
-    torch.testing.assert_close(flat(model), flat(expected), rtol=0, atol=TOLERANCES[engine])
+    torch.testing.assert_close(weights(model), weights(expected), rtol=0, atol=TOLERANCES[engine])
 
 
 def test_the_level_is_straddled_and_the_scopes_differ():
@@ -102,8 +98,8 @@ def test_the_level_is_straddled_and_the_scopes_differ():
     for (scope, _), (_, signs) in runs.items():
         assert {sign for step in signs for sign in step} == {True, False}, scope
     assert any(len(set(step)) == 2 for step in runs["microbatch", "step"][1])
-    weights = [flat(model) for model, _ in runs.values()]
-    assert all((a - b).norm() > 1e-3 for i, a in enumerate(weights) for b in weights[:i])
+    found = [weights(model) for model, _ in runs.values()]
+    assert all((a - b).norm() > 1e-3 for i, a in enumerate(found) for b in found[:i])
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -140,4 +136,4 @@ def test_a_run_resumes_with_its_callbacks_in_another_order(tmp_path, reverse):
     fit_double(resumed, *callbacks, max_epochs=2, ckpt_path=tmp_path / "step=5.ckpt")
     assert state["global_step"] == len(resumed.gradients) == 5
     assert all(map(torch.equal, whole.gradients[5:], resumed.gradients))
-    assert torch.equal(flat(whole), flat(resumed))
+    assert torch.equal(weights(whole), weights(resumed))
