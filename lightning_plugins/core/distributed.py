@@ -1,4 +1,4 @@
-"""Several processes: sharding a module's parts (FSDP2), sums and rows of all of them with gradient, a clean end."""
+"""Several processes: sums and rows of all of them with gradient, and a clean end."""
 
 import atexit
 from typing import Any
