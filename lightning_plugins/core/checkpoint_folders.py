@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import ParallelStrategy
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.replacing import is_address, replacing, write_error
@@ -17,7 +17,7 @@ from lightning_plugins.core.replacing import is_address, replacing, write_error
 _CHECKSUMS = "checksums.json"  # of all other files in the folder, CRC-32
 
 
-def replace_folders(strategy: Strategy) -> None:
+def replace_folders(strategy: ParallelStrategy) -> None:
     """Let a strategy write folders beside their place, with checksums, and compare these when it reads one.
 
     All processes write, rank zero puts the whole there. A file (of a checkpoint that is not sharded) fares as well.
@@ -32,7 +32,7 @@ def replace_folders(strategy: Strategy) -> None:
         target = Path(os.path.abspath(strategy.broadcast(filepath)))
         try:
             with ExitStack() as stack:
-                partial = None
+                partial: Any = None
                 if strategy.is_global_zero:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     partial = stack.enter_context(replacing(target))
@@ -51,14 +51,14 @@ def replace_folders(strategy: Strategy) -> None:
     strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
 
 
-def _add_checksums(strategy: Strategy, folder: Path) -> None:
-    names = sorted(path.name for path in folder.glob("*")) if strategy.is_global_zero else None
+def _add_checksums(strategy: ParallelStrategy, folder: Path) -> None:
+    names = sorted(path.name for path in folder.glob("*")) if strategy.is_global_zero else []
     sums = _checksums(strategy, folder, strategy.broadcast(names))
     if strategy.is_global_zero and folder.is_dir():
         (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
-def _compare_checksums(strategy: Strategy, folder: Path) -> None:
+def _compare_checksums(strategy: ParallelStrategy, folder: Path) -> None:
     path = folder / _CHECKSUMS
     if not strategy.broadcast(path.is_file()):  # a file, an address, or written by Lightning alone
         return
@@ -70,7 +70,7 @@ def _compare_checksums(strategy: Strategy, folder: Path) -> None:
         )
 
 
-def _checksums(strategy: Strategy, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
+def _checksums(strategy: ParallelStrategy, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
     """Of all files by name; each process reads its share of them."""
     mine = {name: _checksum(folder / name) for name in names[strategy.global_rank :: strategy.world_size]}
     shares = [mine] * strategy.world_size

@@ -346,14 +346,15 @@ def start_at(trainer: Trainer, place: Place) -> None:
             epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
             fit_loop.epoch_progress.current.completed += 1
         return
-    due = epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
+    fetcher: Any = fit_loop._data_fetcher  # which a run that trains has by now
+    due = epoch_loop._should_check_val_fx(fetcher)
     if due:
         if not place.validated:
             epoch_loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         if not epoch_loop._should_accumulate():
             epoch_loop._batches_that_stepped -= 1  # is raised again when the validation is over
     elif place.is_last:
-        fit_loop._data_fetcher.done = True  # no batch more, whatever the loader still has
+        fetcher.done = True  # no batch more, whatever the loader still has
     fit_loop._restarting = False  # else ReduceLROnPlateau does not look at this epoch
 
 
