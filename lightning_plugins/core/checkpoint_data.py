@@ -2,7 +2,6 @@
 
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -84,16 +83,12 @@ def _cure(error: ValueError) -> str:
 
 def _read(source: Any, weights_only: bool) -> dict[str, Any]:
     """The arguments in a file, an address or an open file, which is left where it was."""
-    if _is_archive(source):
+    if hasattr(source, "seek"):
+        start = source.tell()
+        content = load_any(source, weights_only)
+        source.seek(start)
+    elif zipfile.is_zipfile(source):
         content = torch.load(source, map_location="cpu", weights_only=weights_only, mmap=True)
     else:
-        start = source.tell() if hasattr(source, "tell") else None
         content = load_any(source, weights_only)
-        if start is not None:
-            source.seek(start)
     return arguments_in(content)
-
-
-def _is_archive(source: Any) -> bool:
-    """Whether it names a file of torch's newer kind, of which only what is asked for need be read."""
-    return isinstance(source, str | Path) and zipfile.is_zipfile(source)
