@@ -250,6 +250,43 @@ class GradientPenalty(Callback):
         if logs_now:
             self._log()
 
+    def _penalty(
+        self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]
+    ) -> tuple[list[Tensor] | None, list[Tensor]]:
+        """The gradient of the penalty (``None`` where there is none), and the length of each gradient it penalises."""
+        k = trainer.accumulate_grad_batches
+        if self.scope == "step" or k == trainer.world_size == 1:
+            # Lightning divides an incomplete window by the full k: its gradient is n / k of the mean's, and so is this
+            extra, length = self._penalty_along(window, gradient, self._now, share=len(self._recorder.calls) / k)
+            return extra, [length]
+        total = [torch.zeros_like(param) for param in window.params]
+        lengths = [self._add_micro_batch(part, total, self._now / k) for part in window.micro_batches()]
+        mean_over_ranks_(total)
+        return total, lengths
+
+    def _penalty_along(
+        self, window: WindowLoss, gradient: list[Tensor], coefficient: float, share: float = 1.0
+    ) -> tuple[list[Tensor] | None, Tensor]:
+        """The gradient's Hessian product, weighted (``None`` if there is no direction), and the gradient's length."""
+        length = norm(gradient) / share
+        if self._exact:
+            product = window.exact_product(gradient)
+        else:
+            step = step_along(window.params, gradient, self._relative_step)
+            if step is None:
+                return None, length
+            product = window.product(gradient, step, self.difference, gradient)  # runs it at displaced parameters
+        weigh_(product, self.norm, coefficient, length, share)
+        return product, length
+
+    def _add_micro_batch(self, part: WindowLoss, total: list[Tensor], coefficient: float) -> Tensor:
+        """Add one micro-batch's penalty; returns its gradient's length."""
+        _, gradient = part.gradient()
+        extra, length = self._penalty_along(part, gradient, coefficient)
+        if extra is not None:
+            torch._foreach_add_(total, extra)
+        return length
+
     def _check(self, trainer: Trainer, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
         """Once: a second run must give the same gradient, and half the automatic step should the same product."""
         if not 0 < norm(gradient).item() < math.inf:
@@ -266,43 +303,6 @@ class GradientPenalty(Callback):
             )
             if not is_resolved(whole, half, self._relative_step, coarse):
                 self._relative_step = coarse
-
-    def _penalty(
-        self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]
-    ) -> tuple[list[Tensor] | None, list[Tensor]]:
-        """The gradient of the penalty (``None`` where there is none), and the length of each gradient it penalises."""
-        k = trainer.accumulate_grad_batches
-        if self.scope == "step" or k == trainer.world_size == 1:
-            # Lightning divides an incomplete window by the full k: its gradient is n / k of the mean's, and so is this
-            extra, length = self._penalty_along(window, gradient, self._now, share=len(self._recorder.calls) / k)
-            return extra, [length]
-        total = [torch.zeros_like(param) for param in window.params]
-        lengths = [self._add_micro_batch(part, total, self._now / k) for part in window.micro_batches()]
-        mean_over_ranks_(total)
-        return total, lengths
-
-    def _add_micro_batch(self, part: WindowLoss, total: list[Tensor], coefficient: float) -> Tensor:
-        """Add one micro-batch's penalty; returns its gradient's length."""
-        _, gradient = part.gradient()
-        extra, length = self._penalty_along(part, gradient, coefficient)
-        if extra is not None:
-            torch._foreach_add_(total, extra)
-        return length
-
-    def _penalty_along(
-        self, window: WindowLoss, gradient: list[Tensor], coefficient: float, share: float = 1.0
-    ) -> tuple[list[Tensor] | None, Tensor]:
-        """The gradient's Hessian product, weighted (``None`` if there is no direction), and the gradient's length."""
-        length = norm(gradient) / share
-        if self._exact:
-            product = window.exact_product(gradient)
-        else:
-            step = step_along(window.params, gradient, self._relative_step)
-            if step is None:
-                return None, length
-            product = window.product(gradient, step, self.difference, gradient)  # runs it at displaced parameters
-        weigh_(product, self.norm, coefficient, length, share)
-        return product, length
 
     def _overflowed(self, trainer: Trainer, gradient: list[Tensor], extra: list[Tensor]) -> bool:
         """Whether a replay overflowed in fp16: the scaler has looked before, and would not skip the step."""
