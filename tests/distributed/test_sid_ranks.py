@@ -9,6 +9,7 @@ from ranks import load_script, torchrun
 from lightning_plugins.sid.teacher import load_teacher
 
 ONE = ("accumulate", "spoilt", "sharded")
+TOLERANCE = 1e-6  # weights of order 0.1 in float32, after four steps of sums in another order
 
 pytestmark = pytest.mark.ddp
 
@@ -64,14 +65,14 @@ def test_two_processes_equal_one(runs, name):
     one, two = load(runs.one / name), load(runs.two / name)
     assert two["strategy"] == ("ModelParallelStrategy" if name == "sharded" else "DDPStrategy")
     assert one["counted"] == two["counted"] == [4, 32]
-    assert_same(one, runs.two / name, 1e-6)
+    assert_same(one, runs.two / name, TOLERANCE)
     for part in ("generator", "fake_score", "student"):
         moved = max(
             (value - runs.teacher[key.split(".network.")[1]]).abs().max()
             for key, value in one["weights"].items()
             if key.startswith(f"networks.{part}.")
         )
-        assert moved > 1e-4, part
+        assert moved > 20 * TOLERANCE, part  # so that a wrong gradient would show
 
 
 @pytest.mark.parametrize("name", script.CASES)
