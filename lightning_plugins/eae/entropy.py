@@ -227,7 +227,7 @@ def _simulated_entropy(num_samples: int, dim: int, k: tuple[int, ...], num_draws
 
 
 def entropy_gap(z: Tensor, k: int | Sequence[int] = 1) -> Tensor:
-    """:func:`knn_entropy` minus that of as many Gaussian codes: 0 for normal codes, below for what is less spread.
+    """Entropy of codes minus that of as many Gaussian ones: 0 for normal codes, below for what is less spread.
 
     Args:
         z: ``(N, d)`` codes, normalised per dimension.

@@ -24,7 +24,7 @@ _depth = 0
 
 
 def is_replaying() -> bool:
-    """Whether ``training_step`` is being run again by a callback.
+    """Whether a training step is being run again by a callback.
 
     What such a run logs, counts, collects or draws is undone, also in attributes of the module: numbers, and lists,
     dicts and sets of anything. What it prints, sends, writes to files or to objects of your own is not: leave that out

@@ -57,7 +57,6 @@ def faults(said):
     return [fault for fault, is_so in checks.items() if is_so]
 
 
-@pytest.mark.xfail(strict=False, reason="The docstrings are being rewritten.")
 @pytest.mark.parametrize("name", CLASSES)
 def test_each_entry_can_be_read_alone(whole_parser, capsys, monkeypatch, name):
     monkeypatch.setenv("COLUMNS", "100000")  # an entry, a line
@@ -70,7 +69,6 @@ def test_each_entry_can_be_read_alone(whole_parser, capsys, monkeypatch, name):
     assert not MARKUP.search(text)  # nor does the class's first line
 
 
-@pytest.mark.xfail(strict=False, reason="The docstrings are being rewritten.")
 def test_the_list_of_parts_is_plain_text(capsys):
     main(["list"])
     assert [line for line in capsys.readouterr().out.splitlines() if MARKUP.search(line)] == []
