@@ -35,7 +35,7 @@ def hash_keys(keys: Tensor, seed: int, stream: int = 0) -> Tensor:
 
     Source: Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators".
     """
-    start = _mix(_mix(torch.tensor(_signed(int(seed) * _GOLDEN))) + _signed((stream + 1) * _GOLDEN))
+    start = _mix(_mix(torch.tensor(_signed(int(seed) * _GOLDEN), device="cpu")) + _signed((stream + 1) * _GOLDEN))
     return _shift_right(_mix(start + keys * _signed(_GOLDEN)), 1)
 
 
@@ -73,7 +73,14 @@ def generator(device: torch.device | str, *numbers: int) -> torch.Generator:
         True
     """
     # Hashed, because torch's generator on a CPU reads the lower half of its seed alone.
-    state = torch.zeros((), dtype=torch.int64)
+    state = 0
     for number in numbers:
-        state = _mix(state + _signed(_GOLDEN * (number + 1)))
-    return torch.Generator(device).manual_seed(int(_shift_right(state, 1)))
+        state = _mix_integer((state + _GOLDEN * (number + 1)) & _MASK)
+    return torch.Generator(device).manual_seed(state >> 1)
+
+
+def _mix_integer(x: int) -> int:
+    """As :func:`_mix`, for one unsigned number: some forty operations on tensors would cost more than its draws."""
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31

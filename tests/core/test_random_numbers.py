@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_plugins.core.random_numbers import _mix, _signed, generator, hash_keys, random_integers
+from lightning_plugins.core.random_numbers import _mix, _mix_integer, _signed, generator, hash_keys, random_integers
 
 
 def test_mix_gives_the_published_outputs_of_splitmix64():
@@ -16,6 +16,7 @@ def test_mix_gives_the_published_outputs_of_splitmix64():
         16408922859458223821,
     ]
     assert [x % 2**64 for x in _mix(state).tolist()] == published
+    assert [_mix_integer(x % 2**64) for x in state.tolist()] == published
 
 
 def test_hash_is_elementwise_and_depends_on_seed_and_stream():
@@ -45,3 +46,10 @@ def test_a_place_in_a_run_has_its_own_draws():
     assert torch.equal(draws[3], torch.rand(4, generator=generator("cpu", *places[3])))
     assert len(draws.unique(dim=0)) == len(places)
     assert not torch.equal(draws[0], torch.rand(4, generator=generator("cpu", 0, 0)))  # fewer numbers
+
+
+def test_a_default_device_changes_nothing():
+    expected = hash_keys(torch.arange(3), seed=1)
+    with torch.device("meta"):
+        assert torch.equal(hash_keys(torch.arange(3, device="cpu"), seed=1), expected)
+        assert generator("cpu", 1).initial_seed() == generator("cpu", 1).initial_seed()
