@@ -36,8 +36,8 @@ types: $(VENV)/installed-dev
 	$(VENV)/bin/python tests/helpers/type_errors.py
 
 # tests/conftest.py chooses: of each test in the folders of the parts and of what they share, the first case. Left out are
-# the other cases, the documentation's examples, what starts processes or trains for long (marks `ddp` and `slow`), draws or
-# compiles, and the folders cli, distributed, faults, gates, recipes and robustness.
+# the other cases, the documentation's examples, what starts processes or trains for long (marks `ddp` and `slow`), draws,
+# compiles or goes through the modes of training (test_*_modes.py), and the folders cli, distributed, faults, gates, recipes and robustness.
 test-fast: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m fast tests $(PYTEST_ARGS)
 

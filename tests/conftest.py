@@ -34,7 +34,7 @@ _APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_e
 def _is_apart(item):
     """Outside of the parts, or one of those that take long, as drawing and compiling do."""
     inside = Path(__file__).parent in item.path.parents and _APART.isdisjoint(item.path.parts[-2:])
-    other = "plots" in item.path.name or "compile" in item.name
+    other = "plots" in item.path.name or "figure" in item.path.name or "compile" in item.name
     return not inside or other or any(item.iter_markers("ddp")) or any(item.iter_markers("slow"))
 
 
@@ -42,14 +42,15 @@ def _is_apart(item):
 def pytest_collection_modifyitems(items):
     """Mark tests in the folders of the parts, unless they take long.
 
-    As ``numerics`` what compares floating-point results (others may say so), as ``fast`` the first case of each test.
+    As ``numerics`` what compares floating-point results (others may say so), as ``fast`` the first case of each test
+    that neither draws nor goes through the modes of training.
     """
     for item in items:
         if not isinstance(item, pytest.Function) or _is_apart(item):
             continue
         if compares_numbers(item.function):
             item.add_marker("numerics")
-        if is_first_case(item):
+        if is_first_case(item) and "_modes" not in item.path.name and "picture" not in item.name:
             item.add_marker("fast")
 
 

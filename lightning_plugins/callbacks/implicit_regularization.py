@@ -1,6 +1,6 @@
 """The implicit gradient regularisation of SGD, and its coefficient at a learning rate."""
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.optim import SGD, Optimizer
 
 

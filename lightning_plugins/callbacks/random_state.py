@@ -8,7 +8,7 @@ from typing import Any
 import torch.distributed
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_plugins.callbacks.exact_resume import ExactResume
 from lightning_plugins.core.lightning_internals import around_validation, train_loaders

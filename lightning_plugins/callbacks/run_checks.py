@@ -4,9 +4,9 @@ The rules name what would otherwise train something else without a word.
 """
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_plugins.core import lightning_internals
 

@@ -4,7 +4,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import pretrained_folder, reason_of

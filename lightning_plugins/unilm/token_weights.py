@@ -4,8 +4,8 @@ import time
 
 import torch
 import torch.distributed
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_plugins.replay.recorder import is_replaying

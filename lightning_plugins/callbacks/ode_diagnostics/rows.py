@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from statistics import median
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import Flow, Rule
