@@ -39,6 +39,12 @@ def clusters(n=3000):
     return torch.from_numpy(points)
 
 
+def overlapping():
+    """A large cluster and a small one beside it, whose shares of a code depend on their sizes."""
+    large, small = (torch.randn(n, 2, generator=seeded(n), dtype=torch.float64) for n in (2500, 500))
+    return torch.cat([large, small / 2 + torch.tensor([2.0, 1.0])])
+
+
 @pytest.fixture(scope="module")
 def fitted():
     prior = LatentPrior(2, num_components=3).double()
@@ -99,13 +105,15 @@ def test_as_likely_as_scikit_learns_mixture(name):
     assert prior.log_prob(torch.from_numpy(points), "gaussian").mean() < ours
 
 
-def test_a_step_is_scikit_learns():
+@pytest.mark.parametrize(("codes", "num_components"), [(clusters, 3), (overlapping, 2)])
+def test_a_step_is_scikit_learns(codes, num_components):
     """From the same start, the same fixed point."""
-    points = clusters().numpy()
-    weights, means, factors = (x.numpy() for x in fit_mixture(clusters(), 3, tolerance=1e-10, num_steps=500))
+    points = codes().numpy()
+    fitted = fit_mixture(codes(), num_components, tolerance=1e-10, num_steps=500)
+    weights, means, factors = (x.numpy() for x in fitted)
     inverses = np.linalg.inv(factors @ factors.swapaxes(1, 2))
     start = {"weights_init": weights, "means_init": means, "precisions_init": inverses}
-    theirs = GaussianMixture(3, tol=1e-10, max_iter=50, random_state=0, **start).fit(points)
+    theirs = GaussianMixture(num_components, tol=1e-10, max_iter=50, random_state=0, **start).fit(points)
     np.testing.assert_allclose(theirs.means_, means, atol=1e-3)
     np.testing.assert_allclose(theirs.covariances_, factors @ factors.swapaxes(1, 2), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(theirs.weights_, weights, atol=1e-4)
