@@ -13,7 +13,7 @@ from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
-from lightning_plugins.eae.mixture import fit_mixture
+from lightning_plugins.eae.mixture import fit_mixture, log_densities
 from lightning_plugins.eae.priors import LatentPrior
 
 KINDS = ("normal", "gaussian", "mixture")
@@ -117,6 +117,12 @@ def test_a_step_is_scikit_learns(codes, num_components):
     np.testing.assert_allclose(theirs.means_, means, atol=1e-3)
     np.testing.assert_allclose(theirs.covariances_, factors @ factors.swapaxes(1, 2), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(theirs.weights_, weights, atol=1e-4)
+
+
+def test_log_densities_are_computed_where_the_codes_are():
+    z, means, factors = (torch.empty(*shape, device="meta") for shape in ((7, 2), (3, 2), (3, 2, 2)))
+    found = log_densities(z, means, factors)
+    assert found.shape == (7, 3) and found.device.type == "meta"
 
 
 def test_log_densities_are_scipys(fitted):
