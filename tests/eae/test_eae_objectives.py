@@ -83,6 +83,8 @@ def test_each_process_draws_a_vaes_noise_of_its_own(small, batch):
     assert torch.equal(codes[0].all, codes[2].all)
     assert torch.equal(codes[0].own, codes[1].own)
     assert (codes[0].own != codes[2].own).all()
+    torch.manual_seed(2**64 - 1)  # any seed will do
+    assert (first.codes(batch["image"]).own != codes[0].own).all()
     numbers = [small(cls, objective="mmd").loss(batch)["regularization"] for cls in (EAE, Second)]
     assert torch.equal(*numbers)
 
@@ -135,6 +137,20 @@ def test_errors_are_sums_over_an_image():
             found = reconstruction_error(made.bfloat16(), images.bfloat16(), kind)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0)
+
+
+def test_a_cross_entropy_is_never_asked_under_autocast(monkeypatch):
+    """Which a GPU refuses."""
+    function, under = torch.nn.functional.binary_cross_entropy, []
+
+    def noted(*args, **options):
+        under.append(torch.is_autocast_enabled("cpu"))
+        return function(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        reconstruction_error(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), "bce")
+    assert under == [False]
 
 
 def test_weights():

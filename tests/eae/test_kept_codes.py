@@ -74,3 +74,13 @@ def test_casting_the_module_around_rounds_no_code(dtype):
         owner[0].update(part)
     assert owner[0].codes().dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(owner[0].compute(), latent_diagnostics(z), check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"k": 0}, "k=0 must be 1 or more"), ({"latent_dim": -1}, "latent_dim=-1 must be 0 or more")],
+)
+def test_wrong_arguments_are_refused(arguments, words):
+    assert KeptCodes().max_codes == 4096  # as the docstring of EAE says
+    with pytest.raises(ValueError, match=words):
+        KeptCodes(**arguments)

@@ -12,6 +12,7 @@ from sklearn.datasets import load_digits, make_blobs, make_moons
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lightning_plugins.eae.mixture import fit_mixture, log_densities
 from lightning_plugins.eae.priors import LatentPrior
@@ -119,10 +120,14 @@ def test_a_step_is_scikit_learns(codes, num_components):
     np.testing.assert_allclose(theirs.weights_, weights, atol=1e-4)
 
 
-def test_log_densities_are_computed_where_the_codes_are():
-    z, means, factors = (torch.empty(*shape, device="meta") for shape in ((7, 2), (3, 2), (3, 2, 2)))
-    found = log_densities(z, means, factors)
-    assert found.shape == (7, 3) and found.device.type == "meta"
+def test_everything_is_computed_where_the_codes_are():
+    """Tensors without values raise where two devices meet."""
+    prior = LatentPrior(2, num_components=3).to("meta")
+    prior.remember(torch.zeros(7, 2, device="meta"))
+    assert prior.memory.device.type == "meta"
+    with FakeTensorMode():
+        found = log_densities(*(torch.zeros(shape, device="cuda") for shape in ((7, 2), (3, 2), (3, 2, 2))))
+    assert found.shape == (7, 3) and found.device.type == "cuda"
 
 
 def test_log_densities_are_scipys(fitted):
@@ -361,3 +366,5 @@ def test_refusals(fitted):
             use(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="temperature=-1 must be 0 or more"):
         fitted.sample(3, temperature=-1)
+    with pytest.raises(ValueError, match=r"generator=0 must be .*torch\.Generator"):
+        fitted.sample(3, generator=0)
