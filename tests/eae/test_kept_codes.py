@@ -61,6 +61,16 @@ def test_metrics_that_are_updated_together_keep_the_same_rows():
     assert torch.equal(codes.codes()[:, 0], labels.codes()[:, 0]) and len(labels.compute()) == 1000
 
 
+def test_another_process_adds_its_codes():
+    """One that has the same as this one: twice the codes, twice the count, one dimension."""
+    metric = KeptCodes()
+    metric.update(torch.arange(12.0).view(4, 3))
+    metric.sync(dist_sync_fn=lambda x, group: [x, x], distributed_available=lambda: True)
+    assert (int(metric.num_seen), int(metric.dim)) == (8, 3)
+    codes = metric.codes_here()
+    assert torch.equal(codes[codes[:, 0].argsort()], torch.arange(12.0).view(4, 3).repeat_interleave(2, 0))
+
+
 def test_no_codes():
     assert LatentDiagnostics(3).codes().shape == (0, 3)
 
