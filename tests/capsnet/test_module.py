@@ -77,18 +77,18 @@ def test_reconstruction_weight_is_on_the_sum_of_an_image():
 
 def test_two_labels_reconstruct_both_parts():
     model, batch = small(num_labels=2), next(iter(loader(num_labels=2)))
-    poses = model(batch["image"])
-    both = sum(
-        (model.decoder(poses, batch["label"][:, i]) - batch["parts"][:, i]).square().flatten(1).sum(1) for i in (0, 1)
-    )
-    torch.testing.assert_close(model.loss(batch)["reconstruction"], 0.0005 * both.mean())
+    poses = 10 * torch.randn_like(model(batch["image"]))  # of which each decodes to a picture of its own
+
+    def errors(labels):
+        decoded = [model.decoder(poses, labels[:, i]) for i in (0, 1)]
+        return sum((decoded[i] - batch["parts"][:, i]).square().sum() for i in (0, 1)) / len(poses)
+
+    torch.testing.assert_close(model.loss(batch, poses)["reconstruction"], 0.0005 * errors(batch["label"]))
 
     read = model.predict_labels(poses)  # evaluation decodes what was read, each beside its own part
     batch["label"] = read.flip(1)
-    read_rightly = sum(
-        (model.decoder(poses, read[:, 1 - i]) - batch["parts"][:, i]).square().flatten(1).sum(1) for i in (0, 1)
-    )
-    torch.testing.assert_close(model.eval().loss(batch)["reconstruction"], 0.0005 * read_rightly.mean())
+    assert abs(errors(read.flip(1)) / errors(read) - 1) > 1e-3
+    torch.testing.assert_close(model.eval().loss(batch, poses)["reconstruction"], 0.0005 * errors(read.flip(1)))
 
 
 def test_exact_set_accuracy():

@@ -118,4 +118,5 @@ def test_bad_rows():
         norm(torch.zeros(4, 5, 1))
     with pytest.raises(ValueError, match="h has 1 row, and a variance needs two or more"):
         norm(torch.zeros(1, 5))
+    assert LatentBatchNorm(300)(torch.zeros(4, 300)).shape == (4, 300)
     assert norm.eval()(torch.zeros(1, 5)).shape == (1, 5)

@@ -103,6 +103,16 @@ def test_training_logs(small, loader, trainer, batch):
     assert model.eval().current_weight() == 0.8
 
 
+def test_the_weight_stays_after_its_warm_up(small, loader, trainer):
+    class Weights(EAE):
+        def on_train_batch_start(self, batch, batch_idx):
+            weights.append(self.current_weight())
+
+    weights = []
+    trainer(max_epochs=2).fit(small(Weights, weight=0.8, weight_warmup_steps=2), loader(), loader())
+    assert weights == [0.0, 0.4, 0.8, 0.8, 0.8, 0.8]
+
+
 def test_too_few_images_for_an_entropy(small, loader, trainer):
     with pytest.warns(UserWarning, match="1 val images are too few for an entropy: val/loss is not logged"):
         logged = trainer().validate(small(), loader(count=1), verbose=False)

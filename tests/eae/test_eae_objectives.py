@@ -9,6 +9,7 @@ import torch
 from scipy.spatial import cKDTree
 from scipy.special import digamma, gammaln
 
+from lightning_plugins import EAE
 from lightning_plugins.eae.entropy import knn_entropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
 from lightning_plugins.eae.objectives import OBJECTIVES, Codes, reconstruction_error, regularization, resolve_objective
@@ -43,6 +44,8 @@ def test_eae_is_the_squared_error_less_the_weighted_entropy(small, batch, k):
 def test_vae_is_the_evidence_bound(small, batch):
     """With a Gaussian likelihood of variance 1/2, up to its constant, and beta before the divergence."""
     model = small(objective="vae", weight=0.3).double()
+    with torch.no_grad():
+        list(model.encoder.parameters())[-1][4:] += 1.0  # else variances are nearly one, as are deviations
     batch["image"] = batch["image"].double()
     codes = model.codes(batch["image"])
     mean, log_variance = model.encoder(batch["image"]).chunk(2, 1)
@@ -67,6 +70,23 @@ def repeat(model, times=200):
     """Batch after batch: the noise of each is another."""
     for model._batch_idx in range(times):
         yield
+
+
+def test_each_process_draws_a_vaes_noise_of_its_own(small, batch):
+    """From the same means, while what all processes draw alike is the same."""
+
+    class Second(EAE):
+        global_rank = 1
+
+    first, again, second = (small(cls, objective="vae") for cls in (EAE, EAE, Second))
+    codes = [model.codes(batch["image"]) for model in (first, again, second)]
+    assert torch.equal(codes[0].all, codes[2].all)
+    assert torch.equal(codes[0].own, codes[1].own)
+    assert (codes[0].own != codes[2].own).all()
+    torch.manual_seed(2**64 - 1)  # any seed will do
+    assert (first.codes(batch["image"]).own != codes[0].own).all()
+    numbers = [small(cls, objective="mmd").loss(batch)["regularization"] for cls in (EAE, Second)]
+    assert torch.equal(*numbers)
 
 
 def test_rae_decays_the_decoder_alone(small, batch):
@@ -119,6 +139,20 @@ def test_errors_are_sums_over_an_image():
             found = reconstruction_error(made.bfloat16(), images.bfloat16(), kind)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=0)
+
+
+def test_a_cross_entropy_is_never_asked_under_autocast(monkeypatch):
+    """Which a GPU refuses."""
+    function, under = torch.nn.functional.binary_cross_entropy, []
+
+    def noted(*args, **options):
+        under.append(torch.is_autocast_enabled("cpu"))
+        return function(*args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "binary_cross_entropy", noted)
+    with torch.autocast("cpu", torch.bfloat16):
+        reconstruction_error(torch.rand(2, 1, 4, 4), torch.rand(2, 1, 4, 4), "bce")
+    assert under == [False]
 
 
 def test_weights():

@@ -7,6 +7,7 @@ from scipy.spatial import cKDTree
 from scipy.special import digamma, gammaln, polygamma
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from lightning_plugins.eae import entropy
 from lightning_plugins.eae.entropy import (
     KNNEntropyLoss,
     count_duplicates,
@@ -169,9 +170,10 @@ def test_half_precision(dtype):
     assert entropy.item() == pytest.approx(knn_entropy(z).item(), abs=2e-3)
     entropy.backward()
     assert half.grad.dtype == dtype and half.grad.isfinite().all()
+    koleo = koleo_loss(z[:64])
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(knn_entropy(z), knn_entropy(half.float() * 0 + z))
-        assert torch.equal(koleo_loss(z[:64]), koleo_loss(z[:64].clone()))
+        assert torch.equal(koleo_loss(z[:64]), koleo)
         assert knn_entropy(z).item() == pytest.approx(oracle(z), rel=1e-5)
 
 
@@ -231,6 +233,14 @@ def test_koleo_equals_its_published_definition():
     assert twins.grad.isfinite().all()
 
 
+def test_koleo_is_of_the_codes_of_a_group_only_if_one_is_given(monkeypatch):
+    """What the group of processes has is gathered; none is asked without."""
+    own, others = draw(20, 4), draw(20, 4, 1)
+    monkeypatch.setattr(entropy, "gather_rows", lambda z, group: (torch.cat([z, others]), slice(len(z))))
+    torch.testing.assert_close(koleo_loss(own, group="all"), koleo_loss(torch.cat([own, others])))
+    assert koleo_loss(own) != koleo_loss(own, group="all")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -249,9 +259,11 @@ def test_wrong_arguments_are_refused(arguments, words):
         knn_entropy(**arguments)
 
 
-def test_koleo_refuses_a_single_code():
+def test_koleo_refuses_a_single_code_and_no_eps():
     with pytest.raises(ValueError, match="k=1 neighbours need more than 1 codes, got 1"):
         koleo_loss(torch.ones(1, 2))
+    with pytest.raises(ValueError, match=r"eps=0\.0 must be positive"):
+        koleo_loss(torch.ones(3, 2), eps=0.0)
 
 
 @pytest.mark.parametrize("k", [1, 5])

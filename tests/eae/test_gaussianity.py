@@ -6,6 +6,7 @@ import torch
 from scipy.integrate import quad
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lightning_plugins.eae import gaussianity
 from lightning_plugins.eae.gaussianity import mmd, sigreg
 
 
@@ -38,6 +39,7 @@ def test_sigreg_is_the_integral():
     )
     assert sigreg(z, num_knots=3001).item() == pytest.approx(50 * integral, rel=1e-6)
     assert sigreg(z).item() == pytest.approx(50 * integral, rel=0.01)
+    assert sigreg(z.float(), num_knots=3001).item() == pytest.approx(50 * integral, rel=1e-5)
     assert torch.autograd.gradcheck(sigreg, z.requires_grad_())
 
 
@@ -54,6 +56,18 @@ def test_mmd_is_the_published_penalty():
     y = torch.randn(9, 3, generator=seeded(), dtype=torch.float64)
     assert mmd(z, generator=seeded()).item() == pytest.approx(naive_mmd(z.numpy(), y.numpy()), rel=1e-10)
     assert torch.autograd.gradcheck(lambda z: mmd(z, generator=seeded()), z.requires_grad_())
+    y = torch.randn(9, 3, generator=seeded()).double()
+    expected = naive_mmd(z.detach().numpy(), y.numpy())
+    assert mmd(z.detach().float(), generator=seeded()).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_sums_of_a_group_are_those_of_all_its_codes(monkeypatch):
+    """Two processes that have the same codes and draws: the statistic of twice the codes."""
+    z = draw(30, 3)
+    alone, twice = sigreg(z, generator=seeded()), sigreg(torch.cat([z, z]), generator=seeded())
+    monkeypatch.setattr(gaussianity, "sum_over_ranks", lambda x, group: 2 * x)
+    torch.testing.assert_close(sigreg(z, generator=seeded(), group="both"), twice)
+    assert torch.equal(sigreg(z, generator=seeded()), alone)
 
 
 def test_values_of_normal_codes():

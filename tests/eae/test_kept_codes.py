@@ -75,6 +75,16 @@ def test_wrong_classes_are_refused(labels):
         KeptCodes().update(torch.rand(5, 3), labels)
 
 
+def test_another_process_adds_its_codes():
+    """One that has the same as this one: twice the codes, twice the count, one dimension."""
+    metric = KeptCodes()
+    metric.update(torch.arange(12.0).view(4, 3))
+    metric.sync(dist_sync_fn=lambda x, group: [x, x], distributed_available=lambda: True)
+    assert (int(metric.num_seen), int(metric.dim)) == (8, 3)
+    codes = metric.codes_here()
+    assert torch.equal(codes[codes[:, 0].argsort()], torch.arange(12.0).view(4, 3).repeat_interleave(2, 0))
+
+
 def test_no_codes():
     assert LatentDiagnostics(3).codes().shape == (0, 3)
     assert [part.shape for part in KeptCodes(latent_dim=2).labelled_codes()] == [(0, 2), (0,)]
@@ -89,3 +99,13 @@ def test_casting_the_module_around_rounds_no_code(dtype):
         owner[0].update(part)
     assert owner[0].codes().dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(owner[0].compute(), latent_diagnostics(z), check_dtype=False, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [({"k": 0}, "k=0 must be 1 or more"), ({"latent_dim": -1}, "latent_dim=-1 must be 0 or more")],
+)
+def test_wrong_arguments_are_refused(arguments, words):
+    assert KeptCodes().max_codes == 4096  # as the docstring of EAE says
+    with pytest.raises(ValueError, match=words):
+        KeptCodes(**arguments)

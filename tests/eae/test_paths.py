@@ -60,5 +60,7 @@ def test_mistakes():
     z = codes()
     with pytest.raises(ValueError, match="num_steps=1 must be 2 or more: both ends are included"):
         interpolate_codes(z, z, 1)
+    with pytest.raises(ValueError, match=r"a must be .*\(B, d\)"):
+        interpolate_codes(z[0], z, 3)
     with pytest.raises(ValueError, match="mode='cubic' must be one of linear, slerp"):
         interpolate_codes(z, z, 3, "cubic")

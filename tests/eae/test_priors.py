@@ -12,8 +12,9 @@ from sklearn.datasets import load_digits, make_blobs, make_moons
 from sklearn.decomposition import PCA
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lightning_plugins.eae.mixture import fit_mixture
+from lightning_plugins.eae.mixture import fit_mixture, log_densities
 from lightning_plugins.eae.priors import LatentPrior
 
 KINDS = ("normal", "gaussian", "mixture")
@@ -37,6 +38,12 @@ def correlated(n=2000, d=4, seed=0):
 def clusters(n=3000):
     points, _ = make_blobs(n, centers=[[-6.0, 0.0], [0.0, 3.0], [5.0, -4.0]], cluster_std=[0.5, 1, 2], random_state=0)
     return torch.from_numpy(points)
+
+
+def overlapping():
+    """A large cluster and a small one beside it, whose shares of a code depend on their sizes."""
+    large, small = (torch.randn(n, 2, generator=seeded(n), dtype=torch.float64) for n in (2500, 500))
+    return torch.cat([large, small / 2 + torch.tensor([2.0, 1.0])])
 
 
 @pytest.fixture(scope="module")
@@ -99,16 +106,28 @@ def test_as_likely_as_scikit_learns_mixture(name):
     assert prior.log_prob(torch.from_numpy(points), "gaussian").mean() < ours
 
 
-def test_a_step_is_scikit_learns():
+@pytest.mark.parametrize(("codes", "num_components"), [(clusters, 3), (overlapping, 2)])
+def test_a_step_is_scikit_learns(codes, num_components):
     """From the same start, the same fixed point."""
-    points = clusters().numpy()
-    weights, means, factors = (x.numpy() for x in fit_mixture(clusters(), 3, tolerance=1e-10, num_steps=500))
+    points = codes().numpy()
+    fitted = fit_mixture(codes(), num_components, tolerance=1e-10, num_steps=500)
+    weights, means, factors = (x.numpy() for x in fitted)
     inverses = np.linalg.inv(factors @ factors.swapaxes(1, 2))
     start = {"weights_init": weights, "means_init": means, "precisions_init": inverses}
-    theirs = GaussianMixture(3, tol=1e-10, max_iter=50, random_state=0, **start).fit(points)
+    theirs = GaussianMixture(num_components, tol=1e-10, max_iter=50, random_state=0, **start).fit(points)
     np.testing.assert_allclose(theirs.means_, means, atol=1e-3)
     np.testing.assert_allclose(theirs.covariances_, factors @ factors.swapaxes(1, 2), rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(theirs.weights_, weights, atol=1e-4)
+
+
+def test_everything_is_computed_where_the_codes_are():
+    """Tensors without values raise where two devices meet."""
+    prior = LatentPrior(2, num_components=3).to("meta")
+    prior.remember(torch.zeros(7, 2, device="meta"))
+    assert prior.memory.device.type == "meta"
+    with FakeTensorMode():
+        found = log_densities(*(torch.zeros(shape, device="cuda") for shape in ((7, 2), (3, 2), (3, 2, 2))))
+    assert found.shape == (7, 3) and found.device.type == "cuda"
 
 
 def test_log_densities_are_scipys(fitted):
@@ -347,6 +366,8 @@ def test_refusals(fitted):
             use(torch.zeros(3, 4))
     with pytest.raises(ValueError, match="temperature=-1 must be 0 or more"):
         fitted.sample(3, temperature=-1)
+    with pytest.raises(ValueError, match=r"generator=0 must be .*torch\.Generator"):
+        fitted.sample(3, generator=0)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -416,6 +416,19 @@ def test_sources_are_framed_as_in_training_whatever_the_tokenizer_adds(module, t
         model.generate_text(["one"], max_length=9)
 
 
+def test_weights_decay_and_biases_and_norms_do_not(module):
+    """A step without a gradient takes ``lr * weight_decay`` of what decays, and moves nothing else."""
+    model = module(lr=0.5, weight_decay=0.2, warmup_steps=0)
+    before = {name: value.detach().clone() for name, value in model.network.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    made = model.configure_optimizers()
+    made["optimizer"].step()
+    for name, parameter in model.network.named_parameters():
+        torch.testing.assert_close(parameter.detach(), before[name] * (0.9 if parameter.ndim > 1 else 1.0))
+    assert {value.ndim for value in before.values() if value.any()} == {1, 2}
+
+
 def test_pseudo_copies_need_positions_of_their_own(module):
     with pytest.raises(ValueError, match=r"objective='pseudo' .* 'roformer'"):
         module(objective="pseudo", config=CONFIG | {"model_type": "roformer"}).network  # noqa: B018

@@ -154,11 +154,12 @@ def test_match_lr_follows_the_scheduled_rate(kind):
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_match_lr_is_zero_while_the_rate_is_higher_and_says_so_once():
+@pytest.mark.parametrize("engine", [{"difference": "central"}, {"engine": "exact"}], ids=str)
+def test_match_lr_is_zero_while_the_rate_is_higher_and_says_so_once(engine):
     module = Quadratic(lr=0.2, decay=0.8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(module, ZEROS, GradientPenalty(match_lr=0.1, difference="central"))
+        fit(module, ZEROS, GradientPenalty(match_lr=0.1, **engine))
     ours = [str(warning.message) for warning in caught if "match_lr" in str(warning.message)]
     assert len(ours) == 1
     assert "the learning rate is higher" in ours[0]

@@ -21,8 +21,8 @@ def candidates(root: Path, file: str, near: bool = False) -> list[str]:
     Args:
         root: of the tree.
         file: of the package.
-        near: only those that name it or are named like it, and those of its part's folder that name what is public in
-            it or in a module using it.
+        near: only those that name it or are named like it, and those of its part's folder that name, or whose fixtures
+            do, what is public in it or in a module using it.
     """
     module, part = _module(file), Path(file).parent.relative_to(PACKAGE)
     texts = dict(_texts(root, PACKAGE))
@@ -30,9 +30,11 @@ def candidates(root: Path, file: str, near: bool = False) -> list[str]:
     inner = [path for path in users if not path.endswith("__init__.py")]
     public = re.compile(rf"\b({'|'.join(name for path in (file, *inner) for name in _public(texts[path])) or ' '})\b")
     found: dict[str, tuple[bool, bool]] = {}
-    for path, text in _texts(root, "tests"):
+    tests = dict(_texts(root, "tests"))
+    fixtures = tests.get(f"tests/{part}/conftest.py", "")
+    for path, text in tests.items():
         far, like = not _names(text, module), f"{part}/test_{Path(file).stem}" in path
-        here = Path(path).parent == Path("tests") / part and public.search(text)
+        here = Path(path).parent == Path("tests") / part and public.search(text + fixtures)
         wanted = like or not far or here or (not near and any(_names(text, _module(user)) for user in users))
         if wanted and Path(path).name.startswith("test_") and not path.startswith("tests/gates"):
             found[path] = not like, far
