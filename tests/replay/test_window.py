@@ -1,5 +1,7 @@
 """Gradients and Hessian-vector products of a window against float64 autograd."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -99,7 +101,7 @@ def test_gradient_loss_and_products(k):
     windows = [batches[i : i + k] for i in range(0, 3, k)]
     for window, (theta, vectors, loss, gradient, found, grads) in zip(windows, seen, strict=True):
         right_loss, right_gradient, product = reference(theta, window, k, vectors)
-        assert loss.dtype == torch.float64
+        assert loss.dtype == torch.float64 and not loss.requires_grad  # a graph would be kept
         torch.testing.assert_close(loss, right_loss, rtol=1e-12, atol=0)
         assert close(gradient, right_gradient, 1e-12)
         assert close([torch.zeros(2) if g is None else g for g in grads], right_gradient, 1e-12)
@@ -199,3 +201,24 @@ def test_relative_step_follows_the_precision_of_the_forward_pass(precision, dtyp
     assert relative_step(trainer, module, "central") == central
     for difference in ("forward", "central"):
         assert relative_step(trainer, module, difference, kinked=True) >= 1e-2
+
+
+@pytest.mark.parametrize(
+    ("capability", "matmul", "part", "cudnn", "coarse"),
+    [
+        ((8, 0), "highest", nn.Linear(2, 2), True, False),
+        ((8, 0), "high", nn.Linear(2, 2), False, True),
+        ((8, 0), "highest", nn.Conv2d(1, 1, 1), True, True),
+        ((8, 0), "highest", nn.Conv2d(1, 1, 1), False, False),
+        ((7, 5), "high", nn.Conv2d(1, 1, 1), True, False),
+    ],
+)
+def test_tf32_counts_as_half_precision(monkeypatch, capability, matmul, part, cudnn, coarse):
+    """Where a GPU has it, and a product or a convolution uses it."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", cudnn)
+    trainer = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cuda")))
+    found = relative_step(trainer, part, "forward")
+    trainer.strategy.root_device = torch.device("cpu")
+    assert found == relative_step(trainer, part, "forward", half=torch.float16 if coarse else None)
