@@ -122,7 +122,7 @@ def _parts(kind: type[ast.ClassDef | ast.FunctionDef]) -> Iterator[tuple[str, st
     root = Path(lightning_plugins.__file__).parent
     for name, module in lightning_plugins._PUBLIC.items():
         place = root.joinpath(*module.split(".")[1:])
-        files = sorted(place.glob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
+        files = sorted(place.rglob("*.py")) if place.is_dir() else [place.with_suffix(".py")]
         for node in (node for file in files for node in _top_level(file)):
             if isinstance(node, kind) and node.name == name:
                 yield name, (ast.get_docstring(node) or "").split("\n", 1)[0]

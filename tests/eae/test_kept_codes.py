@@ -102,10 +102,14 @@ def test_casting_the_module_around_rounds_no_code(dtype):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
-    [({"k": 0}, "k=0 must be 1 or more"), ({"latent_dim": -1}, "latent_dim=-1 must be 0 or more")],
+    ("metric", "arguments", "words"),
+    [
+        (KeptCodes, {"latent_dim": -1}, "latent_dim=-1 must be 0 or more"),
+        (KeptCodes, {"max_codes": 0}, "max_codes=0 must be 1 or more"),
+        (KNNEntropy, {"k": 0}, "k=0 must be 1 or more"),
+    ],
 )
-def test_wrong_arguments_are_refused(arguments, words):
+def test_wrong_arguments_are_refused(metric, arguments, words):
     assert KeptCodes().max_codes == 4096  # as the docstring of EAE says
     with pytest.raises(ValueError, match=words):
-        KeptCodes(**arguments)
+        metric(**arguments)

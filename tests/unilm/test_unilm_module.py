@@ -245,12 +245,12 @@ class _GenerateInTraining(Callback):
 
 
 @pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")
-def test_a_part_kept_in_evaluation_mode_stays_there_when_texts_are_generated(module, folder, tmp_path):
+def test_a_part_kept_in_evaluation_mode_stays_there_when_texts_are_generated(module, folder):
     model, callback = module().train(), _GenerateInTraining()
     model.network.bert.embeddings.eval()
     list(model.stream_text("one two"))
     assert (model.network.bert.embeddings.training, model.network.bert.encoder.training) == (False, True)
-    fit(model, data(folder), tmp_path, num_sanity_val_steps=1, limit_train_batches=1, callbacks=[callback])
+    fit(model, data(folder), callback, num_sanity_val_steps=1, limit_train_batches=1)
     assert callback.modes == [False, True]
     assert (model.network.bert.embeddings.training, model.network.bert.encoder.training) == (False, True)
 
