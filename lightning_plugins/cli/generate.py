@@ -31,9 +31,11 @@ class WritesText(Protocol):
 
     def generate_text(self, sources: list[str], **generation: Any) -> list[str]:
         """One text for each source, decoded as one batch."""
+        ...
 
     def stream_text(self, source: str, **generation: Any) -> Generator[str, None, None]:
         """Pieces of the text for one source, as they are decoded; closing it ends the decoding."""
+        ...
 
 
 def add_generate_arguments(parser: ArgumentParser) -> None:

@@ -77,7 +77,7 @@ class Help(argparse._HelpAction):
         super().__init__(**kwargs)
         self.nargs, self.choices = "?", ("all",)
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Print it and leave."""
         if values == "all":
             of_trainer = parser.groups["trainer"]
@@ -90,7 +90,7 @@ class Help(argparse._HelpAction):
 class TrainerHelp(argparse._HelpAction):
     """``--trainer.help``: the Trainer's options only."""
 
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Print it and leave."""
         _print_groups(parser, [parser.groups["trainer"]])
         parser.exit()

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from torch import nn
 
 from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
+from lightning_plugins.core.vectors import local
 from lightning_plugins.sid.objectives import Draws, Score
 
 
@@ -21,8 +22,7 @@ def finite_gradients_(parameters: Iterable[nn.Parameter]) -> None:
     Args:
         parameters: each with a gradient, sharded (FSDP2) or whole.
     """
-    for parameter in parameters:
-        gradient = parameter.grad.to_local() if hasattr(parameter.grad, "to_local") else parameter.grad
+    for gradient in local([parameter.grad for parameter in parameters if parameter.grad is not None]):
         torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
 
 

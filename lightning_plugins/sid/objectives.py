@@ -136,7 +136,8 @@ def _terms(
     gradient = torch.where(_column(finite, gradient), gradient, 0.0)
     with torch.enable_grad():
         objective = _GENERATOR_SCALE * (x_g.nan_to_num() * gradient).flatten(1).sum(1)
-    return GeneratorTerms(objective, *(torch.where(finite, value, 0.0) for value in (loss, divergence)), finite)
+    loss, divergence = (torch.where(finite, value, 0.0) for value in (loss, divergence))
+    return GeneratorTerms(objective, loss, divergence, finite)
 
 
 def _finite_samples(images: Tensor) -> tuple[Tensor, Tensor]:
