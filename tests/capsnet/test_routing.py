@@ -262,3 +262,5 @@ def test_stored_votes_must_have_four_axes():
         route_votes(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"bias must have shape \(J, K\) = \(4, 5\), not \(5,\)"):
         route_votes(torch.zeros(2, 3, 4, 5), bias=torch.zeros(5))
+    with pytest.raises(ValueError, match="mask must be bool of shape"):
+        kmeans_objective(torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5), torch.ones(2, 4, dtype=torch.bool))
