@@ -158,3 +158,9 @@ def test_layers_work_in_any_torch_network():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("name", ["in_dim", "num_capsules", "dim", "num_inputs"])
+def test_routing_capsules_of_no_size_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=0 must be 1 or more"):
+        RoutingCapsules(**({"in_dim": 4, "num_capsules": 3} | {name: 0}))

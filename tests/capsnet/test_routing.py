@@ -255,3 +255,7 @@ def test_wrong_arguments_get_one_sentence(change, message):
 def test_stored_votes_must_have_four_axes():
     with pytest.raises(ValueError, match=r"votes must have shape \(B, N, J, K\), not \(2, 3\); see compute_votes."):
         route_votes(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match=r"bias must have shape \(J, K\) = \(4, 5\), not \(5,\)"):
+        route_votes(torch.zeros(2, 3, 4, 5), bias=torch.zeros(5))
+    with pytest.raises(ValueError, match="mask must be bool of shape"):
+        kmeans_objective(torch.zeros(2, 3, 4, 5), torch.zeros(2, 4, 5), torch.ones(2, 4, dtype=torch.bool))
