@@ -22,7 +22,7 @@ _LONGEST = 200  # characters of a value that a sentence shows
 _LARGEST = 2**63 - 1  # torch's integers
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: torch 2.8 cannot compile what makes a frozen one
 class Rule:
     """What one argument must be.
 

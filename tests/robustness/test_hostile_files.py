@@ -233,6 +233,7 @@ def test_predictions_go_through_no_link(sandbox):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 about its own
 def test_the_index_of_a_sharded_checkpoint_is_read(sandbox):
     """Torch's own passes, so that what refuses a hostile one is not that nothing passes."""
     from torch.distributed import checkpoint as sharded
