@@ -103,7 +103,9 @@ def run_command(name: str, argv: Sequence[str]) -> None:
 def list_parts() -> None:
     """Print parts, configs and recipes, one line each."""
     sections = {
-        "Parts (--model, --data, --trainer.callbacks+=)": dict(_parts(ast.ClassDef)),
+        "Parts (models: --model, data: --data, callbacks: --trainer.callbacks+=, others in Python)": dict(
+            sorted(_parts(ast.ClassDef))
+        ),
         "Functions (from lightning_plugins import NAME)": dict(_parts(ast.FunctionDef)),
         "Configs (--config)": {name: headline(path) for name, path in shipped("configs").items()},
         "Recipes (lightning-plugins copy NAME DEST)": {

@@ -24,7 +24,8 @@ class Digits(ImageData):
 
     Args:
         image_size: height and width in pixels, 8 or more. The 8 x 8 images are enlarged by bilinear interpolation, so
-            that networks made for MNIST's 28 x 28 (the default) fit; 8 leaves them as they are.
+            that networks made for MNIST's 28 x 28 (the default) fit; 8 leaves them as they are. Pixels are rounded to
+            1/255.
         batch_size: images in a batch of one process.
         num_workers: processes that prepare batches; 0 is the fastest here.
         seed: seed of the order, the augmentation and the wrong labels.

@@ -49,8 +49,8 @@ class DiffusionTeacher(LightningModule):
     ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time.
 
     Args:
-        image_shape: channels, height and width of the images; height and width can be halved for each level but the
-            first.
+        image_shape: channels, height and width of the images; height and width must be divisible by 2 once for each
+            level but the first (by 4 with three levels).
         num_classes: number of classes; read only if the model is conditional.
         conditional: tell the network the class, and choose it when sampling.
         block_out_channels: channels of each level, multiples of 8; the feature maps of each have half the height and

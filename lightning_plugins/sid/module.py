@@ -77,19 +77,19 @@ class SiD(LightningModule):
         fake_lr: Adam's rate of the fake score; equal to the generator's in the paper.
         betas: Adam's momenta for generator and fake score, (0, 0.999) in the paper. A first one of 0.9 ruins training:
             the opponent moves.
-        eps: Adam's smallest divisor for generator and fake score; 1e-8 in the paper, 1e-6 with fp16.
+        eps: number that Adam adds to its divisor, for generator and fake score; 1e-8 in the paper, 1e-6 with fp16.
         fake_steps: updates of the fake score before each of the generator; 1 in the paper.
         batch_size: images of one process in a step, where no data give the batches; the paper's 256 is of all.
         accumulate: parts that a batch is cut into for lack of memory, one after the other.
         gradient_clip: largest norm of each network's gradient; none in the paper.
         decay_from: share of the trainer's steps after which both rates fall linearly to 0. With the default 1 they
             never fall, as in the paper.
-        ema_halflife_images: memory of the student's running mean in images; 500,000 in the paper (2,000,000 on
+        ema_halflife_images: half-life of the student's running mean, in images; 500,000 in the paper (2,000,000 on
             ImageNet), 0 for no mean.
-        ema_ramp_up: share of the images seen so far that the memory is at most; 0.05 in the paper's code.
+        ema_ramp_up: largest half-life of that mean as a share of the images seen so far; 0.05 in the paper's code.
         loss: what the generator is trained on: sid, or reverse_kl (Diff-Instruct, DMD) for comparison.
-        weighting: weight of each sample in the generator's loss: l1, the paper's, by the mean distance of the image to
-            the teacher's, or none.
+        weighting: weight of each sample in the generator's loss: l1, the paper's, divides by the mean distance of the
+            image to the teacher's; none leaves every weight at 1.
         noise_levels: how the levels of the generator's loss are drawn. The paper's edm runs along EDM's schedule up to
             t_max, moved to the teacher's nearest levels; grid draws the teacher's own timesteps, each as likely, from
             t_min to t_max (SiD-LSG).

@@ -119,8 +119,8 @@ class UniLMSeq2Seq(LightningModule):
         weight_decay: weight decay of AdamW, on matrices only; 0.01 as in s2s-ft.
         generation: options of generate() for validation, test, predict and the text methods, such as
             {max_new_tokens: 48, num_beams: 4, no_repeat_ngram_size: 3}. Default: greedy, 64 new tokens at most.
-        generate_every_n_epochs: texts are generated and scored in every n-th validation epoch; 0 is for never, in the
-            test neither.
+        generate_every_n_epochs: texts are generated and scored in every n-th validation epoch; with 0 never, not even
+            in the test.
         num_generate: validation samples that texts are generated for, over all ranks; the test generates for all.
         keep_tokens: tokens of a pretrained vocabulary to keep, besides the special ones, as the tokenizer spells them;
             the rest is cut off the tokenizer and the embeddings (Su's simplification for small domains). Default: all.

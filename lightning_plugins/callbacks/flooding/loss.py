@@ -12,7 +12,7 @@ FloodKind = Literal["batch", "sample", "soft"]
 
 
 def flood(losses: Tensor, level: float, kind: FloodKind = "batch") -> Tensor:
-    r"""Keep losses around a level ``b``: descend on what lies above it, ascend on what lies below.
+    r"""Keep losses around a level b: descend on what lies above it, ascend on what lies below.
 
     .. math::
         \text{batch:}\quad |\bar\ell - b| + b, \qquad

@@ -73,8 +73,8 @@ class GenerativeEvaluation(Callback):
         feature: network by whose features images are compared. The default of digits is a small classifier of digits in
             this package, inception is the InceptionV3 of torchmetrics, and a module with the attribute num_features is
             taken, too.
-        reference: real images to compare with. With val, the default, train or test they are those of that split, read
-            once in a run; else it is a file that FrechetDistance.save_reference has written, which serves frechet
+        reference: real images to compare with: val (the default), train or test takes those of that split, read once
+            in a run; any other word is a file that FrechetDistance.save_reference has written, which serves frechet
             alone.
         batch_size: images drawn at a time by one process, 1 or more; the default is 256, and less needs less memory.
         seed: start of the random numbers that the samples are drawn with, 0 or more; each process has numbers of its

@@ -76,8 +76,8 @@ class GradientPenalty(Callback):
             the present, scheduled rate lacks, and is zero, with a warning, while that rate is higher. It needs
             torch.optim.SGD, with or without momentum.
         norm: what is penalised: "squared" adds c |grad L|^2 (Barrett and Dherin 2021); "norm" adds c |grad L| (Zhao et
-            al. 2022), which is SAM if c is the displacement, relative_step times the parameters' norm, of a forward
-            difference.
+            al. 2022), which is SAM with rho = c if c is relative_step times the parameters' norm and the difference is
+            forward.
         engine: how the penalty's gradient is computed. "finite_difference" runs the step's batches again at displaced
             parameters; it works with fused attention, compiled modules and FSDP2. "exact" differentiates twice; a
             custom function whose backward builds no graph counts as constant there. "auto" is exact where that is
@@ -88,11 +88,11 @@ class GradientPenalty(Callback):
             that of "central" of second, for one more pass.
         relative_step: the displacement divided by the norm of the parameters, between 0 and 1. "auto" takes the best
             measured for the precision of the forward pass: fp32 1e-4 forward, 1e-3 central; bf16 3e-2 and 1e-1; fp16
-            and TF32 1e-2 and 3e-2. Where the loss has kinks (ReLU, max-pooling) it takes at least 3e-2 and 1e-2: a unit
-            that crosses its kink within a tiny step adds a jump divided by that step, which destroys training. The
-            penalty then is that of the loss smoothed over the step, and differs from the exact one, which does not see
-            kinks. A loss that bends within such steps (attention logits in the hundreds) needs a smaller step or
-            engine="exact".
+            and TF32 1e-2 and 3e-2. Where the loss has kinks (ReLU, max-pooling) it takes at least 3e-2 forward and 1e-2
+            central: a unit that crosses its kink within a tiny step adds a jump divided by that step, which destroys
+            training. The penalty then is that of the loss smoothed over the step, and differs from the exact one, which
+            does not see kinks. A loss that bends within such steps (attention logits in the hundreds) needs a smaller
+            step or engine="exact".
         every_n_steps: the penalty is added in every n-th optimizer step only; 1 or more. The coefficient is not
             scaled: on average over steps the objective has c / n.
         warmup_steps: number of optimizer steps over which the coefficient grows linearly from zero; 0 or more.
