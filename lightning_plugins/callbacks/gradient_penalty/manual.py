@@ -50,7 +50,7 @@ def gradient_penalty_backward(
     difference: Difference = "forward",
     relative_step: float | Literal["auto"] = "auto",
 ) -> Tensor:
-    r"""Backward pass of a loss plus a penalty on the norm of its gradient, for a training step that optimizes by itself.
+    r"""Backward pass of a loss plus a penalty on the norm of its gradient, for manual optimization.
 
     .. math:: L + c \|\nabla_{\theta} L\|^2 \quad\text{or}\quad L + c \|\nabla_{\theta} L\|
 
