@@ -30,5 +30,6 @@ def evaluating(*modules: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for part, mode in before:
-            part.training = mode
+        for part, mode in before:  # parents first; by train(), in which some parts undo what they do in eval()
+            if part.training != mode:
+                part.train(mode)

@@ -227,7 +227,7 @@ class SiD(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add what the networks are, the teacher's fingerprint, and how far training is."""
-        self._results = measured_figures(self.trainer) or self._results
+        self._results = {**self._results, **measured_figures(self.trainer)}
         checkpoint[_RECORD] = {
             **self.networks.description,
             "start_level": self.networks.start_level,
