@@ -28,7 +28,16 @@ def folder_of(path):
 
 def errors():
     """Lines ``file:line: rule: message`` of each folder."""
-    command = [sys.executable, "-m", "basedpyright", "--pythonpath", sys.executable, "--outputjson"]
+    command = [
+        sys.executable,
+        "-m",
+        "basedpyright",
+        "--project",
+        str(ROOT),
+        "--pythonpath",
+        sys.executable,
+        "--outputjson",
+    ]
     answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     report = json.loads(answer.stdout)
     if not report["summary"]["filesAnalyzed"]:
