@@ -8,8 +8,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
-from lightning_plugins.core import lightning_internals
-
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 DEVICES = ("cpu", "cuda")
 
@@ -88,11 +86,3 @@ class OneGradientPerStep:
                 "(as SAM does): use a plain one."
             )
         self._last = trainer.global_step
-
-
-def skips_backward(trainer: Trainer) -> bool:
-    """Whether Lightning only runs batches through, as in the epoch in which SWA renews batch-norm statistics.
-
-    Optimizer steps then come with gradients of another epoch, which are nobody's to change.
-    """
-    return lightning_internals.skips_backward(trainer)

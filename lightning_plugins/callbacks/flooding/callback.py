@@ -17,9 +17,9 @@ from lightning_plugins.callbacks.run_checks import (
     require_automatic_optimization,
     require_plain_optimizers,
     require_strategy,
-    skips_backward,
 )
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.lightning_internals import skips_backward
 from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.replay.recorder import StepRecorder
 

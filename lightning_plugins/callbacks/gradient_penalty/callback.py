@@ -16,8 +16,8 @@ from lightning_plugins.callbacks.gradient_penalty.rules import Check, Engine, Sc
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, size, weigh_
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient, require_sgd
 from lightning_plugins.callbacks.piecewise import Points, value_at
-from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order, skips_backward
-from lightning_plugins.core.lightning_internals import loss_scale
+from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order
+from lightning_plugins.core.lightning_internals import loss_scale, skips_backward
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
 from lightning_plugins.replay.differences import Difference, relative_step, step_along
 from lightning_plugins.replay.recorder import StepRecorder
