@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from ode_names import names
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from toys import LeastSquares, rows
 from trainers import fit
@@ -12,11 +13,6 @@ from trainers import fit
 from lightning_plugins import ODEDiagnostics
 from lightning_plugins.callbacks.ode_diagnostics.rows import clipping
 from lightning_plugins.core.vectors import norm
-
-
-def names(row):
-    return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
-
 
 # Closed forms
 

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from ode_names import names
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, Optimizer
@@ -23,10 +24,6 @@ from lightning_plugins.callbacks.ode_diagnostics.read_log import read_columns
 FIRST_ORDER = {
     "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "skipped_steps",
 }  # fmt: skip
-
-
-def names(row):
-    return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
 
 
 class Net(Classifier):

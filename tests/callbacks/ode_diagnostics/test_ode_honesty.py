@@ -7,27 +7,12 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from ode_names import FIRST_ORDER, IGR, names
 from torch.optim import LBFGS, SGD, Adam, NAdam
 from toys import LeastSquares, rows
 from trainers import fit
 
 from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics
-
-FIRST_ORDER = {
-    "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "clip_factor",
-    "skipped_steps", "loss",
-}  # fmt: skip
-ANY_KNOWN = FIRST_ORDER | {
-    "time", "predicted2_dloss", "actual_dloss", "dloss_ratio", "curvature_step", "edge_ratio_step", "sharpness",
-    "edge_ratio", "stiffness",
-}  # fmt: skip
-EULER = {"local_error", "rel_local_error", "lr_for_tol"}
-IGR = {"igr_term", "igr_ratio"}
-
-
-def names(row):
-    return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
-
 
 # Honesty
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
+from ode_names import ANY_KNOWN, EULER, FIRST_ORDER, IGR, names
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, NAdam, RMSprop
@@ -19,22 +20,6 @@ from toys import Bert, LeastSquares, Squares, rows
 from trainers import fit, quiet_trainer
 
 from lightning_plugins import Flooding, GradientPenalty, NormRMSprop, ODEDiagnostics
-
-FIRST_ORDER = {
-    "grad_norm", "update_norm", "rel_update", "cos_descent", "effective_lr", "predicted_dloss", "clip_factor",
-    "skipped_steps", "loss",
-}  # fmt: skip
-ANY_KNOWN = FIRST_ORDER | {
-    "time", "predicted2_dloss", "actual_dloss", "dloss_ratio", "curvature_step", "edge_ratio_step", "sharpness",
-    "edge_ratio", "stiffness",
-}  # fmt: skip
-EULER = {"local_error", "rel_local_error", "lr_for_tol"}
-IGR = {"igr_term", "igr_ratio"}
-
-
-def names(row):
-    return {name.removeprefix("ode/") for name in row if name.startswith("ode/")}
-
 
 # Training is not changed
 
