@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.random_numbers import random_integers
-from lightning_plugins.data.loading import KeyBatches, KeyLoader, SplitLoaders, pins_memory, share_of_run
+from lightning_plugins.data.loading import KeyBatches, KeyLoader, SplitLoaders, share_of_run
 
 _SHIFT_Y, _SHIFT_X, _FLIP = range(3)  # streams of random numbers, one for each use
 _NOISE = {"train": (20, 21), "val": (22, 23)}  # which labels are wrong, and what they say; test labels stay clean
@@ -221,4 +221,4 @@ class ImageData(SplitLoaders):
             seed=self.seed,
             **share_of_run(self.trainer, split),
         )
-        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
+        return KeyLoader(dataset, batches, self.num_workers, trainer=self.trainer)

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -30,12 +31,23 @@ class Batches(Sampler[list]):
 
     Args:
         train: whether each epoch has an order of its own.
+        world_size: number of processes that share an epoch.
+        rank: number of this process, from 0.
     """
 
-    def __init__(self, train: bool) -> None:
-        self.train = train
+    def __init__(self, train: bool, world_size: int, rank: int) -> None:
+        self.train, self.world_size, self.rank = train, world_size, rank
         self.epoch = 0
         self.start = 0  # batches to skip
+
+    def share(self, world_size: int, rank: int) -> None:
+        """Leave this process its part of what so many processes draw together."""
+        self.world_size, self.rank = world_size, rank
+        self.check()
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if there are too few samples for the processes."""
+        raise NotImplementedError
 
     @property
     def identity(self) -> dict[str, int]:
@@ -78,15 +90,20 @@ class KeyBatches(Batches):
     def __init__(
         self, num_samples: int, batch_size: int, train: bool, seed: int = 0, world_size: int = 1, rank: int = 0
     ) -> None:
-        least, what = (batch_size * world_size, "one training batch") if train else (world_size, "every process")
-        if num_samples < least:
-            raise ValueError(
-                f"{num_samples} images are too few for {what}: batch_size={batch_size} on {world_size} process(es) "
-                f"needs at least {least}. Use a smaller batch_size or fewer devices."
-            )
-        super().__init__(train)
+        super().__init__(train, world_size, rank)
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
-        self.world_size, self.rank = world_size, rank
+        self.check()
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if there is no full batch (training), or not a sample for each process."""
+        least, what = self.world_size, "every process"
+        if self.train:
+            least, what = self.batch_size * self.world_size, "one training batch"
+        if self.num_samples < least:
+            raise ValueError(
+                f"{self.num_samples} images are too few for {what}: batch_size={self.batch_size} on {self.world_size} "
+                f"process(es) needs at least {least}. Use a smaller batch_size or fewer devices."
+            )
 
     @property
     def identity(self) -> dict[str, int]:
@@ -129,12 +146,16 @@ class KeyLoader:
         dataset: data set with ``__getitems__(keys) -> batch``.
         batches: keys of each batch.
         num_workers: processes that prepare batches; 0 for none.
-        pin_memory: whether batches are copied to pinned memory, for a faster transfer to a GPU.
+        trainer: that of the data module, which has said how the processes share an epoch. Without one, as of a loader
+            that is handed to ``Trainer.fit`` itself, they share by the running process group.
     """
 
-    def __init__(self, dataset: Dataset, batches: Batches, num_workers: int = 0, pin_memory: bool = False) -> None:
+    def __init__(
+        self, dataset: Dataset, batches: Batches, num_workers: int = 0, trainer: Trainer | None = None
+    ) -> None:
         self.dataset = dataset
-        self.batch_sampler = batches
+        self._batches = batches
+        self._undecided = trainer is None
         self._resume: dict[str, int] | None = None
         self._done = 0
         self._loader = DataLoader(
@@ -142,10 +163,20 @@ class KeyLoader:
             batch_sampler=batches,
             collate_fn=_as_is,
             num_workers=num_workers,
-            pin_memory=pin_memory,
+            pin_memory=trainer is not None and trainer.strategy.root_device.type == "cuda",
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # else each epoch draws a number from torch's global random state
         )
+
+    @property
+    def batch_sampler(self) -> Batches:
+        """The keys of this process's batches."""
+        if self._undecided:
+            running = dist.is_available() and dist.is_initialized()
+            share = (dist.get_world_size(), dist.get_rank()) if running else (1, 0)
+            if share != (self._batches.world_size, self._batches.rank):
+                self._batches.share(*share)
+        return self._batches
 
     def __len__(self) -> int:
         return len(self.batch_sampler)
@@ -235,11 +266,6 @@ def share_of_run(trainer: Trainer | None, split: str) -> dict[str, Any]:
     # overfitting repeats the same batches; Lightning sets the attribute without declaring it
     repeats = bool(trainer and cast(Any, trainer).overfit_batches)
     return {"train": split == "train" and not repeats, "world_size": share["num_replicas"], "rank": share["rank"]}
-
-
-def pins_memory(trainer: Trainer | None) -> bool:
-    """Whether batches go to a GPU."""
-    return trainer is not None and trainer.strategy.root_device.type == "cuda"
 
 
 def _is_val_size(value: Any) -> bool:

@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.random_numbers import random_integers
-from lightning_plugins.data.loading import KeyBatches, KeyLoader, SplitLoaders, pins_memory, share_of_run
+from lightning_plugins.data.loading import KeyBatches, KeyLoader, SplitLoaders, share_of_run
 
 _LABEL = 30  # stream of random numbers
 
@@ -52,8 +52,19 @@ class PromptBatches(KeyBatches):
     """Batches of keys, which cannot be resumed with other prompts or classes."""
 
     def __init__(self, dataset: KeyedPrompts, num_samples: int, batch_size: int, **share: Any) -> None:
-        super().__init__(num_samples, batch_size, **share)
         self._dataset = dataset
+        super().__init__(num_samples, batch_size, **share)
+
+    def share(self, world_size: int, rank: int) -> None:
+        """In training each process has as many batches as one alone."""
+        if self.train:
+            self.num_samples = self.num_samples // self.world_size * world_size
+        super().share(world_size, rank)
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if there is not a condition for each process."""
+        if not self.train and self.num_samples < self.world_size:
+            raise ValueError(f"num_eval={self.num_samples} must be 1 or more for each of {self.world_size} processes.")
 
     @property
     def identity(self) -> dict[str, int]:
@@ -129,10 +140,8 @@ class PromptData(SplitLoaders):
         share = share_of_run(self.trainer, split)
         dataset = KeyedPrompts(self.prompts, self.num_classes, self.seed if train else None)
         samples = self.batches_per_epoch * self.batch_size * share["world_size"] if train else self.num_eval
-        if samples < share["world_size"]:
-            raise ValueError(f"num_eval={samples} must be one or more for each of {share['world_size']} processes.")
         batches = PromptBatches(dataset, samples, self.batch_size, seed=self.seed, **share)
-        return KeyLoader(dataset, batches, pin_memory=pins_memory(self.trainer))
+        return KeyLoader(dataset, batches, trainer=self.trainer)
 
 
 def read_prompts(file: str | Path) -> list[str]:

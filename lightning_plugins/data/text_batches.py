@@ -96,20 +96,24 @@ class TextBatches(Batches):
         world_size: int = 1,
         rank: int = 0,
     ) -> None:
-        super().__init__(train)
+        super().__init__(train, world_size, rank)
         self.lengths, self.batch_size, self.length_grouping, self.row_length = (
             lengths,
             batch_size,
             length_grouping,
             row_length,
         )
-        self.seed, self.world_size, self.rank = seed, world_size, rank
+        self.seed = seed
         # rows of places in the list of samples sorted by length
         self._packed = None if row_length is None else pack_lengths(lengths.sort().values.tolist(), row_length)
         self.num_rows = len(lengths) if self._packed is None else len(self._packed)
-        if self.num_rows < world_size:
-            what = "samples" if self._packed is None else f"packed rows (packing=True, {len(lengths)} samples)"
-            raise ValueError(f"{self.num_rows} {what} are too few for {world_size} processes: use fewer devices.")
+        self.check()
+
+    def check(self) -> None:
+        """Raise ``ValueError`` if there is not a row for each process."""
+        if self.num_rows < self.world_size:
+            what = "samples" if self._packed is None else f"packed rows (packing=True, {len(self.lengths)} samples)"
+            raise ValueError(f"{self.num_rows} {what} are too few for {self.world_size} processes: use fewer devices.")
 
     @property
     def identity(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
-from lightning_plugins.data.loading import KeyLoader, SplitLoaders, pins_memory, share_of_run
+from lightning_plugins.data.loading import KeyLoader, SplitLoaders, share_of_run
 from lightning_plugins.data.text_batches import TextBatches
 from lightning_plugins.data.text_pairs import KeyedPairs, KeyedText, Marks, Ragged, Texts, encode, marks_of
 from lightning_plugins.data.wordpiece import train_wordpiece
@@ -244,7 +244,7 @@ class TextData(SplitLoaders):
             seed=self.seed,
             **share_of_run(self.trainer, split),
         )
-        return KeyLoader(dataset, batches, self.num_workers, pin_memory=pins_memory(self.trainer))
+        return KeyLoader(dataset, batches, self.num_workers, trainer=self.trainer)
 
 
 def _not_empty(what: str, ids: list[int], place: str) -> None:
