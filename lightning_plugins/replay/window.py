@@ -62,7 +62,7 @@ class WindowLoss:
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
         """Mean over this rank of the micro-batches' losses times their signs (float64), and ``dL/dtheta`` over all."""
-        with without_trace(self._module, self._device):
+        with without_trace(self._module, self._device, self.params):
             loss = self._accumulate()
             return loss, self._collect()
 
@@ -88,7 +88,7 @@ class WindowLoss:
         Returns:
             ``H v``, shaped like the parameters.
         """
-        with without_trace(self._module, self._device), displaced(self.params, direction) as move:
+        with without_trace(self._module, self._device, self.params), displaced(self.params, direction) as move:
             move(step)
             self._accumulate()
             if difference == "central":
@@ -106,7 +106,7 @@ class WindowLoss:
     def exact_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Hessian-vector product by differentiating twice."""
         products = [torch.zeros_like(param) for param in self.params]
-        with without_trace(self._module, self._device):
+        with without_trace(self._module, self._device, self.params):
             for call in self._calls:
                 loss = call.replay() * self._scale * self._share
                 first = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
