@@ -241,4 +241,4 @@ def _tensors_in(batch: Any) -> Iterator[Tensor]:
         if kind == "tensor" and not isinstance(thing, nn.Parameter):
             yield thing
         elif kind != "bound" and not _are_plain(children := children_of(thing, kind)):
-            waiting += children
+            waiting += [] if kind == "object" and is_busy(children) else children

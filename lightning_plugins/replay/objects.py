@@ -134,7 +134,6 @@ def children_of(thing: Any, kind: Kind | None) -> list[Any]:
         found += attributes.values()
     if kind == "object":
         found += (value for _, value in filled_slots(thing))
-        return [] if is_busy(found) else found
     return found
 
 
