@@ -89,6 +89,7 @@ class ModuleState:
         self.leaves = list(self.trained)
         self.unsaved: list[Tensor] = []
         self._attributes, self._frozen = attributes, frozen
+        self._sharded = any(isinstance(param, DTensor) for param in self.trained)
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._slots: list[tuple[Any, list[tuple[Any, Any]]]] = []
@@ -125,18 +126,21 @@ class ModuleState:
             self._buffers.update(map(id, part.buffers()))
             return [*part.parameters(), *part.buffers()]
         own = part.__dict__
-        for name in _TABLES if self._attributes else ("_buffers",):
-            table = own[name]
-            if not any(isinstance(param, DTensor) for param in table.values()):  # FSDP2 puts others in their place
-                self._tables.append((table, dict(table)))
+        # FSDP2 puts other parameters in the place of its own
+        names = _TABLES if self._attributes and not self._sharded else ("_buffers",)
+        self._tables += ((own[name], dict(own[name])) for name in names)
         self._buffers.update(map(id, own["_buffers"].values()))
-        within = [value for name in _TABLES for value in own[name].values() if value is not None]
+        within = [*own["_parameters"].values(), *own["_buffers"].values(), *own["_modules"].values()]
         if isinstance(part, Metric):
             self.metrics.append(part)
         elif self._attributes:
-            kept = {name: value for name, value in own.items() if name not in _TORCH}
-            within += (value for value in kept.values() if kind_of(type(value)))
-            self._namespaces.append((own, kept | {"training": part.training}))
+            kept = {"training": part.training}
+            for name, value in own.items():
+                if name not in _TORCH:
+                    kept[name] = value
+                    if kind_of(type(value)):
+                        within.append(value)
+            self._namespaces.append((own, kept))
         return within
 
     def _look_into(self, thing: Any, kind: Kind) -> Iterable[Any]:

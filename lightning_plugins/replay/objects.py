@@ -169,7 +169,7 @@ def has_entries(container: Any, kind: Kind, entries: Any) -> bool:
         return container == entries
     if kind != "dict":
         return all(map(is_, list.__iter__(container) if kind == "list" else iter(container), entries))
-    now = entries_of(container, kind)
+    now = container if type(container) is dict else entries_of(container, kind)
     return all(map(is_, now, entries)) and all(map(is_, now.values(), entries.values()))
 
 
