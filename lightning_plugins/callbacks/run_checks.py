@@ -50,6 +50,16 @@ def require_plain_optimizers(name: str, trainer: Trainer) -> None:
             )
 
 
+def require_descent(name: str, trainer: Trainer, cure: str) -> None:
+    """Refuse optimizers that climb, in one of their groups or all; call it when checkpoints have been read."""
+    for optimizer in trainer.optimizers:
+        if any(group.get("maximize", False) for group in optimizer.param_groups):
+            raise MisconfigurationException(
+                f"{name} works on a loss that is minimised, but {type(optimizer).__name__} has maximize=True: leave it "
+                f"out, and {cure}."
+            )
+
+
 def put_in_order(trainer: Trainer) -> None:
     """Let Flooding, GradientPenalty, NonFiniteGuard and ODEDiagnostics run in this order, whatever order the user gave.
 

@@ -1,6 +1,8 @@
 """Several processes: sums and rows of all of them with gradient, and a clean end."""
 
 import atexit
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
@@ -14,6 +16,33 @@ def largest_over_ranks(number: int, device: torch.device) -> int:
     largest = torch.tensor(number, device=device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return int(largest)
+
+
+@contextmanager
+def all_or_none(device: torch.device) -> Iterator[None]:
+    """Raise the same in every process if one of them raises within, before any of them waits for the others.
+
+    What runs within must not itself communicate (as FSDP2 and SyncBatchNorm do): processes may be at different places.
+    One process alone raises what was raised.
+
+    Raises:
+        RuntimeError: with the first process's error.
+    """
+    if not _several_processes(None):
+        yield
+        return
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    if not largest_over_ranks(int(error is not None), device):
+        return
+    texts: list[str | None] = [None] * torch.distributed.get_world_size()
+    own = None if error is None else f"{type(error).__name__}: {error}"
+    torch.distributed.all_gather_object(texts, own)
+    rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
+    raise RuntimeError(f"on rank {rank}, {text}") from error
 
 
 def gather_rows(rows: Tensor, group: torch.distributed.ProcessGroup | None = None) -> tuple[Tensor, slice]:

@@ -1,24 +1,26 @@
 """Run a training_step again on the same batch without a trace.
 
-:class:`StepRecorder` remembers how ``training_step`` was called since the last optimizer step: arguments, random
-states and the module's own state at its entry. A replay starts from these, and leaves random states, buffers
-(batch-norm statistics), attributes, torchmetrics states, gradients and logs as it found them.
+:class:`StepRecorder` remembers how ``training_step`` was called since the last optimizer step: a copy of its
+arguments (``batches.py``), random states and the module's own state (``module_state.py``) at its entry. A replay starts
+from these, and leaves random states, the module's state, torchmetrics, gradients and logs as it found them.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from lightning_plugins.core.random_state import get_random_state, set_random_state
+from lightning_plugins.replay.batches import copied
 from lightning_plugins.replay.graph import half_precision, has_kinks
-from lightning_plugins.replay.module_state import ModuleState
+from lightning_plugins.replay.module_state import MOVE_THEM, WRITES_FIXED, ModuleState
+from lightning_plugins.replay.writes import Marks
 
 _depth = 0
 
@@ -26,15 +28,27 @@ _depth = 0
 def is_replaying() -> bool:
     """Whether a training step is being run again by a callback.
 
-    What such a run logs, counts, collects or draws is undone, also in attributes of the module: numbers, and lists,
-    dicts and sets of anything. What it prints, sends, writes to files or to objects of your own is not: leave that out
-    with ``if not is_replaying():``.
+    What such a run logs, counts, collects, draws or changes is undone wherever it hangs on the module: buffers,
+    networks that are not trained, attributes, lists, dicts and objects of your own, random generators, torchmetrics;
+    the batch is a copy. What it prints, sends, writes to files, takes from iterators or keeps outside of the module (in
+    variables of functions or classes, in data sets) is not: leave that out with ``if not is_replaying():``.
 
     Example:
         >>> is_replaying()
         False
     """
     return _depth > 0
+
+
+_REFUSALS = {
+    "fixed": f"{WRITES_FIXED}, so that it cannot be run again: {MOVE_THEM}.",
+    "trained": "training_step writes to parameters that are trained, which running it again would do at other places: "
+    "do so in on_train_batch_start or on_train_batch_end.",
+}
+_DRAWS = (
+    "training_step takes batches from dataloader_iter, so that running it again would take others: let it take "
+    "(batch, batch_idx)."
+)
 
 
 @dataclass
@@ -47,6 +61,7 @@ class Call:
         random_state: the process's random state at entry.
         module_state: the module's state at entry.
         sign: factor of this loss in the objective that is trained, +1 or -1 (Flooding).
+        refusal: why it cannot be repeated after all; ``None`` if it can, as far as was seen.
     """
 
     run: Callable[[], Any]
@@ -54,15 +69,31 @@ class Call:
     random_state: dict[str, Any]
     module_state: ModuleState
     sign: Tensor | float = 1.0
+    refusal: str | None = None
+
+    @contextmanager
+    def watched(self, module: nn.Module) -> Iterator[None]:
+        """Notice whether the first evaluation, within this context, writes to what a replay does not put back."""
+        state = self.module_state
+        marks = Marks(module, state.unsaved, state.trained)
+        yield
+        if written := marks.written():
+            self.refusal = self.refusal or _REFUSALS[written]
 
     def replay(self) -> Tensor:
         """Evaluate it again at the present parameters; use it inside :func:`without_trace`.
 
         Returns:
             The loss with its graph, times the sign.
+
+        Raises:
+            RuntimeError: it cannot be repeated.
         """
+        if self.refusal is not None:
+            raise RuntimeError(self.refusal)
         set_random_state(self.random_state, self.device)
         self.module_state.restore()
+        self.module_state.restore_metrics()
         loss = loss_of(self.run())
         if loss is None:
             raise RuntimeError(
@@ -94,6 +125,7 @@ class StepRecorder:
         self._window: int | None = None
         self._overridden = pl_module.__dict__.get("training_step")  # torch.compile's, for one
         self._step: Callable[..., Any] = pl_module.training_step
+        self._draws = is_param_in_hook_signature(self._step, "dataloader_iter", explicit=True)
         functools.update_wrapper(self, self._step)  # Lightning looks at the signature
         pl_module.training_step = self
 
@@ -136,9 +168,11 @@ class StepRecorder:
         call = None
         if any(self._owners.values()):
             device = self._trainer.strategy.root_device
-            run = functools.partial(self._run_again, args, kwargs)
-            call = Call(run, device, get_random_state(device), ModuleState(self._module))
-        output = self._step(*args, **kwargs)
+            run = functools.partial(self._run_again, *copied((args, kwargs)))
+            state = ModuleState(self._module, earlier=self.calls[-1].module_state if self.calls else None)
+            call = Call(run, device, get_random_state(device), state, refusal=_DRAWS if self._draws else None)
+        with nullcontext() if call is None else call.watched(self._module):
+            output = self._step(*args, **kwargs)
         loss = loss_of(output)
         if loss is not None:  # else Lightning leaves this batch out
             self.losses.append(loss.detach().clone())
@@ -149,6 +183,7 @@ class StepRecorder:
         return output
 
     def _run_again(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        args, kwargs = copied((args, kwargs))
         with self._trainer.precision_plugin.train_step_context():
             return self._step(*args, **kwargs)
 
@@ -159,24 +194,22 @@ def loss_of(output: Any) -> Tensor | None:
 
 
 @contextmanager
-def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Undo, on leaving, what running the module leaves behind.
+def without_trace(module: nn.Module, device: torch.device, trained: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Undo, on leaving, what running the module leaves behind, also if it ends in an error.
 
     Args:
-        module: the module that will run: its buffers, attributes, gradients, torchmetrics states and ``self.log`` are
-            protected.
+        module: the module that will run: its state, gradients, torchmetrics and ``self.log`` are protected.
         device: the process's device; the random state of a GPU is restored with that of Python, NumPy and torch.
+        trained: parameters that training moves besides those of optimizers.
     """
     global _depth
-    random_state = get_random_state(device)
+    random_state, state = get_random_state(device), ModuleState(module, trained)
     with ExitStack() as stack:
         stack.enter_context(torch.enable_grad())
         stack.callback(set_random_state, random_state, device)
-        stack.enter_context(ModuleState(module).restored())
-        stack.enter_context(_grads_aside(module))
-        for part in module.modules():
-            if isinstance(part, Metric):
-                stack.enter_context(_metric_aside(part))
+        stack.enter_context(state.restored())
+        stack.enter_context(_grads_aside(state.leaves))
+        for part in state.modules:
             if isinstance(part, LightningModule):
                 stack.enter_context(_mute(part))
         _depth += 1
@@ -187,31 +220,15 @@ def without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _grads_aside(module: nn.Module) -> Iterator[None]:
-    params = [param for param in module.parameters() if param.requires_grad]
-    grads = [param.grad for param in params]
-    for param in params:
-        param.grad = None
+def _grads_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    grads = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
     try:
         yield
     finally:
-        for param, grad in zip(params, grads, strict=True):
-            param.grad = grad
-
-
-@contextmanager
-def _metric_aside(metric: Metric) -> Iterator[None]:
-    """Let a metric work on copies of its states: others may hold references to the states themselves."""
-    attributes = vars(metric)
-    before = dict(attributes)
-    for name in metric._defaults:
-        state = getattr(metric, name)
-        setattr(metric, name, state.clone() if isinstance(state, Tensor) else list(state))
-    try:
-        yield
-    finally:
-        attributes.clear()
-        attributes.update(before)
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
 
 
 @contextmanager

@@ -5,7 +5,7 @@ leaves no trace. How far to move the parameters is told by ``differences.py``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,6 +13,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from lightning_plugins.core.distributed import all_or_none
 from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
@@ -62,7 +63,7 @@ class WindowLoss:
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
         """Mean over this rank of the micro-batches' losses times their signs (float64), and ``dL/dtheta`` over all."""
-        with without_trace(self._module, self._device):
+        with without_trace(self._module, self._device, self.params), kept(self.params):
             loss = self._accumulate()
             return loss, self._collect()
 
@@ -88,7 +89,7 @@ class WindowLoss:
         Returns:
             ``H v``, shaped like the parameters.
         """
-        with without_trace(self._module, self._device), displaced(self.params, direction) as move:
+        with without_trace(self._module, self._device, self.params), displaced(self.params, direction) as move:
             move(step)
             self._accumulate()
             if difference == "central":
@@ -106,7 +107,7 @@ class WindowLoss:
     def exact_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
         """Hessian-vector product by differentiating twice."""
         products = [torch.zeros_like(param) for param in self.params]
-        with without_trace(self._module, self._device):
+        with without_trace(self._module, self._device, self.params), self._all_or_none():
             for call in self._calls:
                 loss = call.replay() * self._scale * self._share
                 first = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
@@ -124,11 +125,16 @@ class WindowLoss:
             The mean of the losses times their signs.
         """
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for call in self._calls:
-            loss = call.replay()
-            self._backward(loss * (factor * self._share) * self._scale)
-            total += loss.detach().reshape(()) / len(self._calls)
+        with self._all_or_none():
+            for call in self._calls:
+                loss = call.replay()
+                self._backward(loss * (factor * self._share) * self._scale)
+                total += loss.detach().reshape(()) / len(self._calls)
         return total
+
+    def _all_or_none(self) -> AbstractContextManager[None]:
+        """Around what may fail on one rank, where the others would wait for it in vain."""
+        return all_or_none(self._device) if self._reduces else nullcontext()
 
     def _backward(self, loss: Tensor) -> None:
         if not self._watched:
@@ -178,20 +184,30 @@ def displaced(params: Sequence[Tensor], direction: Sequence[Tensor]) -> Iterator
         [1.0, 1.0]
     """
     params, direction = local(params), local(direction)
+    with kept(params) as saved:
+
+        def move(step: float) -> None:
+            with torch.no_grad():
+                foreach_copy_(params, saved)
+                foreach_add_(params, direction, alpha=step)
+            torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
+
+        yield move
+
+
+@contextmanager
+def kept(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Whatever writes to parameters, on leaving they have their old values again, bit for bit.
+
+    Yields:
+        The old values, a copy.
+    """
+    params = local(params)
     with torch.no_grad():
         saved = [param.clone() for param in params]
-
-    def move(step: float) -> None:
-        with torch.no_grad():
-            foreach_copy_(params, saved)
-            foreach_add_(params, direction, alpha=step)
-        torch.clear_autocast_cache()  # else half-precision copies of the old values would be used
-
-    with ExitStack() as stack:
-        for param in params:  # a graph that is yet to be differentiated may hold them
-            stack.enter_context(_unsafe_preserve_version_counter(param))
+    with _unsafe_preserve_version_counter(tuple(params)):  # a graph that is yet to be differentiated may hold them
         try:
-            yield move
+            yield saved
         finally:
             with torch.no_grad():
                 foreach_copy_(params, saved)

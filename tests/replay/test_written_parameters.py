@@ -41,6 +41,7 @@ def test_a_teacher_moves_as_without(callback, accumulate):
 
 
 def test_many_frozen_parameters_are_not_saved_and_must_not_be_written_to(monkeypatch):
-    monkeypatch.setattr("lightning_plugins.replay.module_state._MOST_FROZEN", 10)
+    monkeypatch.setattr("lightning_plugins.replay.module_state._LEAST", 10)
+    monkeypatch.setattr("lightning_plugins.replay.module_state._TIMES", 0)
     with pytest.raises(RuntimeError, match=r"writes to parameters that are not trained.* in on_train_batch_end"):
         train(GradientPenalty(0.3))

@@ -15,11 +15,13 @@ from lightning_plugins.callbacks.run_checks import (
     OneGradientPerStep,
     put_in_order,
     require_automatic_optimization,
+    require_descent,
     require_plain_optimizers,
     require_strategy,
 )
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.lightning_internals import skips_backward
+from lightning_plugins.core.optimizers import parameters_of
 from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.replay.recorder import StepRecorder
 
@@ -130,6 +132,7 @@ class Flooding(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to remember losses."""
+        require_descent("Flooding", trainer, "return minus that objective, and flood it at minus the level")
         self._recorder = StepRecorder.attach(trainer, pl_module, self)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -179,7 +182,7 @@ class Flooding(Callback):
         loss = self._losses().mean()
         mean_over_ranks_([loss])
         self.sign = _sign(loss, level)
-        grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        grads = [p.grad for p in parameters_of(optimizer) if p.grad is not None]
         if grads:  # else nothing depends on the parameters
             torch._foreach_mul_(local(grads), self.sign)
         for call in self._recorder.calls:

@@ -109,8 +109,9 @@ def gradient_penalty_backward(
     require_plain_gradients(_NAME, module.trainer, module)
     params = _trainable(module.parameters() if params is None else params)
     device = module.trainer.strategy.root_device
-    call = Call(loss_fn, device, get_random_state(device), ModuleState(module))
-    loss = _scalar(loss_fn())
+    call = Call(loss_fn, device, get_random_state(device), ModuleState(module, params))
+    with call.watched(module):
+        loss = _scalar(loss_fn())
     if coefficient == 0:
         module.manual_backward(loss)
     elif engine == "exact":

@@ -23,7 +23,7 @@ class StateOfRun:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer, self.is_due = trainer, False
         self._module_state = ModuleState(module, frozen=False, attributes=module.automatic_optimization)
-        self._metrics = [_MetricState(part) for part in module.modules() if isinstance(part, Metric)]
+        self._metrics = [_MetricState(metric) for metric in self._module_state.metrics]
         self._logged = {name: _MetricState(metric) for name, metric in logged_so_far(trainer).items()}
 
     def restore(self) -> None:

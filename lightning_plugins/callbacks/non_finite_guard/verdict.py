@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from lightning_plugins.callbacks.non_finite_guard.report import Step, logged_losses
+from lightning_plugins.core.optimizers import parameters_of
 from lightning_plugins.core.vectors import local
 
 Batch = tuple[int, Any]  # with its number in the epoch
@@ -58,7 +59,7 @@ class Window:
         if isinstance(optimizer, torch.optim.LBFGS) and self._judged == key:
             self._empty()
             return None
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for p in parameters_of(optimizer) if p.grad is not None]
         if not params and not self._losses:  # training_step returned None
             return None
         norms = norms_of([param.grad for param in params])

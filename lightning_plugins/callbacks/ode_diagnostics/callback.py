@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -40,6 +41,7 @@ from lightning_plugins.core.lightning_internals import (
 )
 from lightning_plugins.core.vectors import norm
 from lightning_plugins.replay.recorder import StepRecorder
+from lightning_plugins.replay.twice import why_not_exact
 
 OnEdge = Literal["log", "warn"]
 
@@ -115,19 +117,22 @@ class ODEDiagnostics(Callback):
       optimizers itself. ``grad_norm`` is of the gradient that the optimizer receives, which may be a clipped one:
       ``clip_factor`` and the implicit term are omitted.
     - Unknown optimizers, also subclasses with a ``step`` of their own: the rows for all.
-    - A second run of the window leaves no trace in the module, its metrics, logs and torch's, NumPy's and Python's
-      random numbers. What ``training_step`` prints, writes to files, pushes to queues or draws from generators of its
-      own cannot be undone: ask :func:`~lightning_plugins.is_replaying` there.
+    - A second run of the window gets copies of the batches, and leaves no trace in what hangs on the module (weights,
+      buffers, teachers, attributes, objects, generators), its metrics, logs and torch's, NumPy's and Python's random
+      numbers. What ``training_step`` prints, writes to files, takes from iterators or keeps outside of the module
+      cannot be undone: ask :func:`~lightning_plugins.is_replaying` there.
+    - An error in a second run (a module that refuses a loss or a batch which it would not meet in training, too little
+      memory) is said once for each kind, the rows that need it are left out, and later probes try again.
 
     Training is never changed: weights are bit for bit those of a run without the callback. Under DDP and FSDP2
     everything is of all ranks. Rows go to the trainer's loggers and ``callback_metrics`` in probing steps; those that
     cost no second gradient also every ``log_every_n_steps``. Time, step and skip counts are in the checkpoint.
 
     Cost, by the table's words. 0: next to nothing. Copy: two copies of the parameters during the step. Probe: one more
-    forward and backward pass, and a third copy. Search: ``sharpness_products`` times two such passes (finite
-    differences) or some four (exact), and eight copies. Other steps cost what they cost without the callback; those at
-    ``log_every_n_steps`` two norms more. The very first probe also runs the window at the old parameters, to see that
-    it can be repeated.
+    forward and backward pass, two more copies, and the batches once more. Search: ``sharpness_products`` times two such
+    passes (finite differences) or some four (exact), and eight copies. Other steps cost what they cost without the
+    callback; those at ``log_every_n_steps`` two norms more. The first, second, fourth, eighth and so on of the probes
+    also runs the window at the old parameters, to see that it can be repeated.
 
     Args:
         every_n_steps: optimizer steps from one probe to the next, 1 or more; the default of 50 adds one forward and
@@ -162,7 +167,8 @@ class ODEDiagnostics(Callback):
 
     Raises:
         ValueError: an argument out of range, or two for one optimizer.
-        MisconfigurationException: a strategy whose gradients cannot be read.
+        MisconfigurationException: before training, for a strategy whose gradients cannot be read, or where
+            sharpness_engine="exact" is known to be impossible.
 
     Source:
         Su, kexue.fm/archives/5655, 6234, 7787 (optimizers as flows, error control); Barrett and Dherin 2021, eq. 4
@@ -235,7 +241,7 @@ class ODEDiagnostics(Callback):
         begun = _Begun(params, norm(grads))
         if self._probe is not None:
             begun.loss, begun.signed_loss = self._probe.losses()
-            begun.probes = due and self._can_probe() and self._probe.is_ready(params)
+            begun.probes = due and self._can_probe() and self._probe.is_ready(params, self._watch.steps)
             if isinstance(rule, Rule) and (terms := implicit_term(self._watch.optimizer, rule, params)):
                 begun.implicit = implicit_sum(terms, params, rule.sign)
         if due:
@@ -333,6 +339,7 @@ class ODEDiagnostics(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the optimizer, and begin to watch its steps."""
         require_strategy("ODEDiagnostics", trainer)
+        self._require_engine(trainer, pl_module)
         if not 0 <= self.optimizer_index < len(trainer.optimizers):
             raise ValueError(
                 f"optimizer_index={self.optimizer_index}, but {type(pl_module).__name__} has "
@@ -354,6 +361,13 @@ class ODEDiagnostics(Callback):
             self._recorder = StepRecorder.attach(trainer, pl_module, self)
             self._probe = Probe(trainer, pl_module, self._recorder, self.sharpness_engine)
         self._explain(trainer, pl_module)
+
+    def _require_engine(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.sharpness_engine != "exact" or self.sharpness_every_n_steps is None:
+            return
+        if pl_module.automatic_optimization and (reason := why_not_exact(trainer, pl_module)):
+            reason = reason.replace("engine='finite", "sharpness_engine='finite")
+            raise MisconfigurationException(f"ODEDiagnostics(sharpness_engine='exact') is not possible: {reason}.")
 
     def _explain(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say what is read, and warn of what cannot be."""

@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient
+from lightning_plugins.core.optimizers import parameters_of
 
 # Where the known steps are made, by module and class; of two with the same step the later one names it.
 _FAMILIES = {
@@ -131,6 +132,8 @@ def rule_of(optimizer: Optimizer) -> Rule | str:
     family = _family(optimizer)
     if family is None:
         return f"{type(optimizer).__name__} is none of SGD, RMSprop, Adam, AdamW and NormRMSprop with a step of its own"
+    if len(parameters_of(optimizer)) < sum(len(group["params"]) for group in optimizer.param_groups):
+        return f"{type(optimizer).__name__} lists a parameter twice in a group (tied weights), and so steps it twice"
     rules = {_rule_of_group(family, group) for group in optimizer.param_groups}
     if len(rules) > 1:
         return f"the parameter groups of {type(optimizer).__name__} differ in more than rate and weight decay"

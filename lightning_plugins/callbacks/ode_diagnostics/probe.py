@@ -1,7 +1,8 @@
 """The window of an optimizer step run again: gradients of the trained objective, and sharpness, for ODEDiagnostics."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -56,13 +57,16 @@ class Probe:
         engine: how Hessian products are computed.
 
     Attributes:
-        repeats: whether a second run gives the same gradient; ``None`` until that was seen.
+        repeats: whether a second run gives the same gradient, as last seen; ``None`` until that was looked at.
         products: the number of Hessian products of the last search for the sharpness.
     """
 
     def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, engine: Engine) -> None:
         self.repeats: bool | None = None
         self.products = 0
+        self._probes, self._next_check = 0, 1
+        self._right: list[int] = []  # steps in which a second run was seen to give the same
+        self._told: set[tuple[str, str]] = set()
         self._trainer, self._module, self._recorder = trainer, module, recorder
         self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
         self._eigenvector: Vector | None = None
@@ -83,25 +87,52 @@ class Probe:
     def _is_complete(self) -> bool:
         return 0 < len(self._recorder.calls) == len(self._recorder.losses)
 
-    def is_ready(self, params: Sequence[Tensor]) -> bool:
-        """Whether the window can be run again with the same result; looked at once, where its gradient was taken."""
-        if not self._is_complete():
+    def is_ready(self, params: Sequence[Tensor], step: int) -> bool:
+        """Whether the window can be run again with the same result.
+
+        Looked at in the first probe, the second, fourth, eighth and so on, where the step's gradient was taken.
+        """
+        if self.repeats is False or not self._is_complete():
             return False
+        self._probes += 1
         grads = [param.grad for param in params]
         length = norm(grads).item()
-        if self.repeats is None and 0 < length < math.inf:
-            _, again = self._gradient(self._window(params))
+        if self._probes >= self._next_check and 0 < length < math.inf:
+            again: Vector = []
+            with self._surviving("running the window again"):
+                _, again = self._gradient(self._window(params))
+            if not again:
+                return False  # what failed is tried again in the next probe
             torch._foreach_sub_(local(again), local(grads))
-            error = norm(again).item() / length
-            self.repeats = error <= self._tolerance(grads)
-            if not self.repeats:
-                rank_zero_warn(
-                    "ODEDiagnostics: running training_step again on the same batch gives another gradient (relative "
-                    f"difference {error:.1e}): it edits its batch, keeps a state that a replay does not restore (a "
-                    "generator of its own, a file), or a hook changes gradients. Rows that need a second run are "
-                    "omitted."
-                )
+            self._judge(norm(again).item() / length, self._tolerance(grads), step)
         return bool(self.repeats)
+
+    def _judge(self, error: float, tolerance: float, step: int) -> None:
+        self.repeats = error <= tolerance
+        if self.repeats:
+            self._right.append(step)
+            self._next_check = 2 * self._probes
+            return
+        before = f" in step {step}; it was the same in {', '.join(map(str, self._right))}" if self._right else ""
+        rank_zero_warn(
+            "ODEDiagnostics: running training_step again on the same batch gives another gradient (relative "
+            f"difference {error:.1e}){before}: it keeps a state that a replay does not restore (an iterator, a file, a "
+            "variable of a function), or a hook changes gradients. Rows that need a second run are omitted from now on."
+        )
+
+    @contextmanager
+    def _surviving(self, what: str) -> Iterator[None]:
+        """Let no error of a second run end the training: each kind is said once."""
+        try:
+            yield
+        except Exception as error:
+            kind = type(error).__name__
+            if (what, kind) not in self._told:
+                self._told.add((what, kind))
+                rank_zero_warn(
+                    f"ODEDiagnostics: {what} failed with {kind}: {error} Rows that need it are omitted where it does; "
+                    "training goes on as without."
+                )
 
     def _tolerance(self, grads: Sequence[Tensor]) -> float:
         dtypes = {grad.dtype for grad in grads}
@@ -119,7 +150,7 @@ class Probe:
         tol: float | None,
         search: tuple[float, int] | None,
     ) -> dict[str, float]:
-        """All rows that need a second gradient; call it right after the step.
+        """All rows that need a second gradient, without those that fail; call it right after the step.
 
         Args:
             optimizer: the optimizer that made the step.
@@ -130,19 +161,22 @@ class Probe:
             tol: relative local error that ``lr_for_tol`` allows; ``None`` leaves that row out.
             search: relative accuracy and most products of a search for the sharpness; ``None`` for no search.
         """
-        window = self._window(params)
-        loss, change = self._gradient(window)
-        torch._foreach_sub_(local(change), local(step.gradient))
-        rows = second_order_rows(step, change)
-        if not self._is_penalised():
-            mean_over_ranks_([loss])
-            share = len(self._recorder.calls) / self._trainer.accumulate_grad_batches
-            rows |= loss_rows(step, share * (loss - before).item())
-        flow = read_flow(optimizer, rule, params)
-        if flow.h > 0:
-            rows |= flow_rows(step, change, flow, rule, tol)
-            if search is not None:
-                del change
+        rows: dict[str, float] = {}
+        window, flow = self._window(params), None
+        with self._surviving("running the window again"):
+            loss, change = self._gradient(window)
+            torch._foreach_sub_(local(change), local(step.gradient))
+            rows |= second_order_rows(step, change)
+            if not self._is_penalised():
+                mean_over_ranks_([loss])
+                share = len(self._recorder.calls) / self._trainer.accumulate_grad_batches
+                rows |= loss_rows(step, share * (loss - before).item())
+            flow = read_flow(optimizer, rule, params)
+            if flow.h > 0:
+                rows |= flow_rows(step, change, flow, rule, tol)
+            del change
+        if search is not None and flow is not None and flow.h > 0:
+            with self._surviving("the search for the sharpness"):
                 pair = self._top_eigenpair(window, flow, rule, *search)
                 rows |= sharpness_rows(pair.value, flow, rule, rows.get("edge_ratio_step"))
         return rows
@@ -195,7 +229,8 @@ class Probe:
 
     def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
         if self._engine == "exact":
-            raise RuntimeError(f"ODEDiagnostics(sharpness_engine='exact'): {reason}.") from error
+            reason = reason.replace("engine='finite", "sharpness_engine='finite")
+            raise RuntimeError(f"sharpness_engine='exact' is not possible: {reason}.") from error
         self._exact = False
         reason = reason.split(";")[0]
         rank_zero_warn(

@@ -15,6 +15,7 @@ from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import (
     why_unreadable,
 )
 from lightning_plugins.core.lightning_internals import batches_that_stepped
+from lightning_plugins.core.optimizers import parameters_of
 
 
 class StepWatch:
@@ -66,7 +67,7 @@ class StepWatch:
         if self._begun_at == self._trainer.global_step:
             return []
         self.end_without_hook()
-        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        params = [p for p in parameters_of(optimizer) if p.grad is not None]
         if params and (why := why_unreadable(optimizer, self._scaler is not None, params)):
             self._warn(f"nothing is logged: {why}.")
             return []

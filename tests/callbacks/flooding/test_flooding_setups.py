@@ -1,5 +1,6 @@
 """Flooding in runs and modules of others: what works, what is refused, and what is left behind."""
 
+import copy
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -317,3 +318,56 @@ def test_other_devices_are_refused():
     trainer = SimpleNamespace(callbacks=[flooding], strategy=strategy, optimizers=[])
     with pytest.raises(MisconfigurationException, match=r"Flooding sums in double.* cpu and cuda, not on 'mps': use"):
         flooding.on_fit_start(trainer, BoringModel())
+
+
+class Tied(Squares):
+    """A weight that is used twice, and listed twice in the optimizer's group."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3, bias=False))
+        self.twin = nn.Linear(3, 3, bias=False)
+        self.twin.weight = self.net.weight
+
+    def loss(self, batch):
+        return (self.twin(self.net(batch)) - batch).square().mean() - 0.5
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([self.net.weight, self.twin.weight], lr=0.05)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters")
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+@pytest.mark.parametrize("level", [100.0, 0.3])
+def test_tied_weights_that_are_listed_twice_are_turned_once(scope, level):
+    """As a loop on the written objective, whose optimizer steps such a weight twice as well."""
+    seed_everything(0, verbose=False)
+    model = Tied().double()
+    expected, data = copy.deepcopy(model), [torch.randn(4, 3).double() for _ in range(8)]
+    fit(model, data, Flooding(level, scope), precision="64-true")
+    optimizer, ascends = expected.configure_optimizers(), []
+    for batch in data:
+        loss = expected.loss(batch)
+        ascends.append(loss.item() < level)
+        optimizer.zero_grad()
+        ((loss - level).abs() + level).backward()
+        optimizer.step()
+    assert any(ascends)
+    torch.testing.assert_close(weights(model), weights(expected), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scope", ["step", "microbatch"])
+@pytest.mark.parametrize("climbs", ["all", "one group"])
+def test_an_optimizer_that_climbs_is_refused(scope, climbs):
+    """Reflecting at a level from below would keep what is maximised away from it."""
+
+    def sgd(params, lr):
+        first, *rest = params
+        return torch.optim.SGD(
+            [{"params": [first], "maximize": climbs == "all"}, {"params": rest, "maximize": True}], lr
+        )
+
+    model = BoringModel()
+    before = weights(model)
+    with pytest.raises(MisconfigurationException, match=r"SGD has maximize=True: .* minus that objective.* minus the"):
+        trained(model, Flooding(0.1, scope), optimizer=sgd)
+    assert torch.equal(weights(model), before)

@@ -3,7 +3,6 @@
 import copy
 import pickle
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, seed_everything
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchmetrics import CatMetric, MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassPrecision, MulticlassRecall
 from toys import Classifier
@@ -179,11 +178,18 @@ def test_no_difference_between_every_n_steps():
 # Training steps that cannot be repeated
 
 
+class Diary(Dataset):
+    """What no replay looks into: a data set."""
+
+    def __init__(self):
+        self.flags, self.calls = [], 0
+
+
 class Plain(Classifier):
     def __init__(self):
         torch.manual_seed(0)
         super().__init__(nn.Linear(6, 3))
-        self.gradients, self.diary = [], SimpleNamespace(flags=[], calls=0)  # no replay looks into a foreign object
+        self.gradients, self.diary = [], Diary()
 
     @property
     def flags(self):
@@ -240,8 +246,26 @@ class DrawsFromItsOwn(Plain):
         return super().loss((x + 0.1 * torch.randn(x.shape, generator=self.generator), y))
 
 
+class Iterates(Plain):
+    def __init__(self):
+        super().__init__()
+        self.noise = iter(torch.linspace(0, 1, 100).tolist())
+
+    def loss(self, batch):
+        return super().loss((batch[0] + next(self.noise), batch[1]))
+
+
 @pytest.mark.parametrize("k", [1, 2])
-@pytest.mark.parametrize("kind", [EditsItsBatch, Counts, DrawsFromItsOwn])
+@pytest.mark.parametrize("kind", [EditsItsBatch, DrawsFromItsOwn])
+def test_batches_that_are_edited_and_generators_are_repeated_and_left_alone(kind, k):
+    watched, plain = kind(), kind()
+    fit(watched, GradientPenalty(NOTHING), max_epochs=1, accumulate_grad_batches=k)
+    fit(plain, max_epochs=1, accumulate_grad_batches=k)
+    torch.testing.assert_close(watched.gradients, plain.gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("kind", [Counts, Iterates])
 def test_the_first_step_shows_what_cannot_be_repeated(kind, k):
     module = kind()
     sentence = f"training_step of {kind.__name__} again on the same batch gives another gradient .* edit its batch in"
