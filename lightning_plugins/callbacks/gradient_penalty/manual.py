@@ -165,20 +165,22 @@ def _exact(
         raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
     scale_now = loss_scale(module.trainer)
     half, functions = half_precision(loss), custom_functions(loss)
-    handles, arrivals = [], None
+    arrivals = None
     try:
         penalty = ExactPenalty(loss * scale_now, params, scale_now, coefficient, norm, joined=True)
         extras = penalty.extras()
         arrivals = Arrivals(penalty.first, params)  # before the hooks that add the penalty to what arrives
         handles = add_by_hooks(params, extras)
-        module.manual_backward(loss)
+        try:
+            module.manual_backward(loss)
+        finally:
+            for handle in handles:
+                handle.remove()
         arrivals.check(module, half)
         _ask(module, call, params, functions, has_kinks(loss, module), half)
     except RuntimeError as error:
         raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
     finally:
-        for handle in handles:
-            handle.remove()
         if arrivals is not None:
             arrivals.close()
 
