@@ -86,29 +86,37 @@ class Arrivals:
     """Listens to what a backward pass brings to the parameters, and compares it with the graph's first derivative.
 
     Args:
-        first: the first derivatives that the graph shows, ``None`` where it shows none.
+        first: the first derivatives that the graph shows, ``None`` where it shows none; each is held until its gradient
+            has come.
         params: the parameters.
+        module: their module, for the sentence.
+        half: the half precision in which a part of the loss was computed.
         all_of_them: whether to compare each parameter's gradient; else only those without a first derivative are
             listened to, which costs nothing.
     """
 
-    def __init__(self, first: Sequence[Tensor | None], params: Sequence[Tensor], all_of_them: bool = True) -> None:
-        self._first, self._params, self._all = (
-            [g if g is None else g.detach() for g in first],
-            list(params),
-            all_of_them,
-        )
-        self._found: list[Tensor | None] = [None] * len(self._params)
+    def __init__(
+        self,
+        first: Sequence[Tensor | None],
+        params: Sequence[Tensor],
+        module: LightningModule,
+        half: torch.dtype | None = None,
+        all_of_them: bool = True,
+    ) -> None:
+        self._params, self._module, self._half = list(params), module, half
+        self._heard = [index for index, g in enumerate(first) if all_of_them or g is None]
+        self._lengths = _lengths(first, self._params)
+        self._missing = {index: first[index].detach() for index in self._heard if first[index] is not None}
         self._handles = [
-            param.register_hook(partial(self._take, index))
-            for index, (param, g) in enumerate(zip(self._params, first, strict=True))
-            if param.requires_grad and (all_of_them or g is None)
+            params[i].register_hook(partial(self._take, i)) for i in self._heard if params[i].requires_grad
         ]
 
     def _take(self, index: int, grad: Tensor) -> None:
-        """An inner backward pass brings a share of its own."""
-        found = self._found[index]
-        self._found[index] = grad.detach() if found is None else found + grad.detach()
+        """An inner backward pass brings a share of its own; what has come in full is let go."""
+        missing, grad = self._missing.pop(index, None), grad.detach()
+        missing = -grad if missing is None else missing - grad
+        if torch.linalg.vector_norm(missing) > rounding_of(self._params, self._half) * self._lengths[index]:
+            self._missing[index] = missing
 
     def close(self) -> None:
         """Listen no more."""
@@ -116,32 +124,29 @@ class Arrivals:
             handle.remove()
         self._handles = []
 
-    def check(self, module: LightningModule, half: torch.dtype | None = None) -> None:
+    def check(self) -> None:
         """Call it when the backward pass is over.
 
         Raises:
             MissedTermError: another gradient came than the graph shows.
         """
         self.close()
-        if not self._all and all(found is None for found in self._found):
-            return
-        if self._all:
-            require_same(self._first, self._found, self._params, module, half)
-        else:
-            unseen = [f if g is None else g for g, f in zip(self._first, self._found, strict=True)]
-            require_same(self._first, unseen, self._params, module, half)
+        missing, self._missing = self._missing, {}
+        if missing:
+            errors = _lengths([missing.get(index) for index in range(len(self._params))], self._params)
+            _refuse(self._lengths, errors, self._params, self._module, self._half)
 
 
 def require_same(
-    first: Sequence[Tensor | None],
-    real: Sequence[Tensor | None],
+    first: Sequence[Tensor],
+    real: Sequence[Tensor],
     params: Sequence[Tensor],
     module: LightningModule,
     half: torch.dtype | None = None,
 ) -> None:
     """Compare the first derivative that a graph shows with the gradient of the real backward pass, each parameter's.
 
-    ``None`` stands for zero. Where one of them is not finite nothing can be said.
+    Where one of them is not finite nothing can be said.
 
     Args:
         first: what the graph shows.
@@ -153,11 +158,17 @@ def require_same(
     Raises:
         MissedTermError: they differ by more than rounding.
     """
-    lengths, errors = _lengths(first, params), _lengths([_less(f, g) for f, g in zip(real, first, strict=True)], params)
+    errors = torch.stack([torch.linalg.vector_norm(f - g).double() for f, g in zip(first, real, strict=True)])
+    _refuse(_lengths(first, params), errors, params, module, half)
+
+
+def _refuse(
+    lengths: Tensor, errors: Tensor, params: Sequence[Tensor], module: LightningModule, half: torch.dtype | None
+) -> None:
     same = rounding_of(params, half)
     least = same / 100 * lengths.norm()  # of a parameter whose gradient is made of rounding alone
     wrong = (errors > same * lengths + least).nonzero().flatten().tolist()
-    if wrong and errors.isfinite().all():
+    if wrong and errors.isfinite().all() and lengths.isfinite().all():
         share = (errors[wrong].norm() / torch.hypot(lengths, errors).norm()).item()
         raise MissedTermError(_other_gradient(module, [params[index] for index in wrong], share))
 
@@ -170,12 +181,6 @@ def rounding_of(params: Sequence[Tensor], half: torch.dtype | None = None) -> fl
         half: the half precision in which a part of the loss was computed.
     """
     return max(_SAME[dtype] for dtype in {half or torch.float64, *(param.dtype.to_real() for param in params)})
-
-
-def _less(real: Tensor | None, first: Tensor | None) -> Tensor | None:
-    if real is None:
-        return first
-    return real if first is None else real - first
 
 
 def _lengths(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:

@@ -18,7 +18,7 @@ from lightning_plugins.callbacks.implicit_regularization import implicit_coeffic
 from lightning_plugins.callbacks.piecewise import Points, value_at
 from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order
 from lightning_plugins.core.distributed import largest_over_ranks
-from lightning_plugins.core.lightning_internals import loss_scale, skips_backward
+from lightning_plugins.core.lightning_internals import is_scaled, loss_scale, skips_backward
 from lightning_plugins.core.optimizers import parameters_of
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
 from lightning_plugins.replay.differences import Difference, relative_step, step_along
@@ -332,7 +332,7 @@ class GradientPenalty(Callback):
 
     def _overflowed(self, trainer: Trainer, gradient: list[Tensor], extra: list[Tensor]) -> bool:
         """Whether a replay overflowed in fp16: the scaler has looked before, and would not skip the step."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None or torch.isfinite(norm(extra)):
+        if not is_scaled(trainer) or torch.isfinite(norm(extra)):
             return False
         if torch.isfinite(norm(gradient)):  # else the scaler skips the step
             self._warn_once("GradientPenalty: a replay overflowed in fp16; such a step goes without penalty.")
@@ -382,7 +382,7 @@ class GradientPenalty(Callback):
             else:  # parameters of no optimizer are left alone
                 self._handles = add_by_hooks(params, penalty.extras())
             if any(g is None for g in penalty.first):
-                self._unseen = Arrivals(penalty.first, params, all_of_them=False)
+                self._unseen = Arrivals(penalty.first, params, pl_module, all_of_them=False)
         earlier = self._latest.lengths[: len(self._recorder.losses) - 1]  # of the window's other micro-batches
         self._remember([*earlier, penalty.length])
 
@@ -392,9 +392,11 @@ class GradientPenalty(Callback):
         self._remove_handles()
         try:
             if unseen is not None:
-                unseen.check(pl_module)
-            if self._look is not None:
-                self._look.check()
+                unseen.check()
+            if self._look is not None and self._look.check() and is_scaled(trainer):
+                for param in parameters_of(trainer.optimizers[0]):  # the scaler is yet to look, and skips the step
+                    if param.grad is not None:
+                        param.grad.fill_(math.inf)
         except MissedTermError as error:
             self._give_up_exact(error)
 

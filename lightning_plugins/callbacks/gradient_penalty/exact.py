@@ -1,5 +1,6 @@
 """The exact engine: the penalty of one loss from its own graph, added within its backward pass or after it."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -107,25 +108,33 @@ class Look:
         for param, extra in zip(penalty.params, penalty.extras(), strict=True):
             if extra is not None:
                 self._waiting[param] = self._waiting[param] + extra if param in self._waiting else extra
-        self._arrivals = Arrivals(penalty.first, penalty.params, self._compares)
+        self._arrivals = Arrivals(penalty.first, penalty.params, self._module, self.half, self._compares)
 
-    def check(self) -> None:
+    def check(self) -> bool:
         """Call it after that backward pass, on every rank.
+
+        Returns:
+            Whether a penalty is not finite, on some rank.
 
         Raises:
             MissedTermError: it brought another gradient, on some rank.
         """
         arrivals, self._arrivals, missed = self._arrivals, None, None
         if arrivals is None:
-            return
+            return False
         try:
-            arrivals.check(self._module, self.half)
+            arrivals.check()
         except MissedTermError as error:
             missed = error
-        if largest_over_ranks(int(missed is not None), self._module.device):
+        waiting = list(self._waiting.values())
+        overflows = bool(waiting) and not math.isfinite(norm(waiting).item())
+        worst = largest_over_ranks(2 if missed else int(overflows), self._module.device)
+        if worst == 2:
             raise missed or MissedTermError(
                 "another process found a part of its loss hidden; use engine='finite_difference'"
             )
+
+        return worst == 1
 
     def extras(self, params: Sequence[Tensor], scale: Tensor | float) -> list[Tensor]:
         """The penalty's gradient over all ranks, unscaled; zeros where there is none."""

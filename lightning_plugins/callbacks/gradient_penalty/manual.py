@@ -169,14 +169,16 @@ def _exact(
     try:
         penalty = ExactPenalty(loss * scale_now, params, scale_now, coefficient, norm, joined=True)
         extras = penalty.extras()
-        arrivals = Arrivals(penalty.first, params)  # before the hooks that add the penalty to what arrives
+        arrivals = Arrivals(
+            penalty.first, params, module, half
+        )  # before the hooks that add the penalty to what arrives
         handles = add_by_hooks(params, extras)
         try:
             module.manual_backward(loss)
         finally:
             for handle in handles:
                 handle.remove()
-        arrivals.check(module, half)
+        arrivals.check()
         _ask(module, call, params, functions, has_kinks(loss, module), half)
     except RuntimeError as error:
         raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
