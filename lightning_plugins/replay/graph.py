@@ -70,6 +70,19 @@ def custom_functions(loss: Tensor) -> set[str]:
     }
 
 
+def coarsest_precision(losses: Iterable[Tensor]) -> torch.dtype:
+    """The coarsest floating type in which a part of the losses was computed: their gradients round as it does.
+
+    Example:
+        >>> x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> coarsest_precision([x.float().sum()]), coarsest_precision([x.sum()])
+        (torch.float32, torch.float64)
+    """
+    found = {entry.dtype for node in nodes(losses) for entry in node._input_metadata}
+    real = {dtype.to_real() for dtype in found if dtype.is_floating_point or dtype.is_complex}
+    return max(real, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
 # What torch calls the backward of operations that are linear in pieces. clamp_min is left out: it guards divisions.
 _BACKWARDS = (
     "Abs",

@@ -123,12 +123,13 @@ def ask(
     step = step_along(window.params, direction, relative_step(trainer, module, "central", kinked=False, half=half))
     if step is None:
         return None  # look in a later step
-    rounding = rounding_of(window.params, half)
+    rounding = rounding_of(window.params, half or torch.float64)
     again = window.gradient()[1]
     if not _distance(again, gradient) <= rounding * norm(gradient).item():
         return told(functions, "unknown", "running the step again gives another gradient")
     kinked = bool(largest_over_ranks(int(kinked), trainer.strategy.root_device))
     product = window.exact_product(direction, again)
+    rounding = rounding_of(window.params, window.precision)
     return told(functions, examine(window, direction, product, step, rounding, kinked), "no difference was resolved")
 
 

@@ -90,7 +90,7 @@ class Arrivals:
             has come.
         params: the parameters.
         module: their module, for the sentence.
-        half: the half precision in which a part of the loss was computed.
+        precision: the coarsest in which a part of the loss was computed.
         all_of_them: whether to compare each parameter's gradient; else only those without a first derivative are
             listened to, which costs nothing.
     """
@@ -100,10 +100,10 @@ class Arrivals:
         first: Sequence[Tensor | None],
         params: Sequence[Tensor],
         module: LightningModule,
-        half: torch.dtype | None = None,
+        precision: torch.dtype = torch.float64,
         all_of_them: bool = True,
     ) -> None:
-        self._params, self._module, self._half = list(params), module, half
+        self._params, self._module, self._precision = list(params), module, precision
         self._heard = [index for index, g in enumerate(first) if all_of_them or g is None]
         self._lengths = _lengths(first, self._params)
         self._missing = {index: first[index].detach() for index in self._heard if first[index] is not None}
@@ -115,7 +115,7 @@ class Arrivals:
         """An inner backward pass brings a share of its own; what has come in full is let go."""
         missing, grad = self._missing.pop(index, None), grad.detach()
         missing = -grad if missing is None else missing - grad
-        if torch.linalg.vector_norm(missing) > rounding_of(self._params, self._half) * self._lengths[index]:
+        if torch.linalg.vector_norm(missing) > rounding_of(self._params, self._precision) * self._lengths[index]:
             self._missing[index] = missing
 
     def close(self) -> None:
@@ -134,7 +134,7 @@ class Arrivals:
         missing, self._missing = self._missing, {}
         if missing:
             errors = _lengths([missing.get(index) for index in range(len(self._params))], self._params)
-            _refuse(self._lengths, errors, self._params, self._module, self._half)
+            _refuse(self._lengths, errors, self._params, self._module, self._precision)
 
 
 def require_same(
@@ -142,7 +142,7 @@ def require_same(
     real: Sequence[Tensor],
     params: Sequence[Tensor],
     module: LightningModule,
-    half: torch.dtype | None = None,
+    precision: torch.dtype = torch.float64,
 ) -> None:
     """Compare the first derivative that a graph shows with the gradient of the real backward pass, each parameter's.
 
@@ -153,19 +153,19 @@ def require_same(
         real: what the backward pass brought.
         params: the parameters.
         module: their module, for the sentence.
-        half: the half precision in which a part of the loss was computed.
+        precision: the coarsest in which a part of the loss was computed.
 
     Raises:
         MissedTermError: they differ by more than rounding.
     """
     errors = torch.stack([torch.linalg.vector_norm(f - g).double() for f, g in zip(first, real, strict=True)])
-    _refuse(_lengths(first, params), errors, params, module, half)
+    _refuse(_lengths(first, params), errors, params, module, precision)
 
 
 def _refuse(
-    lengths: Tensor, errors: Tensor, params: Sequence[Tensor], module: LightningModule, half: torch.dtype | None
+    lengths: Tensor, errors: Tensor, params: Sequence[Tensor], module: LightningModule, precision: torch.dtype
 ) -> None:
-    same = rounding_of(params, half)
+    same = rounding_of(params, precision)
     least = same / 100 * lengths.norm()  # of a parameter whose gradient is made of rounding alone
     wrong = (errors > same * lengths + least).nonzero().flatten().tolist()
     if wrong and errors.isfinite().all() and lengths.isfinite().all():
@@ -173,14 +173,14 @@ def _refuse(
         raise MissedTermError(_other_gradient(module, [params[index] for index in wrong], share))
 
 
-def rounding_of(params: Sequence[Tensor], half: torch.dtype | None = None) -> float:
+def rounding_of(params: Sequence[Tensor], precision: torch.dtype = torch.float64) -> float:
     """Relative difference that rounding may make between two gradients of one loss.
 
     Args:
         params: the parameters.
-        half: the half precision in which a part of the loss was computed.
+        precision: the coarsest in which a part of the loss was computed.
     """
-    return max(_SAME[dtype] for dtype in {half or torch.float64, *(param.dtype.to_real() for param in params)})
+    return max(_SAME[dtype] for dtype in {precision, *(param.dtype.to_real() for param in params)})
 
 
 def _lengths(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:
@@ -201,7 +201,7 @@ def _other_gradient(module: LightningModule, wrong: Sequence[Tensor], share: flo
         )
     return (
         f"the backward pass brings another gradient than the loss's graph shows, in {found}: a part is differentiated "
-        f"inside a node {_INSIDE}; {_CURE} or, for checkpoints, use_reentrant=False"
+        f"inside a node {_INSIDE}, or a hook changes gradients; {_CURE} or, for checkpoints, use_reentrant=False"
     )
 
 

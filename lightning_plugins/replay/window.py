@@ -16,7 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
-from lightning_plugins.replay.graph import custom_functions, half_precision
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions
 from lightning_plugins.replay.recorder import Call, without_trace
 from lightning_plugins.replay.twice import first_derivative, require_same, second_derivative
 
@@ -40,6 +40,7 @@ class WindowLoss:
         params: the parameters.
         alone: as given.
         functions: custom functions that the first exact product has met in the graph.
+        precision: the coarsest in that graph.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class WindowLoss:
     ) -> None:
         self.params = list(params)
         self.functions: set[str] = set()
+        self.precision = torch.float64
         self._compared = False
         self._trainer, self._module, self._calls = trainer, module, list(calls)
         self._device = trainer.strategy.root_device
@@ -138,12 +140,11 @@ class WindowLoss:
         products = [torch.zeros_like(param) for param in self.params]
         compares = gradient is not None or not self._compared
         firsts = [torch.zeros_like(param) for param in self.params] if compares else []
-        half = None
         with without_trace(self._module, self._device):
             for call in self._calls:
                 loss = call.replay() * self._scale * self._share
                 if compares:
-                    half = half or half_precision(loss)
+                    self.precision = coarsest_precision([loss])
                     self.functions |= custom_functions(loss)
                 first = first_derivative(loss, self.params)
                 for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
@@ -155,12 +156,10 @@ class WindowLoss:
         if self._reduces:
             mean_over_ranks_(products)
         if compares:
-            self._compare(firsts, gradient, trusted, half)
+            self._compare(firsts, gradient, trusted)
         return products
 
-    def _compare(
-        self, firsts: list[Tensor], gradient: Sequence[Tensor] | None, trusted: bool, half: torch.dtype | None
-    ) -> None:
+    def _compare(self, firsts: list[Tensor], gradient: Sequence[Tensor] | None, trusted: bool) -> None:
         """The first derivatives with a real gradient; every rank sees the same."""
         if self._reduces:
             mean_over_ranks_(firsts)
@@ -168,7 +167,7 @@ class WindowLoss:
             gradient = self.gradient()[1]
         if trusted:
             gradient = [g if not f.any() else f for f, g in zip(firsts, gradient, strict=True)]
-        require_same(firsts, gradient, self.params, self._module, half)
+        require_same(firsts, gradient, self.params, self._module, self.precision)
         self._compared = True
 
     def _accumulate(self, factor: float = 1.0) -> Tensor:

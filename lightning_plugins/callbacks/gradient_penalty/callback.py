@@ -82,9 +82,14 @@ class GradientPenalty(Callback):
             al. 2022), which is SAM with rho = c if c is relative_step times the parameters' norm and the difference is
             forward.
         engine: how the penalty's gradient is computed. "finite_difference" runs the step's batches again at displaced
-            parameters; it works with fused attention, compiled modules and FSDP2. "exact" differentiates twice; a
-            custom function whose backward builds no graph counts as constant there. "auto" is exact where that is
-            possible, with one warning where it is not.
+            parameters; it works with fused attention, compiled modules and FSDP2. "exact" differentiates twice, and
+            fails before a weight changes where that would miss a part of the loss: it compares the gradient that the
+            graph shows with that of the backward pass (reentrant checkpoints and reversible layers hide some), and for
+            custom functions its product with finite differences (a backward of detached values lacks a term), in the
+            first penalised step and the second, fourth, eighth and so on. A custom function whose backward is not the
+            derivative of its forward, such as a straight-through estimator, is taken as that backward says, with one
+            warning, and so is one that no difference could judge. "auto" is exact where that is possible, and takes
+            finite differences with one warning where it is not.
         scope: whose gradient is penalised: "step" takes that of the whole effective batch, "microbatch" that of each
             micro-batch on each rank.
         difference: which finite difference is taken: the error of "forward" is of first order in the displacement,
@@ -271,6 +276,8 @@ class GradientPenalty(Callback):
             if not self._exact:
                 raise
             self._give_up_exact(error)
+            if self.check != "off":
+                self._check(trainer, pl_module, window, gradient)
             extra, lengths = self._penalty(trainer, window, gradient)
         if extra is not None and not self._overflowed(trainer, gradient, extra):
             torch._foreach_add_(local(gradient), local(extra))

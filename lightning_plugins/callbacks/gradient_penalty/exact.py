@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, weigh_
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.vectors import mean_over_ranks_, norm
-from lightning_plugins.replay.graph import custom_functions, half_precision
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions
 from lightning_plugins.replay.twice import Arrivals, MissedTermError, first_derivative, second_derivative
 
 
@@ -91,12 +91,12 @@ class Look:
 
     Attributes:
         functions: custom functions in the losses' graphs.
-        half: the half precision in a part of them.
+        precision: the coarsest in a part of them.
     """
 
     def __init__(self, module: LightningModule, compares: bool) -> None:
         self.functions: set[str] = set()
-        self.half: torch.dtype | None = None
+        self.precision = torch.float64
         self._module, self._compares = module, compares
         self._waiting: dict[Tensor, Tensor] = {}
         self._arrivals: Arrivals | None = None
@@ -104,11 +104,11 @@ class Look:
     def listen(self, penalty: ExactPenalty) -> None:
         """Call it before a backward pass."""
         self.functions |= custom_functions(penalty.loss)
-        self.half = self.half or half_precision(penalty.loss)
+        self.precision = coarsest_precision([penalty.loss])
         for param, extra in zip(penalty.params, penalty.extras(), strict=True):
             if extra is not None:
                 self._waiting[param] = self._waiting[param] + extra if param in self._waiting else extra
-        self._arrivals = Arrivals(penalty.first, penalty.params, self._module, self.half, self._compares)
+        self._arrivals = Arrivals(penalty.first, penalty.params, self._module, self.precision, self._compares)
 
     def check(self) -> bool:
         """Call it after that backward pass, on every rank.

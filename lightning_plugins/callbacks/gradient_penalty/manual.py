@@ -28,7 +28,7 @@ from lightning_plugins.core.vectors import local
 from lightning_plugins.core.vectors import norm as length_of
 from lightning_plugins.replay.differences import Difference, step_along
 from lightning_plugins.replay.differences import relative_step as best_step
-from lightning_plugins.replay.graph import custom_functions, half_precision, has_kinks
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions, half_precision, has_kinks
 from lightning_plugins.replay.missing_terms import ask
 from lightning_plugins.replay.module_state import ModuleState
 from lightning_plugins.replay.recorder import Call
@@ -73,7 +73,8 @@ def gradient_penalty_backward(
             get the loss's gradient.
         norm: ``"squared"`` penalises ``|grad L|^2``, ``"norm"`` penalises ``|grad L|``.
         engine: ``"finite_difference"`` calls ``loss_fn`` again at displaced parameters, ``"exact"`` differentiates
-            twice.
+            twice, and raises where the backward pass brings another gradient than the loss's graph shows, or a custom
+            function's backward cannot be differentiated: finite differences tell in the first call that meets it.
         difference: ``"forward"`` errs by first order in the displacement, ``"central"`` by second, for one more call.
         relative_step: displacement over ``|theta|``, between 0 and 1; ``"auto"`` takes the best measured for the
             precision of the loss, and a larger one where it has kinks.
@@ -164,14 +165,13 @@ def _exact(
     if reason := why_not_exact(module.trainer, module):
         raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
     scale_now = loss_scale(module.trainer)
-    half, functions = half_precision(loss), custom_functions(loss)
+    functions, precision = custom_functions(loss), coarsest_precision([loss])
     arrivals = None
     try:
         penalty = ExactPenalty(loss * scale_now, params, scale_now, coefficient, norm, joined=True)
         extras = penalty.extras()
-        arrivals = Arrivals(
-            penalty.first, params, module, half
-        )  # before the hooks that add the penalty to what arrives
+        # listens from before the hooks that add the penalty to what arrives
+        arrivals = Arrivals(penalty.first, params, module, precision)
         handles = add_by_hooks(params, extras)
         try:
             module.manual_backward(loss)
@@ -179,7 +179,7 @@ def _exact(
             for handle in handles:
                 handle.remove()
         arrivals.check()
-        _ask(module, call, params, functions, has_kinks(loss, module), half)
+        _ask(module, call, params, functions, has_kinks(loss, module), half_precision(loss))
     except RuntimeError as error:
         raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
     finally:
