@@ -65,7 +65,7 @@ def relative_step(
     elif precision.startswith("16") or half == torch.float16 or _uses_tf32(module, device):
         kind = "float16"
     else:
-        dtypes = {param.dtype for param in module.parameters() if param.requires_grad}
+        dtypes = {param.dtype.to_real() for param in module.parameters() if param.requires_grad}
         kind = "float64" if dtypes == {torch.float64} else "float32"
     kind = kinds[largest_over_ranks(kinds.index(kind), device)]
     kinked_anywhere = largest_over_ranks(int(bool(kinked)), device)
