@@ -1,10 +1,10 @@
 """The parameters that optimizers own, each of them once."""
 
-from torch import Tensor
+from torch import nn
 from torch.optim import Optimizer
 
 
-def parameters_of(optimizer: Optimizer) -> list[Tensor]:
+def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     """An optimizer's parameters in the order of its groups; one that a group lists twice (tied weights) comes once.
 
     Example:

@@ -200,8 +200,9 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """Where it begins and ends in its memory, in bytes."""
-    start, last = tensor.storage_offset(), sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start * tensor.element_size(), (start + last + 1) * tensor.element_size()
+    start = int(tensor.storage_offset())
+    last = start + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start * tensor.element_size(), (last + 1) * tensor.element_size()
 
 
 def _in_one_memory(batch: Any) -> list[list[Tensor]]:

@@ -5,11 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.distributed.tensor import DTensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchmetrics import Metric
@@ -81,7 +81,8 @@ class ModuleState:
         earlier: "ModuleState | None" = None,
     ) -> None:
         self._module = module
-        optimizers = _optimizers_of(module)
+        trainer = trainer_of(module) if isinstance(module, LightningModule) else None
+        optimizers = _optimizers_of(trainer)
         owned = [p for optimizer in optimizers for p in parameters_of(optimizer) if p.requires_grad] + list(trained)
         self.trained = owned or [p for p in module.parameters() if p.requires_grad]
         self.modules: list[nn.Module] = []
@@ -98,7 +99,7 @@ class ModuleState:
         self._generators: list[tuple[Any, Any]] = []
         self._found: list[Tensor] = []
         self._buffers: set[int] = set()
-        self._search([module, *(_settings_of(module, optimizers) if attributes else [])], optimizers)
+        self._search([module, *(_settings_of(trainer, optimizers) if attributes else [])], optimizers)
         self._save_tensors({} if earlier is None else earlier.values)
         self._metric_states = [(m, dict(vars(m)), _copies(_states_of(m))) for m in self.metrics if _is_small(m)]
 
@@ -254,22 +255,19 @@ WRITES_FIXED = "training_step writes to parameters that are not trained, too man
 MOVE_THEM = "move them in on_train_batch_end, as a teacher that follows the trained parameters"
 
 
-def _optimizers_of(module: nn.Module) -> list[Optimizer]:
-    trainer = trainer_of(module) if isinstance(module, LightningModule) else None
+def _optimizers_of(trainer: Trainer | None) -> list[Optimizer]:
     return [] if trainer is None else [o for o in trainer.optimizers if not is_no_optimizer(o)]
 
 
-def _settings_of(module: nn.Module, optimizers: list[Optimizer]) -> list[Any]:
+def _settings_of(trainer: Trainer | None, optimizers: list[Optimizer]) -> list[Any]:
     """Of the optimizers' groups, and the schedulers of their rates: a training_step may turn them."""
-    if not optimizers:
-        return []
-    schedulers = [config.scheduler for config in module.trainer.lr_scheduler_configs]
+    schedulers = [] if trainer is None else [config.scheduler for config in trainer.lr_scheduler_configs]
     return [*(optimizer.param_groups for optimizer in optimizers), *schedulers]
 
 
 def _can_be_written(tensor: Tensor) -> bool:
     """Whether a module may write to it in place: not if it is of a graph, expanded, or yet without numbers."""
-    if tensor.grad_fn is not None or isinstance(tensor, UninitializedTensorMixin) or tensor.is_nested:
+    if tensor.grad_fn is not None or is_lazy(tensor) or tensor.is_nested:
         return False
     return tensor.layout != torch.strided or all(
         stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.fabric.loggers import Logger
+from lightning.fabric.loggers.logger import Logger
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins import Precision
@@ -54,7 +54,11 @@ _INFRASTRUCTURE = (
 _BUSY = (threading.Thread, concurrent.futures.Executor, concurrent.futures.Future, subprocess.Popen, socket.socket)
 # The parts of torch whose objects, if they are no modules, hold what a training step goes by.
 _TORCH = ("torch.optim.", "torch.amp.", "torch.cuda.amp.", "torch.distributions.", "torch.nn.", "torch.quasirandom")
-_CONTAINERS: tuple[tuple[type, Kind], ...] = (
+_KINDS: tuple[tuple[Any, Kind], ...] = (
+    (Tensor, "tensor"),
+    (np.ndarray, "array"),
+    (_GENERATORS, "generator"),
+    (nn.Module, "module"),
     (dict, "dict"), (list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "set"), (deque, "deque"),
     (bytearray, "bytes"), (array.array, "bytes"),
 )  # fmt: skip
@@ -74,11 +78,8 @@ def kind_of(cls: type) -> Kind | None:
         return None
     if issubclass(cls, _BUSY):
         return "busy"
-    for parents, kind in ((Tensor, "tensor"), (np.ndarray, "array"), (_GENERATORS, "generator"), (nn.Module, "module")):
+    for parents, kind in _KINDS:
         if issubclass(cls, parents):
-            return kind
-    for parent, kind in _CONTAINERS:
-        if issubclass(cls, parent):
             return kind
     if issubclass(cls, (functools.partial, types.MethodType)):
         return "bound"

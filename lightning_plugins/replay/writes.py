@@ -1,13 +1,15 @@
 """Whether a run of a module writes to tensors that nobody puts back: trained ones, and such as are too many to save."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from lightning_plugins.core.vectors import local
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _FEW = 4  # places along each dimension, about, at which a tensor is looked at every time
@@ -38,7 +40,7 @@ class Marks:
         self._versions = _versions(self._trained)
         self._before = self._look()
 
-    def _look(self) -> tuple[list[object], list[object]]:
+    def _look(self) -> tuple[list[Any], list[Any]]:
         plain = [_memory(t) for t in self._fixed if _is_plain(t)]
         fixed = [*_versions(self._fixed), *(t.data_ptr() for t in plain), *map(_sample, plain)]
         if not self._sums_up:
@@ -55,7 +57,7 @@ class Marks:
         return None if fixed and trained else ("trained" if fixed else "fixed")
 
 
-def _same(before: list[object], after: list[object]) -> bool:
+def _same(before: list[Any], after: list[Any]) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(before, after, strict=True))
 
 
@@ -64,7 +66,7 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _memory(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return local([tensor.detach()])[0]
 
 
 def _is_plain(tensor: Tensor) -> bool:

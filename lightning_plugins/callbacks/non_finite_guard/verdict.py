@@ -62,7 +62,7 @@ class Window:
         params = [p for p in parameters_of(optimizer) if p.grad is not None]
         if not params and not self._losses:  # training_step returned None
             return None
-        norms = norms_of([param.grad for param in params])
+        norms = norms_of([param.grad for param in params if param.grad is not None])
         flags = over_ranks(trainer, flags_of(self._losses, norms, trainer.strategy.root_device))
         verdict = Verdict(self._step(trainer, batch, params, norms), flags, late, scaled=self._scaled)
         self.is_open, self._judged = False, key

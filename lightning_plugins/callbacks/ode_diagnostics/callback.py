@@ -1,6 +1,7 @@
 """Training seen as the steps of an ODE solver, for any module and the usual optimizers."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,7 +51,7 @@ OnEdge = Literal["log", "warn"]
 class _Begun:
     """A logged step under way, from its gradient on."""
 
-    params: list[Tensor]  # with a gradient
+    params: Sequence[Tensor]  # with a gradient
     grad_norm: Tensor
     probes: bool = False  # the window can be run again
     loss: Tensor | None = None  # raw mean
@@ -232,16 +233,16 @@ class ODEDiagnostics(Callback):
         step = self._watch.steps
         logs = trainer.loggers and trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
         due = self._is_due(step)
-        self._begun = self._begin(params, due) if due or logs else None
+        self._begun = self._begin(params, step, due) if due or logs else None
 
     @torch.no_grad()
-    def _begin(self, params: list[Tensor], due: bool) -> _Begun:
+    def _begin(self, params: Sequence[Tensor], step: int, due: bool) -> _Begun:
         """What the moved parameters will be compared with; copies in due steps only."""
         rule, grads = rule_of(self._watch.optimizer), [p.grad for p in params]
         begun = _Begun(params, norm(grads))
         if self._probe is not None:
             begun.loss, begun.signed_loss = self._probe.losses()
-            begun.probes = due and self._can_probe() and self._probe.is_ready(params, self._watch.steps)
+            begun.probes = due and self._can_probe() and self._probe.is_ready(params, step)
             if isinstance(rule, Rule) and (terms := implicit_term(self._watch.optimizer, rule, params)):
                 begun.implicit = implicit_sum(terms, params, rule.sign)
         if due:

@@ -1,6 +1,6 @@
 """When one optimizer steps, as the hooks of Lightning and torch tell: the half of ODEDiagnostics that counts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -55,7 +55,7 @@ class StepWatch:
         """A step that was broken off by an error is over."""
         self._depth = 0
 
-    def begin(self, optimizer: Optimizer) -> list[Tensor]:
+    def begin(self, optimizer: Optimizer) -> Sequence[Tensor]:
         """An optimizer has its gradients; of several evaluations in one step (LBFGS) only the first counts.
 
         Returns:
