@@ -246,10 +246,11 @@ coupled_sums.register_autograd(_backward, setup_context=_setup_context)
 
 def _differentiable_vjp(grad: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, *options) -> tuple[Tensor | None, ...]:
     # views, so that only direct dependence counts: u, W and bias may depend on each other further up
-    inputs = [t if t is None else t.view_as(t) for t in (u, W, bias)]
+    u, W, bias = u.view_as(u), W.view_as(W), None if bias is None else bias.view_as(bias)
+    inputs = u, W, bias
     wanted = [t for t in inputs if t is not None and t.requires_grad]  # u has no gradient behind frozen layers
     with torch.autocast(u.device.type, enabled=False):
-        sums = torch.stack(vote_sums(compute_votes(*inputs[:2]), inputs[2], *options))
+        sums = torch.stack(vote_sums(compute_votes(u, W), bias, *options))
         grads = iter(torch.autograd.grad(sums, wanted, grad, create_graph=True))
     return tuple(next(grads) if t is not None and t.requires_grad else None for t in inputs)
 

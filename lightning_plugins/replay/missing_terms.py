@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_plugins.core.distributed import largest_over_ranks
-from lightning_plugins.core.vectors import dot, local, mean_over_ranks_, norm
+from lightning_plugins.core.vectors import dot, foreach_add_, foreach_mul_, local, mean_over_ranks_, norm
 from lightning_plugins.replay.differences import relative_step, step_along
 from lightning_plugins.replay.twice import MissedTermError, rounding_of
 from lightning_plugins.replay.window import WindowLoss, displaced
@@ -82,8 +82,8 @@ def _along(window: WindowLoss, direction: Sequence[Tensor], step: float) -> _Alo
     if not window.alone:
         mean_over_ranks_([slope])
     expected = (dot(product, direction) + dot(gradient, direction)) / 2
-    torch._foreach_sub_(local(product), local(gradient))
-    torch._foreach_div_(local(product), 2 * step)
+    foreach_add_(local(product), local(gradient), alpha=-1)
+    foreach_mul_(local(product), 1 / (2 * step))
     return _Along(product, slope.item(), expected.item())
 
 

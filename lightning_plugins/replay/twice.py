@@ -106,7 +106,7 @@ class Arrivals:
         self._params, self._module, self._precision = list(params), module, precision
         self._heard = [index for index, g in enumerate(first) if all_of_them or g is None]
         self._lengths = _lengths(first, self._params)
-        self._missing = {index: first[index].detach() for index in self._heard if first[index] is not None}
+        self._missing = {index: g.detach() for index, g in enumerate(first) if g is not None and all_of_them}
         self._handles = [
             params[i].register_hook(partial(self._take, i)) for i in self._heard if params[i].requires_grad
         ]

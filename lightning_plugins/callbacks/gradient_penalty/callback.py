@@ -20,7 +20,7 @@ from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_or
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import is_scaled, loss_scale, skips_backward
 from lightning_plugins.core.optimizers import parameters_of
-from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
+from lightning_plugins.core.vectors import foreach_add_, local, mean_over_ranks_, norm
 from lightning_plugins.replay.differences import Difference, relative_step, step_along
 from lightning_plugins.replay.missing_terms import ask, told
 from lightning_plugins.replay.recorder import StepRecorder
@@ -251,7 +251,7 @@ class GradientPenalty(Callback):
         params = [p for p in parameters_of(optimizer) if p.grad is not None]
         if self._now and params:
             if self._look is not None:
-                self._add_what_waited(trainer, pl_module, params)
+                self._add_what_waited(trainer, pl_module, params, self._look)
             if self._recorder.calls and not self._differentiates_at_once(trainer):
                 self._add_from_replays(trainer, pl_module, params)
             self._penalised += 1
@@ -260,7 +260,7 @@ class GradientPenalty(Callback):
             self._log()
 
     def _add_from_replays(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor]) -> None:
-        gradient = [param.grad for param in params]
+        gradient = [param.grad for param in params if param.grad is not None]
         window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
         if self._relative_step is None:
             found = self._recorder.kinked, self._recorder.half
@@ -280,7 +280,7 @@ class GradientPenalty(Callback):
                 self._check(trainer, pl_module, window, gradient)
             extra, lengths = self._penalty(trainer, window, gradient)
         if extra is not None and not self._overflowed(trainer, gradient, extra):
-            torch._foreach_add_(local(gradient), local(extra))
+            foreach_add_(local(gradient), local(extra))
         self._remember(lengths)
 
     def _penalty(
@@ -317,7 +317,7 @@ class GradientPenalty(Callback):
         _, gradient = part.gradient()
         extra, length = self._penalty_along(part, gradient, coefficient)
         if extra is not None:
-            torch._foreach_add_(total, extra)
+            foreach_add_(total, extra)
         return length
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
@@ -407,10 +407,10 @@ class GradientPenalty(Callback):
         except MissedTermError as error:
             self._give_up_exact(error)
 
-    def _add_what_waited(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor]) -> None:
+    def _add_what_waited(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor], look: Look) -> None:
         """The penalties of a step that was looked at; none if finite differences are to be taken after all."""
-        look, self._look = self._look, None
-        gradient = [param.grad for param in params]
+        self._look = None
+        gradient = [param.grad for param in params if param.grad is not None]
         window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
         try:
             self._ask(trainer, pl_module, window, gradient, look.functions)
@@ -420,7 +420,7 @@ class GradientPenalty(Callback):
         self._proven = True
         extra = look.extras(params, loss_scale(trainer))
         if not self._overflowed(trainer, gradient, extra):
-            torch._foreach_add_(gradient, extra)
+            foreach_add_(gradient, extra)
 
     def _ask(
         self,

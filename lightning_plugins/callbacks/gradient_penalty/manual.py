@@ -24,7 +24,7 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import loss_scale
 from lightning_plugins.core.random_state import get_random_state
-from lightning_plugins.core.vectors import local
+from lightning_plugins.core.vectors import foreach_add_, local
 from lightning_plugins.core.vectors import norm as length_of
 from lightning_plugins.replay.differences import Difference, step_along
 from lightning_plugins.replay.differences import relative_step as best_step
@@ -225,7 +225,7 @@ def _by_replay(
     trained = [param for param in params if param.grad is not None]
     if trained:
         window = WindowLoss(module.trainer, module, [call], trained)
-        gradient = [param.grad for param in trained]
+        gradient = [param.grad for param in trained if param.grad is not None]
         window.unscale_(gradient)
         length = length_of(gradient)
         with _explained():
@@ -234,7 +234,7 @@ def _by_replay(
             product = None if step is None else window.product(gradient, step, difference, gradient)
         if product is not None:
             weigh_(product, norm, coefficient, length)
-            torch._foreach_add_(local(gradient), local(product))
+            foreach_add_(local(gradient), local(product))
         window.scale_(gradient)
     for param, old in zip(params, before, strict=True):
         if old is not None:

@@ -236,9 +236,11 @@ class Probe:
 
     def _ask(self, window: WindowLoss, direction: Vector) -> None:
         """Once for a search: whether custom functions of the graph let themselves be differentiated twice."""
-        if self._asked or not largest_over_ranks(len(window.functions), self._trainer.strategy.root_device):
+        if self._asked:
             return
         self._asked = True
+        if not largest_over_ranks(len(window.functions), self._trainer.strategy.root_device):
+            return
         kinked, half = bool(self._recorder.kinked), self._recorder.half
         gradient = window.gradient()[1]
         found = ask(self._trainer, self._module, window, window.functions, gradient, kinked, half, direction)
