@@ -25,7 +25,7 @@ from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.adversarial import Logits, encoder_logits
 from lightning_plugins.sid.arguments import check_arguments
-from lightning_plugins.sid.conditions import EqualBatches, conditions, real_images
+from lightning_plugins.sid.conditions import EqualBatches, as_dict, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_progress
 from lightning_plugins.sid.export import export_student
@@ -336,11 +336,12 @@ class SiD(LightningModule):
 
     # Training.
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         """Update the fake score, then the generator, then the student."""
         generator_optimizer, fake_optimizer = self.optimizers()
         count_no_step(fake_optimizer)
-        n, labels, prompts = conditions(batch, self.conditional)
+        batch = as_dict(batch, type(self).__name__)
+        n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
         conditioning = self.networks.conditioning(n, labels, prompts, self._random(self.fake_steps + 1), self.device)
         real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
         for turn in range(self.fake_steps):
@@ -539,15 +540,15 @@ class SiD(LightningModule):
         for scale in {self.guidance, self.fake_guidance}:
             refuse_broken_teacher(self._score(denoiser, conditioning, scale), draws, self.networks.source)
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """As validation."""
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions."""
-        n, labels, prompts = conditions(batch, self.conditional)
+        n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
         random = random_numbers.generator(self.device, self.seed, batch_idx, self.global_rank)
         output = {"image": self.sample(n, labels=labels, prompts=prompts, generator=random)}
         return output if labels is None else {**output, "label": labels}

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.batches import text_batch
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
@@ -259,6 +260,7 @@ class UniLMSeq2Seq(LightningModule):
             batch: dict of tensors as the class describes it.
             generator: random numbers of the masks and of what is hidden; torch's global ones by default.
         """
+        batch = text_batch(batch, type(self).__name__)
         types = self.network.token_types  # the network first: the vocabulary is known with it
         build = InputBuilder(
             self.objective, self.shares, self.mask_probability, self.target_noise, self._vocabulary, types
@@ -266,7 +268,8 @@ class UniLMSeq2Seq(LightningModule):
         return build(batch, self.training, generator)
 
     def _check_batch(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Refuse samples that are too long and tokens that are unknown."""
+        """Refuse what is no batch of texts, samples that are too long and tokens that are unknown."""
+        batch = text_batch(batch, type(self).__name__)
         longest = self.network.max_length
         if batch_idx and batch["input_ids"].shape[1] <= longest:
             return  # not each batch is looked at, because looking waits for the device
@@ -366,6 +369,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
         """Sources, references and generated texts of a batch."""
+        batch = text_batch(batch, type(self).__name__)
         if "sample_ids" in batch:
             raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
         ids, segments, pad = batch["input_ids"], batch["segment_ids"], self.tokenizer.pad_token_id

@@ -19,11 +19,11 @@ class My{parent}({parent}):
         self.extra = extra
         super().__init__(**kwargs)
 '''
-LOSS = '''
+LOSS = """
     def loss(self, *args, **kwargs):
         terms = super().loss(*args, **kwargs)
         return terms | {"extra": self.extra * sum(terms.values())}
-'''
+"""
 TINY_BERT = {
     "model_type": "bert",
     "hidden_size": 16,
