@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -37,6 +37,7 @@ from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_parts
 
 
@@ -90,7 +91,8 @@ class CapsNet(LightningModule):
         lr_min: lowest learning rate of the decay; by default 0, in "sabour2017_official" 1e-6.
         pictures_every_n_epochs: validation epochs from one set of logged pictures to the next; 0 for none.
         features: a network of your own from images to capsules of shape (B, N, D), in place of the preset's.
-        optimizer: a factory of an optimizer in place of Adam; lr and the decay are then ignored.
+        optimizer: a factory of an optimizer in place of Adam; it has a rate of its own, and giving lr or the decay
+            beside it is refused.
         scheduler: a factory of a learning-rate scheduler in place of the decay, stepped once per epoch.
 
     Raises:
@@ -108,6 +110,11 @@ class CapsNet(LightningModule):
     Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
     """
 
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {
+        ("optimizer",): ("lr", "lr_decay", "lr_decay_steps", "lr_min"),
+        ("scheduler",): ("lr_decay", "lr_decay_steps", "lr_min"),
+    }
     gradient: GradientKind
     __call__: Callable[..., Tensor]  # of forward; torch says Any
 
@@ -155,6 +162,7 @@ class CapsNet(LightningModule):
             optimizer=must.optional(must.function),
             scheduler=must.optional(must.function),
         )
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         most = num_classes - 1
         must.whole(1, most, why=f"at most num_classes - 1 = {most}, as some class must be absent")(
             "num_labels", num_labels

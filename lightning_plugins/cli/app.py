@@ -27,7 +27,8 @@ from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
-from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP
+from lightning_plugins.cli.replaced import refuse_replaced
+from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP, UNTRAINED
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.hyperparameters import LINKED
@@ -96,6 +97,7 @@ class PluginsCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG)
         super().add_default_arguments_to_parser(parser)
         parser.add_argument("--test_after_fit", type=bool, default=False, help=TEST_AFTER_FIT)
+        parser.add_argument("--untrained", type=bool, default=False, help=UNTRAINED)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the model may also come from a checkpoint, so it is not required here."""
@@ -124,7 +126,7 @@ class PluginsCLI(LightningCLI):
         if args[0].startswith("--print_completion"):
             print_completion(parser, args)
         given = parser.parse_args(args, defaults=False, _skip_validation=True)
-        self.explicit = given[given.subcommand]
+        self.explicit, self.words = given[given.subcommand], args
         self.config = parser.parse_args(args, _skip_validation=bool(self.explicit.get("ckpt_path")))
         refuse_seed(self.config[self.config.subcommand].seed_everything)
 
@@ -136,6 +138,7 @@ class PluginsCLI(LightningCLI):
             raise UsageError(f"trainer: has its settings below it, such as max_epochs: 3, not {given}.")
         self._take_model_from_checkpoint()
         self._validate()
+        refuse_replaced(self.explicit.get("model"), self.words)
         refuse_nulls(self.config[self.config.subcommand], LINKED)
         self._require_model_and_data()
 
@@ -226,7 +229,18 @@ class PluginsCLI(LightningCLI):
 
     # Running
 
+    def _refuse_untrained(self) -> None:
+        config, pretrained = self.config[self.subcommand], getattr(self.model, "pretrained", False)
+        if self.subcommand == "fit" or config.ckpt_path or config.untrained or pretrained:
+            return
+        name = type(self.model).__name__
+        raise UsageError(
+            f"{self.subcommand} without --ckpt_path: this {name} is untrained, and its figures would be of no use.",
+            f"The newest run's: --ckpt_path last. The {name} as it is made: --untrained true",
+        )
+
     def _run_subcommand(self, subcommand: str) -> None:
+        self._refuse_untrained()
         started = time.time()
         try:
             with warnings.catch_warnings():

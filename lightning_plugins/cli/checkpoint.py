@@ -52,7 +52,7 @@ def find_last(root: Path, folders: Iterable[Path]) -> Path:
     for path in paths:
         if (what := _why_unreadable(path)) is None:
             if skipped:
-                _tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
+                tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
             return path
         skipped.append(what)
     raise UsageError(f"--ckpt_path last: none of {len(paths)} checkpoint(s) can be read.", *skipped)
@@ -84,7 +84,8 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 @rank_zero_only
-def _tell(lines: Iterable[str]) -> None:
+def tell(lines: Iterable[str]) -> None:
+    """Write lines to stderr, once however many processes there are."""
     sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 

@@ -13,6 +13,11 @@ TEST_AFTER_FIT = (
     "After fit, test the best checkpoint if one was monitored, else the last weights. Other sub-commands take no "
     "notice of it, so that one config serves all."
 )
+UNTRAINED = (
+    "Validate, test or predict without --ckpt_path all the same, with the weights that the model is made with: random "
+    "ones, and in SiD its teacher's. Only UniLMSeq2Seq from a model_name_or_path, and a class of your own whose attribute "
+    "`pretrained` is True, count as trained. false by default; fit takes no notice of it."
+)
 TRAINER_HELP = "Show all arguments of the Trainer and exit."
 _WIDTH, _INDENT = 100, 31
 _FOLDERS = {"model": {"capsnet", "eae", "sid", "unilm"}, "data": {"data"}, "callback": {"callbacks"}}
@@ -35,12 +40,14 @@ _CHECKPOINT = {
     "predict": f"Checkpoint to predict with. {_LAST}",
 }
 _TABLE = ("--verbose {true,false}", "Print the results as a table; true by default.")
+_UNTRAINED = ("--untrained {true,false}", UNTRAINED)
 _OWN = {
     "fit": [],
-    "validate": [_TABLE],
-    "test": [_TABLE],
+    "validate": [_TABLE, _UNTRAINED],
+    "test": [_TABLE, _UNTRAINED],
     "predict": [
-        ("--return_predictions {true,false}", "Write the predictions to a file in the run's folder; true by default.")
+        _UNTRAINED,
+        ("--return_predictions {true,false}", "Write the predictions to a file in the run's folder; true by default."),
     ],
 }
 

@@ -12,6 +12,7 @@ from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.hyperparameters import not_taken
 from lightning_plugins.core.lightning_internals import INSTANTIATOR, load_any
 from lightning_plugins.core.named_parts import check_named_parts, nothing_imported_for
+from lightning_plugins.core.replaced_arguments import loading
 
 Module = TypeVar("Module", bound=type[LightningModule])
 _OLD_KEYS = ("hparams", "module_arguments")  # Lightning still reads them
@@ -69,7 +70,7 @@ def read_as_data(cls: Module) -> Module:
             except ValueError as error:
                 raise ValueError(f"{str(checkpoint_path)!r}: {error}. {_cure(error)}") from None
         source = taken_by(cls, checkpoint_path, arguments, map_location, weights_only)
-        with nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
+        with loading(), nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
             return super(made, cls).load_from_checkpoint(
                 source, map_location, hparams_file, strict, weights_only, **kwargs
             )

@@ -44,7 +44,7 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
             del given[name]
         module.save_hyperparameters()  # the command line's own record: class path and plain values
         return
-    arguments = _constructor_arguments(module)
+    arguments = constructor_arguments(module)
     name = type(module).__name__
     for key, value in arguments.items():
         if isinstance(value, str) and value.startswith(_MARK):
@@ -60,9 +60,14 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
 
 def argument_names(cls: Any) -> list[str]:
     """Names of a constructor's arguments that the command line takes, a parent's through ``**kwargs`` included."""
+    return [*argument_defaults(cls)]
+
+
+def argument_defaults(cls: Any) -> dict[str, Any]:
+    """Defaults of these arguments, by name."""
     parser = LightningArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(cls, fail_untyped=False)
-    return [action.dest for action in parser._actions if action.dest != "==SUPPRESS=="]
+    return {action.dest: action.default for action in parser._actions if action.dest != "==SUPPRESS=="}
 
 
 def not_taken(cls: Any, arguments: Collection[str]) -> set[str]:
@@ -71,7 +76,7 @@ def not_taken(cls: Any, arguments: Collection[str]) -> set[str]:
     return linked.difference(argument_names(cls)) if linked else linked
 
 
-def _constructor_arguments(module: object) -> dict[str, Any]:
+def constructor_arguments(module: object) -> dict[str, Any]:
     """Arguments of the outermost ``__init__`` that is running on ``module``, by name."""
     frames = running_constructors(module)
     if not frames:

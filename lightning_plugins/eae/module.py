@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +24,7 @@ from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
@@ -102,7 +103,8 @@ class EAE(LightningModule):
         lr: learning rate of Adam; 5e-4 in the code of Ghosh et al. 2020.
         lr_decay: factor in (0, 1] on the learning rate after each epoch; the supplement calls 0.98 or more critical.
         pictures_every_n_epochs: validation epochs from one set of logged pictures to the next; 0 for none.
-        optimizer: a factory of an optimizer in place of Adam; lr and lr_decay are then ignored.
+        optimizer: a factory of an optimizer in place of Adam; it has a rate of its own, and giving lr or lr_decay
+            beside it is refused.
         scheduler: a factory of a learning-rate scheduler in place of the decay, stepped once per epoch.
 
     Raises:
@@ -121,6 +123,8 @@ class EAE(LightningModule):
     arXiv 2605.16164, bears the same name.
     """
 
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {("optimizer",): ("lr", "lr_decay"), ("scheduler",): ("lr_decay",)}
     network: Network
     reconstruction: Reconstruction
     default_prior: PriorKind
@@ -149,6 +153,7 @@ class EAE(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         _check_arguments(locals())
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         self.objective = resolve_objective(objective, weight)
         self.image_shape, self.num_classes, self.latent_dim = tuple(image_shape), num_classes, latent_dim
         self.network, self.width, self.conditional = network, width, conditional

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +24,7 @@ from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, opt
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.core.pictures import image_grid, pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_networks
 from lightning_plugins.sid.conditions import conditions
 from lightning_plugins.sid.denoiser import Denoiser
@@ -73,7 +74,7 @@ class DiffusionTeacher(LightningModule):
         pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
         export_to: folder that the pipeline is written to at the end of training; none by default, nor under
             fast_dev_run. A relative one is below the current folder.
-        optimizer: replaces AdamW and its schedule.
+        optimizer: replaces AdamW and its schedule; giving lr, weight_decay or warmup beside it is refused.
         scheduler: replaces the schedule, stepped once per epoch.
 
     Raises:
@@ -86,6 +87,9 @@ class DiffusionTeacher(LightningModule):
 
     Source: Ho, Jain, Abbeel 2020 (arXiv 2006.11239), eq. 14; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
+
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {("optimizer",): ("lr", "warmup", "weight_decay"), ("scheduler",): ("warmup",)}
 
     def __init__(
         self,
@@ -111,6 +115,7 @@ class DiffusionTeacher(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         _check_arguments(locals())
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         self.image_shape, self.num_classes, self.conditional = tuple(image_shape), num_classes, conditional
         self.block_out_channels, self.layers_per_block = tuple(block_out_channels), layers_per_block
         self.attention_levels = attention_levels

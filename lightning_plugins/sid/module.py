@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,6 +21,7 @@ from lightning_plugins.core.lightning_internals import count_no_step, loss_scale
 from lightning_plugins.core.logging import log_figures, measured_figures
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.adversarial import Logits, encoder_logits
@@ -113,14 +114,22 @@ class SiD(LightningModule):
         num_pictures: student's and teacher's samples in a picture; 0 for none.
         updates_per_epoch: generator updates that count as an epoch where no data give the batches.
         seed: seed of all noise, with the step and the process: a resumed run draws what an uninterrupted one would.
-        optimizer: replaces Adam for the generator.
-        fake_optimizer: replaces Adam for the fake score.
+        optimizer: replaces Adam for the generator; giving lr beside it is refused, and with both optimizers betas and
+            eps.
+        fake_optimizer: replaces Adam for the fake score; giving fake_lr beside it is refused.
 
     Raises:
         ValueError: an argument is out of range or does not fit the teacher.
 
     Source: Zhou et al. 2024, arXiv 2404.04057 and its code; SiD-LSG, arXiv 2406.01561; Su, kexue.fm/archives/10085.
     """
+
+    # What optimizers of the user's take the place of: both of them, that of Adam's settings.
+    replaced_by: ClassVar[Replaced] = {
+        ("optimizer",): ("lr",),
+        ("fake_optimizer",): ("fake_lr",),
+        ("optimizer", "fake_optimizer"): ("betas", "eps"),
+    }
 
     def __init__(
         self,
@@ -160,6 +169,7 @@ class SiD(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         check_arguments(locals())
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, fake_optimizer=fake_optimizer)
         self.automatic_optimization = False
         self.alpha = alpha
         self.lr, self.fake_lr, self.betas, self.eps = lr, fake_lr, (float(betas[0]), float(betas[1])), eps
