@@ -15,8 +15,8 @@ TEST_AFTER_FIT = (
 )
 UNTRAINED = (
     "Validate, test or predict without --ckpt_path all the same, with the weights that the model is made with: random "
-    "ones, and in SiD its teacher's. Only UniLMSeq2Seq from a model_name_or_path, and a class of your own whose attribute "
-    "`pretrained` is True, count as trained. false by default; fit takes no notice of it."
+    "ones, and in SiD its teacher's. Only UniLMSeq2Seq from a model_name_or_path, and a class of your own whose "
+    "attribute `pretrained` is True, count as trained. false by default; fit takes no notice of it."
 )
 TRAINER_HELP = "Show all arguments of the Trainer and exit."
 _WIDTH, _INDENT = 100, 31

@@ -58,9 +58,9 @@ class Passing(EAE):
 def test_a_subclass_is_asked_for_what_it_was_given():
     small = SMALL[EAE]
     Own(momentum=0.9, **small)  # the rate is the class's own word
-    with pytest.raises(ValueError, match="lr=0.2 was given, but optimizer=partial takes its place"):
+    with pytest.raises(ValueError, match=r"lr=0\.2 was given, but optimizer=partial takes its place"):
         Own(lr=0.2, momentum=0.9, **small)
-    with pytest.raises(ValueError, match="lr=0.0005 was given"):
+    with pytest.raises(ValueError, match=r"lr=0\.0005 was given"):
         Passing(lr=5e-4, optimizer=torch.optim.SGD, **small)  # the default, but said
 
 
@@ -72,5 +72,5 @@ def test_a_checkpoint_of_before_loads():
     torch.save(content, "one.ckpt")
     again = EAE.load_from_checkpoint("one.ckpt", optimizer=SGD)
     assert again.lr == 0.25
-    with pytest.raises(ValueError, match="lr=0.25 was given"):
+    with pytest.raises(ValueError, match=r"lr=0\.25 was given"):
         EAE(lr=0.25, optimizer=torch.optim.SGD, **SMALL[EAE])  # afterwards as before
