@@ -15,8 +15,8 @@ def draw_samples(sample: Callable[..., Any], num_samples: int, generator: torch.
     """``sample(num_samples, **options)``, whose random numbers are the generator's, which moves on.
 
     Args:
-        sample: a module's method; if it takes no ``generator``, the random numbers of Python, NumPy and torch are set by
-            the generator around the call, and put back.
+        sample: a module's method; if it takes no ``generator``, the random numbers of Python, NumPy and torch are set
+            by the generator around the call, and put back.
         num_samples: how many.
         generator: on the module's device.
         **options: further arguments.
