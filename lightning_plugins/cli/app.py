@@ -145,7 +145,8 @@ class PluginsCLI(LightningCLI):
     def _validate(self) -> None:
         """Refuse words that :meth:`parse_arguments` has passed over, for a checkpoint's sake."""
         command = self.config.subcommand
-        parser = self.parser._subcommands_action.choices[command]
+        parsers: Any = self.parser._subcommands_action
+        parser = parsers.choices[command]
         if self.config[command].ckpt_path:
             try:
                 parser.validate(self.config[command])
@@ -229,18 +230,18 @@ class PluginsCLI(LightningCLI):
 
     # Running
 
-    def _refuse_untrained(self) -> None:
-        config, pretrained = self.config[self.subcommand], getattr(self.model, "pretrained", False)
-        if self.subcommand == "fit" or config.ckpt_path or config.untrained or pretrained:
+    def _refuse_untrained(self, subcommand: str) -> None:
+        config, pretrained = self.config[subcommand], getattr(self.model, "pretrained", False)
+        if subcommand == "fit" or config.ckpt_path or config.untrained or pretrained:
             return
         name = type(self.model).__name__
         raise UsageError(
-            f"{self.subcommand} without --ckpt_path: this {name} is untrained, and its figures would be of no use.",
+            f"{subcommand} without --ckpt_path: this {name} is untrained, and its figures would be of no use.",
             f"The newest run's: --ckpt_path last. The {name} as it is made: --untrained true",
         )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        self._refuse_untrained()
+        self._refuse_untrained(subcommand)
         started = time.time()
         try:
             with warnings.catch_warnings():

@@ -25,10 +25,12 @@ def refuse_replaced(explicit: Namespace | None, words: Sequence[str]) -> None:
     Raises:
         UsageError: such an argument was typed, or would be lost without a word in its place.
     """
-    cls = import_object(explicit.class_path) if explicit is not None and "init_args" in explicit else None
+    if explicit is None or "init_args" not in explicit:
+        return
+    cls, given = import_object(explicit.class_path), explicit.init_args
     if not isinstance(by := getattr(cls, "replaced_by", None), Mapping):
         return
-    given, defaults = explicit.init_args, argument_defaults(cls)
+    defaults = argument_defaults(cls)
     given = {name: given[name] for name in defaults if name in given and plain(given[name]) != plain(defaults[name])}
     unread: dict[str, str] = {}
     for name, other in replaced(by, given):

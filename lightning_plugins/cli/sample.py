@@ -35,8 +35,8 @@ _VISIBLE = 32  # px: smaller images are enlarged on a page by a whole number
 class DrawsSamples(Protocol):
     """What ``sample`` needs of a LightningModule; ``EAE`` is one. Of its options it names those it takes.
 
-    Without ``generator`` the global random numbers are set around the call. A conditional module, one that takes labels,
-    also has ``conditional: bool`` and ``num_classes: int``.
+    Without ``generator`` the global random numbers are set around the call. A conditional module, one that takes
+    labels, also has ``conditional: bool`` and ``num_classes: int``.
     """
 
     def sample(

@@ -1,7 +1,7 @@
 """What a batch may look like: pictures and texts in the form that the parts read, whichever way a loader gives them."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -50,13 +50,14 @@ def text_batch(batch: Any, owner: str) -> Mapping[str, Any]:
     Raises:
         ValueError: it is of another form; the sentence says which form is asked for, and what came.
     """
-    ids, segments = (batch.get(name) if isinstance(batch, Mapping) else None for name in ("input_ids", "segment_ids"))
+    found = batch if isinstance(batch, Mapping) else {}
+    ids, segments = found.get("input_ids"), found.get("segment_ids")
     if not (_is_whole(ids) and _is_whole(segments) and ids.ndim == 2 and ids.shape == segments.shape):
         raise ValueError(f"{owner} takes batches {TEXTS}, got {_told(batch)}.")
     return batch
 
 
-def _is_whole(value: Any) -> bool:
+def _is_whole(value: Any) -> TypeGuard[Tensor]:
     """Whether it is a tensor of whole numbers."""
     return isinstance(value, Tensor) and value.dtype in _WHOLE
 

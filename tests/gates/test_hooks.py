@@ -21,7 +21,7 @@ MODULES = {
     SiD: {"teacher": "teacher"},
 }
 # Of a module's attributes, what is its state and no setting.
-STATE = {"net", "speed", "weights", "images", "left_out_all"}
+STATE = {"net", "speed", "weights", "evaluation", "images", "left_out_all"}
 OF_LIGHTNING = {*vars(LightningModule())}
 
 
