@@ -40,13 +40,11 @@ _CHECKPOINT = {
     "predict": f"Checkpoint to predict with. {_LAST}",
 }
 _TABLE = ("--verbose {true,false}", "Print the results as a table; true by default.")
-_UNTRAINED = ("--untrained {true,false}", UNTRAINED)
 _OWN = {
     "fit": [],
-    "validate": [_TABLE, _UNTRAINED],
-    "test": [_TABLE, _UNTRAINED],
+    "validate": [_TABLE],
+    "test": [_TABLE],
     "predict": [
-        _UNTRAINED,
         ("--return_predictions {true,false}", "Write the predictions to a file in the run's folder; true by default."),
     ],
 }
@@ -121,6 +119,7 @@ def _options(command: str) -> list[tuple[str, str]]:
         *_OWN[command],
         ("--seed_everything SEED", "Seed of Python, NumPy and torch, 0 by default; true draws one, false sets none."),
         ("--test_after_fit {true,false}", TEST_AFTER_FIT),
+        ("--untrained {true,false}", UNTRAINED),
     ]
 
 
