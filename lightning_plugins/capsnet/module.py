@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,6 +28,7 @@ from lightning_plugins.capsnet.networks import (
 from lightning_plugins.capsnet.routing import GradientKind, RoutingKind
 from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.batches import image_batch
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -36,6 +37,7 @@ from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_parts
 
 
@@ -46,9 +48,10 @@ class CapsNet(LightningModule):
     .. math:: L = w_m \sum_j T_j \max(0, m^+ - \|v_j\|)^2 + \lambda (1 - T_j) \max(0, \|v_j\| - m^-)^2
               + w_r \|x - \hat x\|^2
 
-    Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) or (B, L) int64}``; with several labels per
-    image also ``"parts": (B, L, C, H, W)``, the clean image of each label. A class is present when its capsule is long;
-    the decoder sees the true classes' capsules in training and the predicted ones otherwise.
+    Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) or (B, L) int64}`` or pairs of these two; with
+    several labels per image dicts with ``"parts": (B, L, C, H, W)``, too, the clean image of each label. A class is
+    present when its capsule is long; the decoder sees the true classes' capsules in training and the predicted ones
+    otherwise.
 
     Args:
         preset: published network with its constants, which every argument that is None takes from it:
@@ -88,7 +91,8 @@ class CapsNet(LightningModule):
         lr_min: lowest learning rate of the decay; by default 0, in "sabour2017_official" 1e-6.
         pictures_every_n_epochs: validation epochs from one set of logged pictures to the next; 0 for none.
         features: a network of your own from images to capsules of shape (B, N, D), in place of the preset's.
-        optimizer: a factory of an optimizer in place of Adam; lr and the decay are then ignored.
+        optimizer: a factory of an optimizer in place of Adam; it has a rate of its own, and giving lr or the decay
+            beside it is refused.
         scheduler: a factory of a learning-rate scheduler in place of the decay, stepped once per epoch.
 
     Raises:
@@ -106,6 +110,11 @@ class CapsNet(LightningModule):
     Source: Sabour, Frosst, Hinton 2017, arXiv 1710.09829.
     """
 
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {
+        ("optimizer",): ("lr", "lr_decay", "lr_decay_steps", "lr_min"),
+        ("scheduler",): ("lr_decay", "lr_decay_steps", "lr_min"),
+    }
     gradient: GradientKind
     __call__: Callable[..., Tensor]  # of forward; torch says Any
 
@@ -153,6 +162,7 @@ class CapsNet(LightningModule):
             optimizer=must.optional(must.function),
             scheduler=must.optional(must.function),
         )
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         most = num_classes - 1
         must.whole(1, most, why=f"at most num_classes - 1 = {most}, as some class must be absent")(
             "num_labels", num_labels
@@ -314,6 +324,7 @@ class CapsNet(LightningModule):
             batch: images, labels and, with several labels, parts, as the class documents them.
             poses: ``self(batch["image"])`` where it has been computed already.
         """
+        batch = image_batch(batch, type(self).__name__, labels=True)
         v: Tensor = self(batch["image"]) if poses is None else poses
         terms = {"margin": self.preset.margin_weight * self._margin_loss(v, batch["label"])}
         if self.decoder is not None:
@@ -341,7 +352,8 @@ class CapsNet(LightningModule):
             labels = predictions if self.num_labels == 1 else align_labels(predictions, labels)
         return (self._need_decoder()(poses, labels).float() - target.float()).square().sum() / len(poses)
 
-    def _step(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> Tensor:
+    def _step(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
+        batch = image_batch(batch, type(self).__name__, labels=True)
         if batch_idx == 0:
             self._check_labels(batch["label"])
         poses = self(batch["image"])
@@ -364,26 +376,27 @@ class CapsNet(LightningModule):
             return predicted, labels
         return multi_hot(predicted, self.num_classes), multi_hot(labels, self.num_classes)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them."""
         return self._step(batch, batch_idx, "train")
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss and the accuracy; keep the first images for the pictures."""
         self._evaluate(batch, batch_idx, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss and the accuracy; keep the first images for the pictures."""
         self._evaluate(batch, batch_idx, "test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        batch = image_batch(batch, type(self).__name__, labels=True)
         self._step(batch, batch_idx, stage)
         if batch_idx == 0:
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``prediction`` (see :meth:`predict_labels`), ``lengths`` ``(B, J)``, ``poses`` and ``reconstruction``."""
-        poses = self(batch["image"])
+        poses = self(image_batch(batch, type(self).__name__)["image"])
         prediction = self.predict_labels(poses)
         output = {"prediction": prediction, "lengths": poses.norm(dim=-1), "poses": poses}
         if self.decoder is not None:

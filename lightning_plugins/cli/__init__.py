@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif words[0] == "--version":
             print(f"lightning-plugins {__version__}")
-        elif words[0] in ("generate", "sample", "export", "list", "copy", "plot"):
+        elif words[0] in ("generate", "sample", "export", "list", "copy", "new", "plot"):
             with _own_modules():
                 run_command(words[0], words[1:])
         elif words[0] in COMMANDS and words[-1] in ("-h", "--help"):

@@ -27,9 +27,11 @@ from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
-from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP
+from lightning_plugins.cli.replaced import refuse_replaced
+from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP, UNTRAINED
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
+from lightning_plugins.core.hyperparameters import LINKED
 from lightning_plugins.core.logging import log_dir
 from lightning_plugins.core.named_parts import nothing_imported_for
 from lightning_plugins.data import ImageData, TextData
@@ -95,6 +97,7 @@ class PluginsCLI(LightningCLI):
         parser.add_argument("-c", "--config", action=ConfigFile, help=CONFIG)
         super().add_default_arguments_to_parser(parser)
         parser.add_argument("--test_after_fit", type=bool, default=False, help=TEST_AFTER_FIT)
+        parser.add_argument("--untrained", type=bool, default=False, help=UNTRAINED)
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add trainer, model and data; the model may also come from a checkpoint, so it is not required here."""
@@ -105,7 +108,7 @@ class PluginsCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Link what the data knows to the model's arguments of the same name."""
-        for name in checkpoint.LINKS:
+        for name in LINKED:
 
             def same_unless_given(value: Any, name: str = name) -> Any:
                 self._check_link(name, value)
@@ -116,11 +119,15 @@ class PluginsCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: list[str]) -> None:
-        """Parse twice: with defaults, and without them to know what the user said."""
+        """Parse twice: without defaults, to know what the user said, and with them.
+
+        What a class requires may also stand in the checkpoint: then it is looked for when that has been read.
+        """
         if args[0].startswith("--print_completion"):
             print_completion(parser, args)
-        self.config = parser.parse_args(args)
-        self.explicit = parser.parse_args(args, defaults=False)[self.config.subcommand]
+        given = parser.parse_args(args, defaults=False, _skip_validation=True)
+        self.explicit, self.words = given[given.subcommand], args
+        self.config = parser.parse_args(args, _skip_validation=bool(self.explicit.get("ckpt_path")))
         refuse_seed(self.config[self.config.subcommand].seed_everything)
 
     def _parse_ckpt_path(self) -> None:
@@ -130,8 +137,21 @@ class PluginsCLI(LightningCLI):
             given = "nothing" if trainer is None else repr(trainer)
             raise UsageError(f"trainer: has its settings below it, such as max_epochs: 3, not {given}.")
         self._take_model_from_checkpoint()
-        refuse_nulls(self.config[self.config.subcommand], checkpoint.LINKS)
+        self._validate()
+        refuse_replaced(self.explicit.get("model"), self.words)
+        refuse_nulls(self.config[self.config.subcommand], LINKED)
         self._require_model_and_data()
+
+    def _validate(self) -> None:
+        """Refuse words that :meth:`parse_arguments` has passed over, for a checkpoint's sake."""
+        command = self.config.subcommand
+        parsers: Any = self.parser._subcommands_action
+        parser = parsers.choices[command]
+        if self.config[command].ckpt_path:
+            try:
+                parser.validate(self.config[command])
+            except (TypeError, KeyError) as error:
+                parser.error(str(error))
 
     def _take_model_from_checkpoint(self) -> None:
         """Take the model's class and arguments from the checkpoint, and refuse what contradicts it."""
@@ -210,7 +230,18 @@ class PluginsCLI(LightningCLI):
 
     # Running
 
+    def _refuse_untrained(self, subcommand: str) -> None:
+        config, pretrained = self.config[subcommand], getattr(self.model, "pretrained", False)
+        if subcommand == "fit" or config.ckpt_path or config.untrained or pretrained:
+            return
+        name = type(self.model).__name__
+        raise UsageError(
+            f"{subcommand} without --ckpt_path: this {name} is untrained, and its figures would be of no use.",
+            f"The newest run's: --ckpt_path last. The {name} as it is made: --untrained true",
+        )
+
     def _run_subcommand(self, subcommand: str) -> None:
+        self._refuse_untrained(subcommand)
         started = time.time()
         try:
             with warnings.catch_warnings():

@@ -21,9 +21,8 @@ from lightning_plugins.cli.checkpoint_rules import (
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
 from lightning_plugins.core.checkpoint_damage import damage
+from lightning_plugins.core.hyperparameters import LINKED
 from lightning_plugins.core.lightning_internals import CLASS_PATH, INSTANTIATOR
-
-LINKS = ("image_shape", "num_classes", "num_labels")  # what the data decides for every model that takes it
 
 
 def checkpoint_folders(root: Path) -> list[Path]:
@@ -53,7 +52,7 @@ def find_last(root: Path, folders: Iterable[Path]) -> Path:
     for path in paths:
         if (what := _why_unreadable(path)) is None:
             if skipped:
-                _tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
+                tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
             return path
         skipped.append(what)
     raise UsageError(f"--ckpt_path last: none of {len(paths)} checkpoint(s) can be read.", *skipped)
@@ -85,7 +84,8 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 @rank_zero_only
-def _tell(lines: Iterable[str]) -> None:
+def tell(lines: Iterable[str]) -> None:
+    """Write lines to stderr, once however many processes there are."""
     sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
@@ -133,7 +133,7 @@ def _unreadable(path: Path, error: Exception) -> list[str]:
 def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -> dict[str, Any]:
     """The ``model`` entry of a config, as the checkpoint has it.
 
-    Lightning writes down for every class what the data offers to all; a class that takes none of it goes without.
+    Files may hold what the data offers to all classes; one that takes none of it goes without.
 
     Args:
         path: the checkpoint, for the sentences.
@@ -156,7 +156,7 @@ def model_config(path: Path, hparams: dict[str, Any], given: Namespace | None) -
     refuse_other_names(path, hparams, cls, plain(given.get("init_args")) if given is not None else None)
     names = argument_names(class_path)
     hparams = {key: value for key, value in hparams.items() if key not in (INSTANTIATOR, CLASS_PATH)}
-    hparams = {key: value for key, value in hparams.items() if key in names or key not in LINKS}
+    hparams = {key: value for key, value in hparams.items() if key in names or key not in LINKED}
     unknown = [key for key in hparams if key not in names]
     if unknown and not _takes_anything(cls):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Commands without a Trainer: ``generate``, ``sample``, ``export``, ``list``, ``copy`` and ``plot``."""
+"""Commands without a Trainer: ``generate``, ``sample``, ``export``, ``list``, ``copy``, ``new`` and ``plot``."""
 
 import ast
 from argparse import RawDescriptionHelpFormatter
@@ -16,6 +16,8 @@ from lightning_plugins.cli.export import add_export_arguments, export
 from lightning_plugins.cli.generate import EXAMPLES as GENERATE_EXAMPLES
 from lightning_plugins.cli.generate import add_generate_arguments, generate
 from lightning_plugins.cli.messages import UsageError, did_you_mean
+from lightning_plugins.cli.new import EXAMPLES as NEW_EXAMPLES
+from lightning_plugins.cli.new import add_new_arguments, new
 from lightning_plugins.cli.resolve import headline, shipped
 from lightning_plugins.cli.sample import EXAMPLES as SAMPLE_EXAMPLES
 from lightning_plugins.cli.sample import add_sample_arguments, sample
@@ -30,6 +32,7 @@ COMMANDS = {
     "export": "write a trained model as a folder that runs without this package",
     "list": "parts, configs and recipes, one line each",
     "copy": "copy a shipped config or recipe, to change it",
+    "new": "a class of your own with a config and a test, to begin with",
     "plot": "a page of pictures from a run with ODEDiagnostics",
 }
 
@@ -56,6 +59,8 @@ def command_parsers() -> dict[str, ArgumentParser]:
     copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
     copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
     copy_parser.add_argument("dest", type=str, help="File or folder to copy to; an existing file is never replaced.")
+    new_parser = _teaching_parser("new", NEW_EXAMPLES)
+    add_new_arguments(new_parser)
     plot_parser = _LightParser(prog="lightning-plugins plot", description=COMMANDS["plot"], allow_abbrev=False)
     log = "The run's folder or one above it (the newest run counts), its metrics.csv or its TensorBoard events file."
     picture = "File to write, in the format of its ending: .png, .pdf, .svg. Beside the log by default."
@@ -68,6 +73,7 @@ def command_parsers() -> dict[str, ArgumentParser]:
         "export": export_parser,
         "list": list_parser,
         "copy": copy_parser,
+        "new": new_parser,
         "plot": plot_parser,
     }
 
@@ -96,6 +102,8 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         export(options)
     elif name == "copy":
         copy(options.name, options.dest)
+    elif name == "new":
+        new(options)
     else:
         plot(options.run, options.output)
 

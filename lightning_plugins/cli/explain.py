@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 
 import lightning_plugins
 from lightning_plugins.cli.messages import UsageError, closest, did_you_mean, join_or
+from lightning_plugins.core import hyperparameters
 
 _UNIVERSAL = ("LightningModule", "LightningDataModule")
 
@@ -179,9 +180,7 @@ def _options(parser: ArgumentParser) -> list[str]:
 
 def argument_names(class_path: str) -> list[str]:
     """Names of the constructor's arguments that the parser accepts, a parent's through ``**kwargs`` included."""
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(import_object(class_path), fail_untyped=False)
-    return [action.dest for action in parser._actions if action.dest not in ("help", "==SUPPRESS==")]
+    return hyperparameters.argument_names(import_object(class_path))
 
 
 def class_names(bases: Iterable[type]) -> list[str]:

@@ -53,6 +53,7 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
 
     from lightning_plugins.cli import checkpoint
     from lightning_plugins.cli.explain import explain, import_object
+    from lightning_plugins.core.checkpoint_data import taken_by
 
     hparams = checkpoint.read_hyperparameters(path)
     given = None if class_path is None else Namespace(class_path=_full_path(class_path))
@@ -66,7 +67,8 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
     cls = import_object(checkpoint.model_config(path, hparams, given)["class_path"])
     _refuse_other_classes(cls, path, methods, otherwise)
     try:
-        model = cls.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        source = taken_by(cls, path, hparams, "cpu", weights_only=True)
+        model = cls.load_from_checkpoint(source, map_location="cpu", weights_only=True)
     except RuntimeError as error:
         if "allocate memory" in str(error):
             raise UsageError(

@@ -35,7 +35,8 @@ _VISIBLE = 32  # px: smaller images are enlarged on a page by a whole number
 class DrawsSamples(Protocol):
     """What ``sample`` needs of a LightningModule; ``EAE`` is one. Of its options it names those it takes.
 
-    A conditional module, one that takes labels, also has ``conditional: bool`` and ``num_classes: int``.
+    Without ``generator`` the global random numbers are set around the call. A conditional module, one that takes
+    labels, also has ``conditional: bool`` and ``num_classes: int``.
     """
 
     def sample(
@@ -133,6 +134,8 @@ def _draw(model: Any, options: Namespace) -> Iterator["torch.Tensor"]:
     """
     import torch
 
+    from lightning_plugins.core.sampling import draw_samples
+
     name = type(model).__name__
     given = {key: options[key] for key in ("prior", "temperature") if options[key] is not None}
     prompts = options.prompt
@@ -152,7 +155,7 @@ def _draw(model: Any, options: Namespace) -> Iterator["torch.Tensor"]:
             given["prompts"] = [prompts[index % len(prompts)] for index in range(start, start + n)]
         try:
             with torch.inference_mode():
-                images = model.sample(n, generator=generator, **given)
+                images = draw_samples(model.sample, n, generator, **given)
         except ValueError as error:
             if not raised_here(error):
                 raise

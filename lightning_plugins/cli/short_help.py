@@ -13,6 +13,11 @@ TEST_AFTER_FIT = (
     "After fit, test the best checkpoint if one was monitored, else the last weights. Other sub-commands take no "
     "notice of it, so that one config serves all."
 )
+UNTRAINED = (
+    "Validate, test or predict without --ckpt_path all the same, with the weights that the model is made with: random "
+    "ones, and in SiD its teacher's. Only UniLMSeq2Seq from a model_name_or_path, and a class of your own whose "
+    "attribute `pretrained` is True, count as trained. false by default; fit takes no notice of it."
+)
 TRAINER_HELP = "Show all arguments of the Trainer and exit."
 _WIDTH, _INDENT = 100, 31
 _FOLDERS = {"model": {"capsnet", "eae", "sid", "unilm"}, "data": {"data"}, "callback": {"callbacks"}}
@@ -40,7 +45,7 @@ _OWN = {
     "validate": [_TABLE],
     "test": [_TABLE],
     "predict": [
-        ("--return_predictions {true,false}", "Write the predictions to a file in the run's folder; true by default.")
+        ("--return_predictions {true,false}", "Write the predictions to a file in the run's folder; true by default."),
     ],
 }
 
@@ -114,6 +119,7 @@ def _options(command: str) -> list[tuple[str, str]]:
         *_OWN[command],
         ("--seed_everything SEED", "Seed of Python, NumPy and torch, 0 by default; true draws one, false sets none."),
         ("--test_after_fit {true,false}", TEST_AFTER_FIT),
+        ("--untrained {true,false}", UNTRAINED),
     ]
 
 

@@ -1,5 +1,6 @@
 """``load_from_checkpoint`` for files from elsewhere: Lightning 2.6 guards the class that a file names, not the rest."""
 
+import io
 import zipfile
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -8,8 +9,10 @@ import torch
 from lightning.pytorch import LightningModule
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
+from lightning_plugins.core.hyperparameters import not_taken
 from lightning_plugins.core.lightning_internals import INSTANTIATOR, load_any
 from lightning_plugins.core.named_parts import check_named_parts, nothing_imported_for
+from lightning_plugins.core.replaced_arguments import loading
 
 Module = TypeVar("Module", bound=type[LightningModule])
 _OLD_KEYS = ("hparams", "module_arguments")  # Lightning still reads them
@@ -66,14 +69,42 @@ def read_as_data(cls: Module) -> Module:
                 check_named_parts({key: value for key, value in arguments.items() if key not in kwargs}, cls)
             except ValueError as error:
                 raise ValueError(f"{str(checkpoint_path)!r}: {error}. {_cure(error)}") from None
-        with nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
+        source = taken_by(cls, checkpoint_path, arguments, map_location, weights_only)
+        with loading(), nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
             return super(made, cls).load_from_checkpoint(
-                checkpoint_path, map_location, hparams_file, strict, weights_only, **kwargs
+                source, map_location, hparams_file, strict, weights_only, **kwargs
             )
 
     made: Any = cls
     made.load_from_checkpoint = _ClassMethod(load_from_checkpoint)
     return cls
+
+
+def taken_by(cls: Any, source: Any, arguments: Mapping[str, Any], map_location: Any, weights_only: bool) -> Any:
+    """A checkpoint whose arguments the class takes: the file itself, or a copy without what others take of the data.
+
+    Lightning would hand them to a class with ``**kwargs``. They are in files of earlier versions, and in those of
+    classes that save their arguments by ``save_hyperparameters``.
+
+    Args:
+        cls: the class to be made.
+        source: the file, as ``load_from_checkpoint`` takes it.
+        arguments: those in the file.
+        map_location: where tensors go, as for ``torch.load``.
+        weights_only: as for ``torch.load``.
+    """
+    surplus = not_taken(cls, arguments) if INSTANTIATOR in arguments else set()
+    if not surplus:
+        return source
+    place = map_location if map_location or torch.cuda.is_available() else "cpu"
+    content = load_any(source, weights_only, place)
+    for key in (*_OLD_KEYS, "hyper_parameters"):
+        if isinstance(content.get(key), dict):
+            content[key] = {name: value for name, value in content[key].items() if name not in surplus}
+    file = io.BytesIO()
+    torch.save(content, file)
+    file.seek(0)
+    return file
 
 
 def _cure(error: ValueError) -> str:

@@ -8,9 +8,11 @@ file asks for it again in one sentence. Under the command line every argument is
 import inspect
 import numbers
 import os
+from collections.abc import Collection
 from types import FrameType
 from typing import Any
 
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.core.mixins.hparams_mixin import HyperparametersMixin
 
 from lightning_plugins.core.lightning_internals import (
@@ -20,6 +22,7 @@ from lightning_plugins.core.lightning_internals import (
     running_constructors,
 )
 
+LINKED = ("image_shape", "num_classes", "num_labels")  # what the data decides for every model that takes it
 _MARK = "not-stored-in-the-checkpoint "
 
 
@@ -36,10 +39,12 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
     Raises:
         ValueError: an argument came from a checkpoint that could not hold its value.
     """
-    if given_hyperparameters() is not None:
+    if (given := given_hyperparameters()) is not None:
+        for name in not_taken(type(module), given):
+            del given[name]
         module.save_hyperparameters()  # the command line's own record: class path and plain values
         return
-    arguments = _constructor_arguments(module)
+    arguments = constructor_arguments(module)
     name = type(module).__name__
     for key, value in arguments.items():
         if isinstance(value, str) and value.startswith(_MARK):
@@ -53,7 +58,25 @@ def save_plain_hyperparameters(module: HyperparametersMixin) -> None:
         module.save_hyperparameters(ignore=[INSTANTIATOR])
 
 
-def _constructor_arguments(module: object) -> dict[str, Any]:
+def argument_names(cls: Any) -> list[str]:
+    """Names of a constructor's arguments that the command line takes, a parent's through ``**kwargs`` included."""
+    return [*argument_defaults(cls)]
+
+
+def argument_defaults(cls: Any) -> dict[str, Any]:
+    """Defaults of these arguments, by name."""
+    parser = LightningArgumentParser(exit_on_error=False, add_help=False)
+    parser.add_class_arguments(cls, fail_untyped=False)
+    return {action.dest: action.default for action in parser._actions if action.dest != "==SUPPRESS=="}
+
+
+def not_taken(cls: Any, arguments: Collection[str]) -> set[str]:
+    """Which of a class's recorded arguments it does not take: Lightning notes for every class what is linked to any."""
+    linked = {*LINKED}.intersection(arguments)
+    return linked.difference(argument_names(cls)) if linked else linked
+
+
+def constructor_arguments(module: object) -> dict[str, Any]:
     """Arguments of the outermost ``__init__`` that is running on ``module``, by name."""
     frames = running_constructors(module)
     if not frames:

@@ -207,12 +207,12 @@ def running_constructors(module: object) -> list[FrameType]:
     return frames
 
 
-def load_any(source: Any, weights_only: bool) -> Any:
-    """``torch.load`` on the CPU of a file, an open file or an address.
+def load_any(source: Any, weights_only: bool, map_location: Any = "cpu") -> Any:
+    """``torch.load`` of a file, an open file or an address, on the CPU unless told otherwise.
 
     When ``_load`` goes: read ``_load_from_checkpoint`` of Lightning's ``core/saving.py``.
     """
-    return _load(source, map_location="cpu", weights_only=weights_only)
+    return _load(source, map_location=map_location, weights_only=weights_only)
 
 
 def given_checkpoint_io(strategy: Strategy) -> CheckpointIO | None:

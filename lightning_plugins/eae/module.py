@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
+from lightning_plugins.core.batches import image_batch
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
@@ -23,6 +24,7 @@ from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
@@ -61,7 +63,8 @@ class EAE(LightningModule):
     more than half is refused.
 
     Other models on the same networks, for comparison, are named by ``objective``. Batches are dicts
-    ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with ``conditional``.
+    ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``, pairs of these two, or images; labels are read only with
+    ``conditional``.
 
     At evaluation a VAE decodes its means, and the term beside the error is that of all codes at once (at most 4,096 of
     them, and ``sigreg`` grows with their number): compare ``val/loss`` with ``val/loss``, not with ``train/loss``.
@@ -100,7 +103,8 @@ class EAE(LightningModule):
         lr: learning rate of Adam; 5e-4 in the code of Ghosh et al. 2020.
         lr_decay: factor in (0, 1] on the learning rate after each epoch; the supplement calls 0.98 or more critical.
         pictures_every_n_epochs: validation epochs from one set of logged pictures to the next; 0 for none.
-        optimizer: a factory of an optimizer in place of Adam; lr and lr_decay are then ignored.
+        optimizer: a factory of an optimizer in place of Adam; it has a rate of its own, and giving lr or lr_decay
+            beside it is refused.
         scheduler: a factory of a learning-rate scheduler in place of the decay, stepped once per epoch.
 
     Raises:
@@ -119,6 +123,8 @@ class EAE(LightningModule):
     arXiv 2605.16164, bears the same name.
     """
 
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {("optimizer",): ("lr", "lr_decay"), ("scheduler",): ("lr_decay",)}
     network: Network
     reconstruction: Reconstruction
     default_prior: PriorKind
@@ -147,6 +153,7 @@ class EAE(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         _check_arguments(locals())
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         self.objective = resolve_objective(objective, weight)
         self.image_shape, self.num_classes, self.latent_dim = tuple(image_shape), num_classes, latent_dim
         self.network, self.width, self.conditional = network, width, conditional
@@ -344,7 +351,7 @@ class EAE(LightningModule):
         goes on makes the fit out of date.
 
         Args:
-            dataloader: batches as in training, or tensors of images. Over several processes each calls this with its
+            dataloader: batches as in training. Over several processes each calls this with its
                 share of them, under FSDP2 in as many batches; all fit the same.
 
         Raises:
@@ -353,7 +360,7 @@ class EAE(LightningModule):
         codes = [torch.empty(0, self.latent_dim, device=self.device)]  # a process may have no share
         with evaluating(self):
             for batch in dataloader:
-                images = batch["image"] if isinstance(batch, Mapping) else batch
+                images = image_batch(batch, type(self).__name__)["image"]
                 codes.append(self.encode(images.to(self.device)).float())
         self.prior.fit(gather_rows(torch.cat(codes))[0])
 
@@ -363,10 +370,15 @@ class EAE(LightningModule):
 
     # Training: a step, its loss, and what is logged of it.
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def _read(self, batch: Any) -> tuple[Mapping[str, Tensor], Tensor | None]:
+        """A batch as a dict, and the labels of a conditional model."""
+        batch = image_batch(batch, type(self).__name__, labels=self.conditional)
+        return batch, batch["label"] if self.conditional else None
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
         self._batch_idx = batch_idx
-        label = batch["label"] if self.conditional else None
+        batch, label = self._read(batch)
         if batch_idx == 0 and label is not None:  # once an epoch, as it waits for the device
             self._check_labels(label, len(batch["image"]))
         codes = self.codes(batch["image"], label)
@@ -385,7 +397,7 @@ class EAE(LightningModule):
             batch: images and, if conditional, labels, as the class documents them.
             codes: ``self.codes(batch["image"], batch["label"])`` where they have been computed already.
         """
-        label = batch["label"] if self.conditional else None
+        batch, label = self._read(batch)
         codes = self.codes(batch["image"], label) if codes is None else codes
         decoded = self.decode(codes.own, label)
         error = reconstruction_error(decoded, batch["image"], self.reconstruction).mean()
@@ -422,11 +434,11 @@ class EAE(LightningModule):
 
     # Evaluation.
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sum up errors and codes; keep the first images for the pictures."""
         self._evaluate(batch, batch_idx, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Sum up errors and codes; keep the first images for the pictures."""
         self._evaluate(batch, batch_idx, "test")
 
@@ -438,8 +450,9 @@ class EAE(LightningModule):
         """Log errors and diagnostics of all codes; draw the pictures of the test images."""
         self._end_evaluation("test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
-        images, label = batch["image"], batch["label"] if self.conditional else None
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        batch, label = self._read(batch)
+        images = batch["image"]
         codes = self.codes(images, label)
         decoded = self.decode(codes.own, label)
         metrics: Any = self.metrics[f"{stage}_metrics"]
@@ -486,10 +499,11 @@ class EAE(LightningModule):
         self.log_dict({f"{stage}/{name}": value for name, value in terms.items()}, sync_dist=True)
         return z
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``code`` ``(B, d)`` and ``reconstruction`` ``(B, C, H, W)``."""
+        batch, label = self._read(batch)
         z = self.encode(batch["image"])
-        return {"code": z, "reconstruction": self.decode(z, batch["label"] if self.conditional else None)}
+        return {"code": z, "reconstruction": self.decode(z, label)}
 
     def configure_optimizers(self) -> Any:
         """Adam whose rate decays after each epoch, unless ``optimizer`` or ``scheduler`` is given."""

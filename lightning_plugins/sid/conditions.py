@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_plugins.core.batches import image_batch
+
+_COUNTED = ("label", "image", "index")  # of what a batch holds, tells how many images to make
+
 
 class EqualBatches:
     """A loader of batches that only say how many images to make: ``{"index": (B,)}``.
@@ -36,30 +40,38 @@ class EqualBatches:
         """Nothing to do."""
 
 
-def conditions(batch: Any, conditional: bool) -> tuple[int, Tensor | None, list[str] | None]:
+def conditions(batch: Any, conditional: bool, owner: str = "SiD") -> tuple[int, Tensor | None, list[str] | None]:
     """How many samples a batch asks for, and of which classes or prompts.
 
     Args:
-        batch: a dict with ``prompt``, a list of n texts; or ``label`` ``(n,)``; or any tensor of n rows.
+        batch: a dict with ``prompt``, a list of n texts; or with ``label`` ``(n,)``, ``image`` or ``index``; or images,
+            alone or with labels, as :func:`image_batch` takes them.
         conditional: whether the teacher has classes; if not, labels are passed over.
+        owner: who reads the batch, for the sentence.
 
     Returns:
         n, the labels ``(n,)`` or None, and the prompts or None.
 
     Raises:
-        ValueError: no dict, or one without any of these.
+        ValueError: a batch without any of these.
     """
-    values = batch if isinstance(batch, Mapping) else {}
+    values = as_dict(batch, owner)
     if (prompts := values.get("prompt")) is not None:
         return len(prompts), None, list(prompts)
-    for value in values.values():
+    for value in map(values.get, _COUNTED):
         if isinstance(value, Tensor):
             return len(value), values.get("label") if conditional else None, None
-    found = f"one of {sorted(values)}" if values else f"a {type(batch).__name__}"
     raise ValueError(
-        f"Batches are dicts with 'prompt' (a list of texts), 'label' or 'image', got {found}: SiD must know how many "
-        "images to make."
+        f"{owner} must know how many images to make: batches are dicts with 'prompt' (a list of texts), 'label' or "
+        f"'image', or (images, labels), got one of {sorted(values)}."
     )
+
+
+def as_dict(batch: Any, owner: str = "SiD") -> Mapping[str, Any]:
+    """A batch that is no dict, of images alone or with labels, as one."""
+    if isinstance(batch, Mapping):
+        return batch
+    return image_batch(batch, owner, labels=isinstance(batch, list | tuple) and len(batch) == 2)
 
 
 def real_images(batch: Mapping[str, Any], description: Mapping[str, Any], dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch import LightningModule
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
+from lightning_plugins.core.batches import image_batch
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -23,7 +24,9 @@ from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, opt
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.core.pictures import image_grid, pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_networks
+from lightning_plugins.sid.conditions import conditions
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.networks import update_average
 from lightning_plugins.sid.sampling import many_steps
@@ -45,8 +48,8 @@ class DiffusionTeacher(LightningModule):
     and is written is a running mean of the weights. Noise depends on (seed, epoch, batch, process) alone, so that a run
     that is resumed draws what an uninterrupted one would.
 
-    Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``; labels are read only with
-    ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time.
+    Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``, pairs of these two, or images; labels
+    are read only with ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time.
 
     Args:
         image_shape: channels, height and width of the images; height and width must be divisible by 2 once for each
@@ -71,7 +74,7 @@ class DiffusionTeacher(LightningModule):
         pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
         export_to: folder that the pipeline is written to at the end of training; none by default, nor under
             fast_dev_run. A relative one is below the current folder.
-        optimizer: replaces AdamW and its schedule.
+        optimizer: replaces AdamW and its schedule; giving lr, weight_decay or warmup beside it is refused.
         scheduler: replaces the schedule, stepped once per epoch.
 
     Raises:
@@ -84,6 +87,9 @@ class DiffusionTeacher(LightningModule):
 
     Source: Ho, Jain, Abbeel 2020 (arXiv 2006.11239), eq. 14; Salimans & Ho 2022 (arXiv 2202.00512) for v.
     """
+
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {("optimizer",): ("lr", "warmup", "weight_decay"), ("scheduler",): ("warmup",)}
 
     def __init__(
         self,
@@ -109,6 +115,7 @@ class DiffusionTeacher(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         _check_arguments(locals())
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         self.image_shape, self.num_classes, self.conditional = tuple(image_shape), num_classes, conditional
         self.block_out_channels, self.layers_per_block = tuple(block_out_channels), layers_per_block
         self.attention_levels = attention_levels
@@ -223,8 +230,9 @@ class DiffusionTeacher(LightningModule):
         """
         return {"denoising": self._errors(self.denoiser, batch, generator).mean()}
 
-    def _errors(self, denoiser: Denoiser, batch: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
+    def _errors(self, denoiser: Denoiser, batch: Any, generator: torch.Generator) -> Tensor:
         """``(B,)``: the squared error of D, weighed as that of what the network predicts."""
+        batch = image_batch(batch, type(self).__name__, labels=self.conditional)
         image = batch["image"]
         if tuple(image.shape[1:]) != self.image_shape:
             raise ValueError(
@@ -243,8 +251,9 @@ class DiffusionTeacher(LightningModule):
         """Random numbers of a place in the run, independent of the global random state."""
         return random_numbers.generator(self.device, self.seed, *place, self.global_rank)
 
-    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log the sum."""
+        batch = image_batch(batch, type(self).__name__, labels=self.conditional)
         terms = self.loss(batch, self._generator(1 + self.current_epoch, batch_idx))
         loss = torch.stack([*terms.values()]).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
@@ -295,15 +304,15 @@ class DiffusionTeacher(LightningModule):
 
     # Evaluation.
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sum up the losses of the running mean."""
         self._evaluate(batch, batch_idx, "val")
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """Sum up the losses of the running mean."""
         self._evaluate(batch, batch_idx, "test")
 
-    def _evaluate(self, batch: Mapping[str, Tensor], batch_idx: int, stage: str) -> None:
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         errors = self._errors(self.average, batch, self._generator(0, batch_idx))
         self.losses[f"{stage}_loss"].update(errors)
 
@@ -331,10 +340,9 @@ class DiffusionTeacher(LightningModule):
         grid = image_grid(_visible(images), zoom=max(1, 32 // images.shape[-1]))
         log_image(self.trainer, f"{stage}/samples", grid, self.global_step)
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``image`` ``(B, C, H, W)`` in [0, 1]: a sample for each row of the batch, of its class if conditional."""
-        labels = batch["label"] if self.conditional else None
-        rows = len(next(iter(batch.values())))
+        rows, labels, _ = conditions(batch, self.conditional, type(self).__name__)
         return {"image": self.sample(rows, labels=labels, generator=self._generator(0, batch_idx))}
 
     # Export.

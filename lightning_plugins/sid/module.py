@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningModule
@@ -21,11 +21,12 @@ from lightning_plugins.core.lightning_internals import count_no_step, loss_scale
 from lightning_plugins.core.logging import log_figures, measured_figures
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.adversarial import Logits, encoder_logits
 from lightning_plugins.sid.arguments import check_arguments
-from lightning_plugins.sid.conditions import EqualBatches, conditions, real_images
+from lightning_plugins.sid.conditions import EqualBatches, as_dict, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_progress
 from lightning_plugins.sid.export import export_student
@@ -113,14 +114,22 @@ class SiD(LightningModule):
         num_pictures: student's and teacher's samples in a picture; 0 for none.
         updates_per_epoch: generator updates that count as an epoch where no data give the batches.
         seed: seed of all noise, with the step and the process: a resumed run draws what an uninterrupted one would.
-        optimizer: replaces Adam for the generator.
-        fake_optimizer: replaces Adam for the fake score.
+        optimizer: replaces Adam for the generator; giving lr beside it is refused, and with both optimizers betas and
+            eps.
+        fake_optimizer: replaces Adam for the fake score; giving fake_lr beside it is refused.
 
     Raises:
         ValueError: an argument is out of range or does not fit the teacher.
 
     Source: Zhou et al. 2024, arXiv 2404.04057 and its code; SiD-LSG, arXiv 2406.01561; Su, kexue.fm/archives/10085.
     """
+
+    # What optimizers of the user's take the place of: both of them, that of Adam's settings.
+    replaced_by: ClassVar[Replaced] = {
+        ("optimizer",): ("lr",),
+        ("fake_optimizer",): ("fake_lr",),
+        ("optimizer", "fake_optimizer"): ("betas", "eps"),
+    }
 
     def __init__(
         self,
@@ -160,6 +169,7 @@ class SiD(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         check_arguments(locals())
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, fake_optimizer=fake_optimizer)
         self.automatic_optimization = False
         self.alpha = alpha
         self.lr, self.fake_lr, self.betas, self.eps = lr, fake_lr, (float(betas[0]), float(betas[1])), eps
@@ -336,11 +346,12 @@ class SiD(LightningModule):
 
     # Training.
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def training_step(self, batch: Any, batch_idx: int) -> None:
         """Update the fake score, then the generator, then the student."""
         generator_optimizer, fake_optimizer = self.optimizers()
         count_no_step(fake_optimizer)
-        n, labels, prompts = conditions(batch, self.conditional)
+        batch = as_dict(batch, type(self).__name__)
+        n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
         conditioning = self.networks.conditioning(n, labels, prompts, self._random(self.fake_steps + 1), self.device)
         real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
         for turn in range(self.fake_steps):
@@ -539,15 +550,15 @@ class SiD(LightningModule):
         for scale in {self.guidance, self.fake_guidance}:
             refuse_broken_teacher(self._score(denoiser, conditioning, scale), draws, self.networks.source)
 
-    def validation_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
 
-    def test_step(self, batch: Mapping[str, Any], batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int) -> None:
         """As validation."""
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions."""
-        n, labels, prompts = conditions(batch, self.conditional)
+        n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
         random = random_numbers.generator(self.device, self.seed, batch_idx, self.global_rank)
         output = {"image": self.sample(n, labels=labels, prompts=prompts, generator=random)}
         return output if labels is None else {**output, "label": labels}

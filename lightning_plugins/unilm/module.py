@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.batches import text_batch
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
@@ -25,6 +26,7 @@ from lightning_plugins.core.logging import figure_to_image, log_image, log_text_
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
@@ -128,7 +130,8 @@ class UniLMSeq2Seq(LightningModule):
             been extended by repeating them (s2s-ft). Default: as many as it was trained with.
         attn_implementation: how transformers computes attention: sdpa, eager, or on a GPU flex_attention. Default: the
             fastest that the family has.
-        optimizer: optimizer in place of AdamW; lr, weight_decay and the warm-up are then ignored.
+        optimizer: optimizer in place of AdamW; it has settings of its own, and giving lr, weight_decay or warmup_steps
+            beside it is refused.
         scheduler: learning-rate scheduler in place of warm-up and decay, stepped once per epoch.
 
     Raises:
@@ -150,6 +153,11 @@ class UniLMSeq2Seq(LightningModule):
     arXiv 2110.13640; Su, kexue.fm/archives/6933.
     """
 
+    # What an optimizer or a scheduler of the user's takes the place of.
+    replaced_by: ClassVar[Replaced] = {
+        ("optimizer",): ("lr", "weight_decay", "warmup_steps"),
+        ("scheduler",): ("warmup_steps",),
+    }
     evaluation: Evaluation  # made with the network: the tokenizer says whether capitals count
 
     def __init__(
@@ -178,6 +186,7 @@ class UniLMSeq2Seq(LightningModule):
         super().__init__()
         save_plain_hyperparameters(self)
         must.check(locals(), **_RULES)
+        refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         if (model_name_or_path is None) == (config is None):
             raise ValueError(
                 "Give one of model_name_or_path (a pretrained model) and config (a network from scratch), not "
@@ -259,6 +268,7 @@ class UniLMSeq2Seq(LightningModule):
             batch: dict of tensors as the class describes it.
             generator: random numbers of the masks and of what is hidden; torch's global ones by default.
         """
+        batch = text_batch(batch, type(self).__name__)
         types = self.network.token_types  # the network first: the vocabulary is known with it
         build = InputBuilder(
             self.objective, self.shares, self.mask_probability, self.target_noise, self._vocabulary, types
@@ -266,7 +276,8 @@ class UniLMSeq2Seq(LightningModule):
         return build(batch, self.training, generator)
 
     def _check_batch(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Refuse samples that are too long and tokens that are unknown."""
+        """Refuse what is no batch of texts, samples that are too long and tokens that are unknown."""
+        batch = text_batch(batch, type(self).__name__)
         longest = self.network.max_length
         if batch_idx and batch["input_ids"].shape[1] <= longest:
             return  # not each batch is looked at, because looking waits for the device
@@ -366,6 +377,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
         """Sources, references and generated texts of a batch."""
+        batch = text_batch(batch, type(self).__name__)
         if "sample_ids" in batch:
             raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
         ids, segments, pad = batch["input_ids"], batch["segment_ids"], self.tokenizer.pad_token_id
@@ -451,6 +463,11 @@ class UniLMSeq2Seq(LightningModule):
         return output[:, input_ids.shape[1] :]
 
     # Network and tokenizer: built from the arguments, or as a checkpoint describes them.
+
+    @property
+    def pretrained(self) -> bool:
+        """Whether it begins with weights that say something; the command line asks before it tests them."""
+        return self.model_name_or_path is not None
 
     @property
     def network(self) -> "PreTrainedModel":

@@ -8,6 +8,7 @@ import pytest
 import torch
 from trainers import save
 
+import lightning_plugins
 from lightning_plugins.cli import main
 from lightning_plugins.cli.app import PluginsCLI
 
@@ -120,6 +121,9 @@ def whole_parser():
 
     class MadeError(Exception):
         pass
+
+    for name in lightning_plugins._PUBLIC:
+        getattr(lightning_plugins, name)  # as `run` does
 
     def keep(self, parser, args):
         raise MadeError(parser)

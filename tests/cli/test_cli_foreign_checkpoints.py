@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from lightning_plugins.cli import main
+
 SHORT = ["--trainer.limit_train_batches=2", "--trainer.log_every_n_steps=1"]
 SHIPPED = ["--config=callbacks/label_noise", "--test_after_fit=false", *SHORT]  # which saves every ten epochs
 LAST = "lightning_logs/version_{}/checkpoints/last.ckpt"
@@ -26,6 +28,11 @@ class Foreign(LightningModule):
         print("found", self.found)
 
     on_test_start = on_fit_start
+
+    def sample(self, num_samples, generator):
+        print("found", self.found)
+        return torch.rand(num_samples, 1, 8, 8, generator=generator)
+
     training_step, validation_step, test_step = ToyNet.training_step, ToyNet.validation_step, ToyNet.test_step
 
     def configure_optimizers(self):
@@ -65,8 +72,9 @@ def test_a_module_of_ones_own(cli, project, capsys, init):
     assert hparams["image_shape"] == (1, 8, 8)  # else this test looks at nothing
     cli("fit", *words, *SHORT, f"--ckpt_path={LAST.format(0)}", "--trainer.max_epochs=2")
     cli("test", *words[1:], f"--ckpt_path={LAST.format(0)}")
+    main(["sample", f"--ckpt_path={LAST.format(0)}", "--output=page.png"])
     told = capsys.readouterr().out
-    assert told.count("found {}") == 3
+    assert told.count("found {}") == 4
 
 
 def test_other_data_than_it_was_trained_on_is_refused(cli, project, mistake):

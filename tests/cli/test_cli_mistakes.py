@@ -57,11 +57,11 @@ MISTAKES = {
     "ft": """\
 error: a command comes first, not 'ft'.
 Did you mean fit?
-Commands: fit, validate, test, predict, generate, sample, export, list, copy, plot
+Commands: fit, validate, test, predict, generate, sample, export, list, copy, new, plot
 """,
     "--config capsnet/digits fit": """\
 error: a command comes first, not '--config'.
-Commands: fit, validate, test, predict, generate, sample, export, list, copy, plot
+Commands: fit, validate, test, predict, generate, sample, export, list, copy, new, plot
 """,
     "fit --config capsnet/digts": """\
 error: no file and no shipped config is called 'capsnet/digts'.
@@ -315,3 +315,17 @@ def test_mistake(words, told):
     assert text == MISTAKES[words]
     assert status == 2
     assert len(text.splitlines()) <= 5
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "told"),
+    [
+        (["--config=eae/digits"], ["--data=PythonDocstrings"], "EAE takes batches {"),
+        (["--config=capsnet/digits"], ["--data=PythonDocstrings"], "CapsNet takes batches {"),
+        (["--model=DiffusionTeacher"], ["--data=PythonDocstrings"], "DiffusionTeacher takes batches {"),
+        (["--config=unilm/docstrings_minilm"], ["--data=Digits"], "UniLMSeq2Seq takes batches {"),
+    ],
+)
+def test_data_of_another_kind_is_a_line(mistake, model, data, told):
+    text = mistake("fit", *model, *data, "--data.batch_size=8")
+    assert text.startswith(f"error: {told}") and len(text.splitlines()) == 1

@@ -40,6 +40,13 @@ class Painter(LightningModule):
         return {"range": 4 * images - 3, "nan": images * float("nan"), "shape": images[0]}.get(h.trick, images)
 
 
+class Global(Painter):
+    """Draws with the global random numbers."""
+
+    def sample(self, num_samples, temperature=1.0):
+        return super().sample(num_samples, temperature=temperature)
+
+
 class Chooser(Painter):
     """Also takes a prior, in whatever form."""
 
@@ -125,6 +132,15 @@ def test_a_prior_is_passed_on_only_where_it_is_given(save):
     sample("--output=page.png", model="painter.Chooser")
     sample("--output=page.png", "--prior=mixture", "--temperature=0.7", model="painter.Chooser")
     assert asked == ["none", (64, None, 1.0), "mixture", (64, None, 0.7)]
+
+
+def test_a_model_without_a_generator_draws_by_the_seed(save):
+    asked = save(cls="Global")
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        torch.manual_seed(ord(name))
+        sample(f"--output={name}.png", f"--seed={seed}", "--num_samples=6", "--batch_size=4", model="painter.Global")
+    assert asked == [(4, None, 1.0), (2, None, 1.0)] * 3
+    assert np.array_equal(pixels("a.png"), pixels("b.png")) and not np.array_equal(pixels("a.png"), pixels("c.png"))
 
 
 @pytest.mark.parametrize(

@@ -128,9 +128,13 @@ def test_classes_are_drawn_or_come_with_the_data(teacher_folder):
     assert {told["class_labels"].shape for told in given.told} == {(5,)}
     with pytest.raises(ValueError, match=r"^labels run from \d to [4-9]: they must be 0 to 3\.$"):
         fit(build(teacher_folder("labelled")), Digits(8, batch_size=64))
-    with pytest.raises(ValueError, match=r"^Batches are dicts with 'prompt' \(a list of texts\).*got a list: SiD must"):
-        fit(build(teacher_folder("labelled")), batches([torch.zeros(4, 3, 8, 8)], [torch.zeros(4, 3, 8, 8)]))
-    with pytest.raises(ValueError, match=r"'label' or 'image', got one of \['name'\]: SiD must"):
+    given = build(teacher_folder("labelled"), Told)
+    pair = [torch.zeros(3, 3, 8, 8), torch.tensor([3, 1, 0], dtype=torch.int8)]
+    fit(given, batches(pair, pair))
+    assert all(told["class_labels"].tolist() == [3, 1, 0] for told in given.told)
+    with pytest.raises(ValueError, match=r"^SiD takes batches .*, or images alone, got a list of 3: "):
+        fit(build(teacher_folder("labelled")), batches([*pair, pair[1]], pair))
+    with pytest.raises(ValueError, match=r"^SiD must know how many.*'prompt' \(a list of texts\).* one of \['name'\]"):
         fit(build(teacher_folder("labelled")), batches({"name": "a"}, {"name": "b"}))
 
 

@@ -219,7 +219,8 @@ def test_betas_are_floats_and_settings_arrive(teacher_folder):
     first, second = (optimizer.defaults for optimizer in module.trainer.optimizers)
     assert first["betas"] == (0.0, 0.99) and type(first["betas"][0]) is float
     assert (first["lr"], second["lr"], first["eps"]) == (1e-3, 2e-3, 1e-6)
-    given = build(teacher_folder("ddpm"), optimizer=lambda p: torch.optim.SGD(p, 0.1), fake_optimizer=torch.optim.AdamW)
+    own = {"optimizer": lambda p: torch.optim.SGD(p, 0.1), "fake_optimizer": torch.optim.AdamW}
+    given = build(teacher_folder("ddpm"), **own, lr=1e-5, fake_lr=1e-5)  # their defaults, which are not read
     trainer(max_steps=1).fit(given)
     assert [type(optimizer) for optimizer in given.trainer.optimizers] == [torch.optim.SGD, torch.optim.AdamW]
 

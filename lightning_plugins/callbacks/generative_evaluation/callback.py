@@ -21,6 +21,7 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core.logging import log_image, log_table
 from lightning_plugins.core.pictures import image_grid
 from lightning_plugins.core.random_state import get_random_state, set_random_state
+from lightning_plugins.core.sampling import draw_samples, takes_generator
 from lightning_plugins.metrics.birthday import BirthdayParadox
 from lightning_plugins.metrics.extractors import FeatureExtractor, check_feature, feature_extractor
 from lightning_plugins.metrics.frechet import FrechetDistance
@@ -36,8 +37,8 @@ _ROWS, _PAIRS = 8, 12  # of the pictures
 class GenerativeModule(Protocol):
     """What :class:`GenerativeEvaluation` asks of a module."""
 
-    def sample(self, num_samples: int, *, generator: torch.Generator | None = None, **options: Any) -> Tensor:
-        """Draw ``(num_samples, C, H, W)`` images in [0, 1] on the module's device, at random by ``generator``."""
+    def sample(self, num_samples: int, **options: Any) -> Tensor:
+        """Draw ``(num_samples, C, H, W)`` images in [0, 1]; at random by ``generator``, if it takes such an option."""
         ...
 
 
@@ -45,7 +46,7 @@ class GenerativeEvaluation(Callback):
     """Compare what a module samples with real images: figures to log and to select checkpoints by, and pictures.
 
     In validation, on the cadence, and whenever ``trainer.validate`` or ``trainer.test`` runs, each process draws its
-    share of ``num_samples`` images. Logged, as ``val/...`` or ``test/...``:
+    share of ``num_samples`` images by the module's ``sample(n)``. Logged, as ``val/...`` or ``test/...``:
 
     - ``frechet_distance`` (:class:`FrechetDistance`), ``kernel_distance`` (:class:`KernelDistance`), ``precision``,
       ``recall``, ``density``, ``coverage`` (:class:`PrecisionRecallDensityCoverage`) and ``support_size``
@@ -55,7 +56,8 @@ class GenerativeEvaluation(Callback):
     - a table ``generative`` of these figures and of the intervals of the support size.
 
     The same random numbers are used every time, so that figures of two epochs differ by the weights alone; they
-    depend on the number of processes. Training is left as it was: the random states of Python, NumPy and torch are
+    depend on the number of processes. A ``sample`` that takes ``generator=`` is given one, for any other the global
+    random numbers are set around the call. Training is left as it was: the random states of Python, NumPy and torch are
     put back, and the extractor is no part of the module. Nothing happens in the sanity check, and a resumed run goes
     on without a state. Under ``fast_dev_run`` two samples are drawn and nothing is measured.
 
@@ -182,7 +184,8 @@ class GenerativeEvaluation(Callback):
         """Two samples through the extractor show that all fits; figures of so few would only warn."""
         try:
             with trainer.precision_plugin.val_step_context():
-                images = pl_module.sample(2, generator=torch.Generator(device).manual_seed(0), **self.sample_options)
+                generator = torch.Generator(device).manual_seed(0)
+                images = draw_samples(pl_module.sample, 2, generator, **self.sample_options)
             self._extractor.to(device)(images)
         finally:
             set_random_state(state, device)
@@ -215,7 +218,7 @@ class GenerativeEvaluation(Callback):
         for start in range(0, most, self.batch_size):  # the same calls on all ranks, as the module may be sharded
             num = min(self.batch_size, most - start)
             with trainer.precision_plugin.val_step_context():
-                images = pl_module.sample(num, generator=generator, **self.sample_options)
+                images = draw_samples(pl_module.sample, num, generator, **self.sample_options)
             if not isinstance(images, Tensor) or images.ndim != 4 or len(images) != num:
                 found = tuple(images.shape) if isinstance(images, Tensor) else type(images).__name__
                 raise MisconfigurationException(
@@ -250,14 +253,14 @@ def _figures(metric: Metric) -> dict[str, Tensor]:
 
 
 def _require_sample(module: LightningModule, options: dict[str, Any]) -> None:
-    wanted = "sample(num_samples, *, generator=None, **options)"
+    wanted = "sample(num_samples, **options)"
     if not isinstance(module, GenerativeModule):
         raise MisconfigurationException(
             f"GenerativeEvaluation draws images by the module's {wanted}, which {type(module).__name__} lacks: add it, "
             "or remove the callback."
         )
     try:
-        inspect.signature(module.sample).bind(1, generator=None, **options)
+        takes_generator(module.sample, options)
     except TypeError as error:
         raise MisconfigurationException(
             f"GenerativeEvaluation calls {type(module).__name__}.{wanted} with sample_options={options}, but its "

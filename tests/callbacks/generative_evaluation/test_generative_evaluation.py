@@ -4,10 +4,12 @@ The file is also the script that torchrun starts: ``torchrun --nproc_per_node 2 
 """
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -60,6 +62,15 @@ class Blind(Painter):
 
     def validation_step(self, batch, batch_idx):
         pass
+
+
+class Global(Painter):
+    """Samples as many modules do: with global random numbers, of all three kinds."""
+
+    def sample(self, num_samples):
+        labels = [random.randrange(10) for _ in range(num_samples)]
+        noise = torch.from_numpy(np.random.randn(num_samples, 1, 8, 8)).float() / 100 + torch.rand(1) / 100
+        return (self.mean[labels] + noise).clamp(0, 1)
 
 
 def digits(**options):
@@ -254,6 +265,32 @@ def test_refusals():
         validate(Few(), reference="val")
     with pytest.raises(MisconfigurationException, match="got a dict with x"):
         validate(Blind(), DataLoader([{"x": 1}]), reference="val")
+
+
+def test_a_module_without_a_generator_is_seeded_around_the_call():
+    """The same figures each time, other samples in each call, and training that is none the wiser."""
+    found, calls = [], []
+
+    class Told(Global):
+        def sample(self, num_samples):
+            calls.append(super().sample(num_samples))
+            return calls[-1]
+
+    for seed in (0, 0, 1):
+        run = trainer(evaluation(seed=seed))
+        torch.manual_seed(seed + 5), np.random.seed(seed), random.seed(seed)
+        run.validate(Told(), digits(), verbose=False)
+        found.append([*values(run).values()])
+    assert found[0] == found[1] != found[2]
+    assert len(calls) == 9 and not torch.equal(calls[0], calls[1])
+    assert all(torch.equal(a, b) for a, b in zip(calls[:3], calls[3:6], strict=True))
+    weights = []
+    for callbacks in ([], [evaluation()]):
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        module = Global()
+        trainer(*callbacks, max_epochs=2, num_sanity_val_steps=0).fit(module, digits())
+        weights.append([module.mean, torch.rand(3), torch.from_numpy(np.random.rand(3)), torch.tensor(random.random())])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
 
 
 # Two processes

@@ -27,6 +27,7 @@ CASES = {
     "pictures": ({"pictures_every_n_epochs": 2, "optimizer": sgd}, {}, "ddp"),
     "adam-no-decoder": ({"reconstruction_weight": 0.0}, {}, "ddp"),
     "accumulate-clip": ({"optimizer": sgd}, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.2}, "ddp"),
+    "pairs": ({"optimizer": sgd}, {}, "ddp"),
     "two-digits-float64": ({"num_labels": 2, "routing": "kmeans"}, {"precision": "64-true"}, "ddp"),
     "sharded": ({"pictures_every_n_epochs": 2}, {"gradient_clip_val": 0.2}, sharded),
 }
@@ -43,12 +44,19 @@ class Norms(Callback):
         self.norms.append(torch.cat(grads).norm().item())
 
 
+class Pairs(Digits):
+    """Batches ``(images, labels)``."""
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return batch["image"], batch["label"]
+
+
 def data(name, processes):
     """Digits or pairs of digits; the same global batch for any number of processes."""
     arguments = {"batch_size": GLOBAL_BATCH // processes, "seed": 3}
     if name.startswith("two-digits"):
         return MultiMNIST(base=Digits(image_size=12), shift=2, pad=2, **arguments)
-    return Digits(image_size=14, shift=1, **arguments)
+    return (Pairs if name == "pairs" else Digits)(image_size=14, shift=1, **arguments)
 
 
 def run(name, folder, processes=1, ckpt_path=None):
