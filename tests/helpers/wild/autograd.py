@@ -5,6 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+
 from wild.zoo import Wild
 
 ROWS, WIDTH, OUT = 4, 6, 3

@@ -14,13 +14,15 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loops.optimization.automatic import Closure
 from trainers import quiet_trainer
+
+from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics, RandomState
 from wild import autograd, data, language, teachers, training, vision
 from wild.reference import Objective, random_state, set_random_state, train
 from wild.zoo import ZOO, batches_of, default_dtype, make
 
-from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics, RandomState
-
-FAMILIES = {module.__name__.rpartition(".")[2]: module for module in (language, vision, teachers, data, autograd, training)}
+FAMILIES = {
+    module.__name__.rpartition(".")[2]: module for module in (language, vision, teachers, data, autograd, training)
+}
 CALLBACKS = ("none", "diagnostics", "difference", "exact", "auto", "flooding", "all")
 SETTINGS = ("plain", "accumulation", "clipping", "bf16-mixed", "resume")
 RESULTS = "WILD_RESULTS"  # the variable with the path of a file to which every cell adds a line
@@ -65,7 +67,11 @@ def measured(cls):
     middle = len(losses) // 2
     # the penalty's gradient is three tenths of the loss's; some steps descend and some climb; every step is clipped
     coefficient = 0.15 * first.lengths[0] / first.products[0]
-    return {"coefficient": coefficient, "level": sum(losses[middle - 1 : middle + 1]) / 2, "clip": min(path.lengths) / 2}
+    return {
+        "coefficient": coefficient,
+        "level": sum(losses[middle - 1 : middle + 1]) / 2,
+        "clip": min(path.lengths) / 2,
+    }
 
 
 @cache
@@ -290,5 +296,9 @@ def said(cls, callback, all_of_it=True):
             warnings.filterwarnings("always", f"(?s).*({pattern})")
         yield
     texts = [str(warning.message) for warning in found]
-    missing = [] if not all_of_it else [pattern for pattern in patterns if not any(re.search(pattern, text) for text in texts)]
+    missing = (
+        []
+        if not all_of_it
+        else [pattern for pattern in patterns if not any(re.search(pattern, text) for text in texts)]
+    )
     assert missing == []

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, IterableDataset
+
 from wild.zoo import Fresh, Wild, as_it_is, plain_loader
 
 ROWS, WIDTH, CLASSES = 4, 6, 3
@@ -188,7 +189,10 @@ class Combined(Rows, family="data", title="CombinedLoader"):
 class Draws(Rows, family="data", title="dataloader_iter"):
     """Draws its batches itself: a second run would draw others."""
 
-    refused = dict.fromkeys(("difference", "exact", "auto", "all"), "one that draws batches from dataloader_iter gets others: let training_step take")
+    refused = dict.fromkeys(
+        ("difference", "exact", "auto", "all"),
+        "one that draws batches from dataloader_iter gets others: let training_step take",
+    )
     omitted = True
     warned = {"any": ("You are using the `dataloader_iter` step flavor", "Found `dataloader_iter` argument")}
     warned |= {"diagnostics": ("dataloader_iter",)}

@@ -2,6 +2,7 @@
 
 import torch
 from torch.nn import functional as F
+
 from wild.zoo import Wild
 
 VOCABULARY, TOKENS, ROWS = 20, 6, 2

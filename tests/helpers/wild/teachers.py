@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import weight_norm
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
 from wild.zoo import Wild
 
 ROWS, WIDTH, CODE = 4, 6, 3

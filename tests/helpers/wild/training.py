@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torchmetrics import Accuracy, MeanMetric
+
 from wild.data import CLASSES, ROWS, WIDTH, Rows
 from wild.zoo import Wild
 
@@ -129,7 +130,10 @@ class ClipsByHand(Rows, family="training", title="clips in on_after_backward"):
     """A hook that changes gradients: the loss has others."""
 
     omitted = within = True
-    refused = dict.fromkeys(("difference", "all", "exact, accumulation", "auto, accumulation"), "gives another gradient .*a hook changes gradients")
+    refused = dict.fromkeys(
+        ("difference", "all", "exact, accumulation", "auto, accumulation"),
+        "gives another gradient .*a hook changes gradients",
+    )
     warned = {"diagnostics": ("gives another gradient .*a hook changes gradients",)}
 
     def on_after_backward(self):

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.nn import functional as F
+
 from wild.language import EAGER, VOCABULARY, Language, tokens
 from wild.zoo import Wild
 
@@ -114,7 +115,9 @@ class Clip(Language, family="vision", title="CLIP"):
         tower = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         text = tower | {"vocab_size": VOCABULARY, "max_position_embeddings": 8, "eos_token_id": 2}
         vision = tower | {"image_size": 8, "patch_size": 4, "num_channels": 1}
-        return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=4, logit_scale_init_value=0.0, **EAGER))
+        return CLIPModel(
+            CLIPConfig(text_config=text, vision_config=vision, projection_dim=4, logit_scale_init_value=0.0, **EAGER)
+        )
 
     @classmethod
     def batch(cls):
