@@ -138,7 +138,7 @@ class Complex(Wild, family="autograd", title="complex weights"):
     """A Fourier layer with complex weights."""
 
     unlogged = True
-    warned = {"diagnostics": ("nothing is logged: a parameter has a sparse or complex gradient",)}
+    warned = dict.fromkeys(("diagnostics",), ("nothing is logged: a parameter has a sparse or complex gradient",))
 
     def __init__(self):
         super().__init__()
@@ -159,7 +159,7 @@ class Sparse(Wild, family="autograd", title="sparse embedding"):
 
     refused = dict.fromkeys(("difference", "exact", "auto", "all"), "an embedding has sparse gradients: give sparse=F")
     unlogged = True
-    warned = {"diagnostics": ("nothing is logged: a parameter has a sparse or complex gradient",)}
+    warned = dict.fromkeys(("diagnostics",), ("nothing is logged: a parameter has a sparse or complex gradient",))
 
     def __init__(self):
         super().__init__()
@@ -258,3 +258,21 @@ class DoubleBackward(Curve, family="autograd", title="gradient in the loss"):
         answer = self.last(self.bent(self.first(x)))
         (slope,) = torch.autograd.grad(answer.sum(), x, create_graph=True)
         return F.mse_loss(answer, batch[1]) + 0.1 * slope.square().sum(-1).mean()
+
+
+class OwnBackward(Curve, family="autograd", title="backward of the loss's logarithm"):
+    """Overrides LightningModule.backward: what is trained is another function than what training_step returns."""
+
+    twice = "backward"
+
+    def backward(self, loss):
+        (loss / loss.detach()).backward()
+
+
+class HandWritten(Curve, family="autograd", title="gradients written by hand"):
+    """Overrides LightningModule.backward: asks autograd for gradients and writes them, detached, into .grad."""
+
+    def backward(self, loss):
+        params = list(self.parameters())
+        for param, grad in zip(params, torch.autograd.grad(loss, params), strict=True):
+            param.grad = grad if param.grad is None else param.grad + grad

@@ -194,8 +194,8 @@ class Draws(Rows, family="data", title="dataloader_iter"):
         "one that draws batches from dataloader_iter gets others: let training_step take",
     )
     omitted = True
-    warned = {"any": ("You are using the `dataloader_iter` step flavor", "Found `dataloader_iter` argument")}
-    warned |= {"diagnostics": ("dataloader_iter",)}
+    warned = dict.fromkeys(("any",), ("You are using the `dataloader_iter` step flavor", "Found `dataloader_iter`"))
+    warned |= dict.fromkeys(("diagnostics",), ("ODEDiagnostics: .*dataloader_iter",))
 
     def training_step(self, dataloader_iter):
         batch, index, _ = next(dataloader_iter)
@@ -206,7 +206,7 @@ class Nothing(Rows, family="data", title="None for some batches"):
     """Leaves out batches, as users do with broken ones."""
 
     epochs = 4
-    warned = {"any": ("`training_step` returned `None`",)}
+    warned = dict.fromkeys(("any",), ("`training_step` returned `None`",))
 
     def training_step(self, batch, batch_idx):
         return None if batch_idx in (1, 2, 3) else super().training_step(batch, batch_idx)

@@ -36,6 +36,9 @@ class Objective:
     within: bool = False
 
 
+PLAIN = Objective()
+
+
 @dataclass
 class Path:
     """What a run went through, by optimizer step, and where it ended.
@@ -97,7 +100,7 @@ def step(module, batch, index, autocast):
     return output["loss"] if isinstance(output, dict) else output
 
 
-def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=Objective(), probes=False) -> Path:
+def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=PLAIN, probes=False) -> Path:
     """Train as a Trainer does, with ``k`` batches to an optimizer step.
 
     Args:
@@ -185,21 +188,22 @@ def add_penalty(params, entries, k, objective, path):
     """
     share = len(entries) / k
     theta = {i: param.detach() for i, param in params.items()}
-    direction = {i: param.grad / share for i, param in params.items()}
     if objective.way == "autograd":
         products = squared_length(params, theta, entries)
+        factor = share * objective.coefficient
     else:
+        direction = {i: param.grad for i, param in params.items()}
         h = objective.relative_step * (length(theta) or 1.0) / length(direction)
         above, below = (
-            gradient(params, {i: theta[i] + sign * h * direction[i] for i in params}, entries, len(entries))
+            gradient(params, {i: theta[i] + sign * h * direction[i] for i in params}, entries, k)
             for sign in (1.0, -1.0)
         )
         products = {i: (above[i] - below[i]) / h for i in params}
+        # where the direction was turned round, these are of the opposite sign
+        factor = (-1.0 if is_flooded(path, objective) else 1.0) * objective.coefficient / share
     path.products.append(length(products) / 2)
     for i, param in params.items():
-        # along a direction that was turned round, the unturned loss's gradient changes by the opposite
-        turned = -1.0 if objective.way == "difference" and is_flooded(path, objective) else 1.0
-        param.grad = products[i] * (turned * share * objective.coefficient) + param.grad
+        param.grad = products[i] * factor + param.grad
 
 
 def is_flooded(path, objective):
@@ -229,7 +233,7 @@ def squared_length(params, theta, entries):
 
 
 def gradient(params, values, entries, k):
-    """Of the window's losses over ``k``, at other values of the parameters; nothing is shared with the trained module."""
+    """Of the window's losses over ``k``, at other values of the parameters, by copies of the module."""
     sums = {i: torch.zeros_like(param) for i, param in params.items()}
     for entry in entries:
         module, loss = entry.run(values)

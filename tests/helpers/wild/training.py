@@ -18,6 +18,7 @@ NOT_MANUAL = {
     "accumulation": "gradient accumulation.* not supported for manual optimization",
     "clipping": "gradient clipping is not supported for manual optimization",
 }
+HOOKED = "gives another gradient .*a hook changes gradients"
 OMITTED = {"diagnostics": ("has automatic_optimization=False, so that its training_step cannot be run",)}
 
 
@@ -74,7 +75,7 @@ class HandMade(Rows, family="training", title="manual optimization"):
 class TiedTwice(Wild, family="training", title="tied weights listed twice"):
     """One matrix, two names, both given to the optimizer."""
 
-    warned = {"any": ("optimizer contains a parameter group with duplicate parameters",)}
+    warned = dict.fromkeys(("any",), ("optimizer contains a parameter group with duplicate parameters",))
 
     def __init__(self):
         super().__init__()
@@ -111,7 +112,7 @@ class SecondOrder(Rows, family="training", title="LBFGS"):
     refused = dict.fromkeys(
         ("difference", "exact", "auto", "flooding", "all"), "LBFGS evaluates several: use an optimizer"
     )
-    warned = {"diagnostics": ("LBFGS is none of SGD",)}
+    warned = dict.fromkeys(("diagnostics",), ("LBFGS is none of SGD",))
 
     def configure_optimizers(self):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=1)
@@ -130,14 +131,45 @@ class ClipsByHand(Rows, family="training", title="clips in on_after_backward"):
     """A hook that changes gradients: the loss has others."""
 
     omitted = within = True
-    refused = dict.fromkeys(
-        ("difference", "all", "exact, accumulation", "auto, accumulation"),
-        "gives another gradient .*a hook changes gradients",
-    )
-    warned = {"diagnostics": ("gives another gradient .*a hook changes gradients",)}
+    refused = dict.fromkeys(("difference", "all", "exact, accumulation", "auto, accumulation"), HOOKED)
+    warned = dict.fromkeys(("diagnostics",), (HOOKED,))
 
     def on_after_backward(self):
         nn.utils.clip_grad_norm_(self.parameters(), 0.05)
+
+
+class ClipsLate(ClipsByHand, family="training", title="clips in on_after_backward, later"):
+    """The same hook, which has nothing to do in the first steps."""
+
+    epochs, late = 10, 6
+
+    def __init__(self):
+        super().__init__()
+        self.steps = 0
+
+    def on_after_backward(self):
+        self.steps += 1
+        if self.steps > self.late:
+            super().on_after_backward()
+
+
+class Unfreezes(Rows, family="training", title="unfreezes on the way"):
+    """The first layer is frozen for two batches; the optimizer has it from the start."""
+
+    outside = ("batches",)
+
+    def __init__(self):
+        super().__init__()
+        self.batches = 0
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.batches += 1
+        if self.batches > 2:
+            self.net[0].requires_grad_(True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
 
 
 class OwnGenerator(Rows, family="training", title="own generator"):

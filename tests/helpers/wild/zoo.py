@@ -2,10 +2,11 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from functools import cache
+from types import MappingProxyType
 
 import torch
 from lightning.pytorch import LightningModule
@@ -32,6 +33,7 @@ class Wild(LightningModule):
         refused: what is refused, by the callback's name (or by "name, setting"): the sentence that is raised.
         warned: what is said, by the callback's name: patterns; ``"any"`` stands for each of them.
         unsuited: what Lightning or torch refuses without any callback, by setting.
+        late: the number of steps after which a module shows what it is.
         twice: why differentiating twice is impossible: ``"exact"`` refuses with it, ``"auto"`` goes on by differences.
         slow: whether all its cells take long.
     """
@@ -41,10 +43,11 @@ class Wild(LightningModule):
     islands = omitted = unlogged = within = slow = False
     seen: str | None = None
     step: float | None = None
+    late: int | None = None
     outside: tuple[str, ...] = ()
-    refused: dict[str, str] = {}
-    warned: dict[str, tuple[str, ...]] = {}
-    unsuited: dict[str, str] = {}
+    refused: Mapping[str, str] = MappingProxyType({})
+    warned: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    unsuited: Mapping[str, str] = MappingProxyType({})
     twice: str | None = None
 
     def __init_subclass__(cls, family=None, title=None, **options):
