@@ -183,9 +183,8 @@ def outcome_of(cls, callback, setting, tmp_path):
 
 def asserted(cls, callback, setting):
     """The sentence with which the cell is refused; ``None`` where numbers must be equal."""
-    if callback == "exact" and cls.twice:
-        return cls.twice
-    return cls.unsuited.get(setting) or cls.refused.get(callback) or cls.refused.get(f"{callback}, {setting}")
+    refused = cls.unsuited.get(setting) or cls.refused.get(callback) or cls.refused.get(f"{callback}, {setting}")
+    return refused or (cls.twice if callback == "exact" else None)
 
 
 def chosen(cls, callback, setting):

@@ -184,9 +184,9 @@ class Diffusion(Wild, family="vision", title="diffusion, group norm"):
 
 
 class PartlyFrozenCapsules(Wild, family="vision", title="CapsNet, partly frozen"):
-    """Routing by agreement on features that are not trained."""
+    """Routing by agreement, which sums in fp32, on features that are not trained."""
 
-    seen = "kinks"
+    islands, seen = True, "kinks"  # the margin loss's
 
     def __init__(self):
         super().__init__()
