@@ -6,6 +6,7 @@ import os
 import re
 import warnings
 from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from trainers import quiet_trainer
 
 from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics, RandomState
 from wild import autograd, data, language, teachers, training, vision
-from wild.reference import Objective, random_state, set_random_state, train
+from wild.reference import Objective, random_state, set_random_state, step, train
 from wild.zoo import ZOO, batches_of, default_dtype, make
 
 FAMILIES = {
@@ -30,7 +31,7 @@ RESULTS = "WILD_RESULTS"  # the variable with the path of a file to which every 
 EPS = {"64-true": torch.finfo(torch.float64).eps, "islands": torch.finfo(torch.float32).eps}
 EPS["bf16-mixed"] = torch.finfo(torch.bfloat16).eps
 STEPS = {"64-true": 1e-5, "islands": 1e-3, "bf16-mixed": 1e-1}  # of central differences: the cube root of EPS
-ROOM = {"64-true": 1e5, "islands": 10, "bf16-mixed": 1}  # how many of these may add up in a run
+ROOM = {"64-true": 1e5, "islands": 10, "bf16-mixed": 8}  # how many of these may add up in a run
 
 
 def kind_of(cls, setting):
@@ -224,7 +225,9 @@ def tolerance(cls, setting, way):
     that lie on the edge.
     """
     kind = kind_of(cls, setting)
-    return ROOM[kind] * EPS[kind] / (step_of(cls, setting) if way == "difference" else 1.0)
+    if way == "difference":
+        return (1 if kind == "bf16-mixed" else ROOM[kind]) * EPS[kind] / step_of(cls, setting)
+    return ROOM[kind] * EPS[kind]
 
 
 def truncation(cls):
@@ -259,10 +262,22 @@ def assert_refused(cls, setting, choices, sentence, tmp_path):
     if cls.late:
         assert modules[-1].trainer.global_step <= 2 * cls.late
         return {"refused": str(raised.value)}
-    before = dict(make(cls, dtype_of(setting)).named_parameters())
+    before = once(cls, dtype_of(setting))
     unequal = [name for name, param in modules[-1].named_parameters() if not same(param, before[name])]
     assert unequal == []
     return {"refused": str(raised.value)}
+
+
+@cache
+def once(cls, dtype):
+    """The parameters after a call of training_step, which may write to them itself."""
+    module = make(cls, dtype)
+    if module.automatic_optimization:
+        module.log = lambda *args, **kwargs: None
+        with own_numbers(), default_dtype(dtype), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            step(module, deepcopy(batches_of(cls, 1, dtype)[0]), 0, autocast=False)
+    return dict(module.named_parameters())
 
 
 def assert_rows(cls, setting, diagnostics):
@@ -274,10 +289,11 @@ def assert_rows(cls, setting, diagnostics):
         return
     if not path.losses or cls.late:  # manual optimization: other rows than a written loop has
         return
-    assert len(rows) == len(path.losses)
+    resumed = len(path.losses) // 2 if setting == "resume" else 0
+    assert len(rows) == len(path.losses) - resumed
     kind = kind_of(cls, setting)
-    bound = ROOM[kind] * EPS[kind]
-    for row, length, bend in zip(rows, path.lengths, path.bends, strict=True):
+    bound = (1 if kind == "bf16-mixed" else ROOM[kind]) * EPS[kind]
+    for row, length, bend in zip(rows, path.lengths[resumed:], path.bends[resumed:], strict=True):
         assert row["ode/grad_norm"] == pytest.approx(length, rel=bound)
         probed = not (cls.omitted or math.isnan(bend))
         assert ("ode/curvature_step" in row) == probed

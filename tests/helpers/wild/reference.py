@@ -95,7 +95,7 @@ def step(module, batch, index, autocast):
     """The loss that ``training_step`` returns, if any."""
     draws = "dataloader_iter" in module.training_step.__code__.co_varnames
     arguments = (iter([(batch, index, 0)]),) if draws else (batch, index)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):  # as Lightning does
         output = module.training_step(*arguments)
     return output["loss"] if isinstance(output, dict) else output
 

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from wild.zoo import Wild
 
 ROWS, WIDTH, CODE = 4, 6, 3
+WRITES = "writes to parameters that are trained"
 
 
 def network():
@@ -248,6 +249,10 @@ class VQ(Wild, family="teachers", title="VQ-VAE"):
 
 class SwAV(Views, family="teachers", title="SwAV"):
     """Normalises trained weights at the start of each step."""
+
+    omitted = True
+    refused = dict.fromkeys(("difference", "all", "exact, accumulation", "auto, accumulation"), WRITES)
+    warned = dict.fromkeys(("diagnostics",), (WRITES,))
 
     def build(self):
         self.prototypes = nn.Linear(CODE, CODE, bias=False)

@@ -201,6 +201,8 @@ class Dropout(Rows, family="training", title="dropout, Python's and NumPy's rand
 class Metrics(Rows, family="training", title="torchmetrics in a dict"):
     """Metrics that are no parts of the module, and one that is."""
 
+    outside = ("metrics",)
+
     def __init__(self):
         super().__init__()
         self.mean = MeanMetric()
@@ -214,11 +216,6 @@ class Metrics(Rows, family="training", title="torchmetrics in a dict"):
         self.metrics["means"][0].update(loss.detach())
         self.log("train/mean", self.mean)
         return loss
-
-    def state(self):
-        states = [self.metrics["train"]["accuracy"], self.metrics["means"][0]]
-        counts = {f"metric[{i}]": torch.tensor(metric.update_count) for i, metric in enumerate(states)}
-        return super().state() | counts
 
 
 class Clock:

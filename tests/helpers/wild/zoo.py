@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
 
 ZOO: dict[str, type["Wild"]] = {}
 
@@ -93,6 +94,8 @@ def packed(value):
         return value.detach().clone()
     if isinstance(value, torch.Generator):
         return value.get_state()
+    if isinstance(value, Metric):
+        return {"updates": value.update_count} | {name: packed(part) for name, part in value.metric_state.items()}
     if isinstance(value, nn.Module):
         return {name: packed(part) for name, part in value.state_dict().items()}
     if isinstance(value, dict):
@@ -110,6 +113,10 @@ def unpacked(value, kept):
         return value.detach().copy_(kept)
     if isinstance(value, torch.Generator):
         value.set_state(kept)
+    elif isinstance(value, Metric):
+        value._update_count = kept.pop("updates")
+        for name, part in kept.items():
+            setattr(value, name, part)
     elif isinstance(value, nn.Module):
         value.load_state_dict(kept)
     elif isinstance(value, dict):
