@@ -5,7 +5,7 @@ from itertools import chain
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchmetrics import Accuracy, MeanMetric
+from torchmetrics import MeanMetric, MeanSquaredError
 
 from wild.data import CLASSES, ROWS, WIDTH, Rows
 from wild.zoo import Wild
@@ -206,13 +206,13 @@ class Metrics(Rows, family="training", title="torchmetrics in a dict"):
     def __init__(self):
         super().__init__()
         self.mean = MeanMetric()
-        self.metrics = {"train": {"accuracy": Accuracy("multiclass", num_classes=CLASSES)}, "means": [MeanMetric()]}
+        self.metrics = {"train": {"error": MeanSquaredError()}, "means": [MeanMetric()]}
 
     def training_step(self, batch, batch_idx):
         scores = self.net(batch["x"])
         loss = F.cross_entropy(scores, batch["y"])
         self.mean.update(loss.detach())
-        self.metrics["train"]["accuracy"].update(scores, batch["y"])
+        self.metrics["train"]["error"].update(scores.detach(), F.one_hot(batch["y"], CLASSES).to(scores))
         self.metrics["means"][0].update(loss.detach())
         self.log("train/mean", self.mean)
         return loss
