@@ -6,6 +6,7 @@ step depends on, so that a run of the copy is a replay that cannot miss anything
 
 import math
 import random
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -95,7 +96,8 @@ def step(module, batch, index, autocast):
     """The loss that ``training_step`` returns, if any."""
     draws = "dataloader_iter" in module.training_step.__code__.co_varnames
     arguments = (iter([(batch, index, 0)]),) if draws else (batch, index)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast, cache_enabled=False):  # as Lightning does
+    # without a cache, as Lightning does
+    with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else nullcontext():
         output = module.training_step(*arguments)
     return output["loss"] if isinstance(output, dict) else output
 

@@ -75,7 +75,9 @@ class HandMade(Rows, family="training", title="manual optimization"):
 class TiedTwice(Wild, family="training", title="tied weights listed twice"):
     """One matrix, two names, both given to the optimizer."""
 
+    omitted = True
     warned = dict.fromkeys(("any",), ("optimizer contains a parameter group with duplicate parameters",))
+    warned |= dict.fromkeys(("diagnostics",), (r"lists a parameter twice in a group \(tied weights\)",))
 
     def __init__(self):
         super().__init__()
@@ -97,6 +99,10 @@ class TiedTwice(Wild, family="training", title="tied weights listed twice"):
 
 class Climbs(Rows, family="training", title="maximize=True"):
     """The optimizer climbs: what is returned is a score."""
+
+    refused = dict.fromkeys(
+        ("flooding", "all"), "Flooding works on a loss that is minimised, but SGD has maximize=True"
+    )
 
     def training_step(self, batch, batch_idx):
         return -super().training_step(batch, batch_idx)
@@ -141,7 +147,7 @@ class ClipsByHand(Rows, family="training", title="clips in on_after_backward"):
 class ClipsLate(ClipsByHand, family="training", title="clips in on_after_backward, later"):
     """The same hook, which has nothing to do in the first steps."""
 
-    epochs, late = 10, 6
+    epochs, late, outside = 10, 6, ("steps",)
 
     def __init__(self):
         super().__init__()
@@ -249,6 +255,7 @@ class RaisesOnSmall(Rows, family="training", title="raises on a small loss"):
     """Takes a small loss for a leak of labels: no step of the run has one, a probe after the last does."""
 
     floor = 1.0
+    warned = dict.fromkeys(("diagnostics",), ("running the window again failed with ArithmeticError",))
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
