@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from wild.zoo import Wild
 
 ROWS, WIDTH, OUT = 4, 6, 3
+DYNAMO = ("The .grad attribute of a Tensor that is not a leaf Tensor is being accessed",)  # to itself, as it compiles
 
 
 class Curve(Wild):
@@ -158,6 +159,9 @@ class Sparse(Wild, family="autograd", title="sparse embedding"):
     """Gradients without the rows that a batch does not use."""
 
     refused = dict.fromkeys(("difference", "exact", "auto", "all"), "an embedding has sparse gradients: give sparse=F")
+    refused |= dict.fromkeys(
+        (f"{name}, clipping" for name in ("none", "diagnostics", "flooding")), "linalg_vector_norm"
+    )
     unlogged = True
     warned = dict.fromkeys(("diagnostics",), ("nothing is logged: a parameter has a sparse or complex gradient",))
 
@@ -238,8 +242,7 @@ class Compiled(Curve, family="autograd", title="compiled part"):
 class CompiledFunction(Curve, family="autograd", title="compiled function"):
     """A compiled function that is no part of the module."""
 
-    twice = "compile"
-    slow = True
+    twice, slow, unheard = "compile", True, DYNAMO
 
     def bent(self, x):
         return _compiled(x)

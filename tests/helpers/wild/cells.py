@@ -30,7 +30,7 @@ RESULTS = "WILD_RESULTS"  # the variable with the path of a file to which every 
 
 EPS = {"64-true": torch.finfo(torch.float64).eps, "islands": torch.finfo(torch.float32).eps}
 EPS["bf16-mixed"] = torch.finfo(torch.bfloat16).eps
-STEPS = {"64-true": 1e-5, "islands": 1e-3, "bf16-mixed": 1e-1}  # of central differences: the cube root of EPS
+STEPS = {"64-true": 1e-5, "islands": 3e-4, "bf16-mixed": 1e-1}  # of central differences: about the cube root of EPS
 ROOM = {"64-true": 1e5, "islands": 10, "bf16-mixed": 8}  # how many of these may add up in a run
 
 
@@ -256,7 +256,7 @@ def assert_refused(cls, callback, setting, sentence, tmp_path):
     modules = []
     with (
         said(cls, callback, all_of_it=False),
-        pytest.raises((RuntimeError, MisconfigurationException, ValueError), match=sentence) as raised,
+        pytest.raises((RuntimeError, MisconfigurationException, ValueError, ArithmeticError), match=sentence) as raised,
     ):
         trained(cls, setting, chosen(cls, callback, setting), tmp_path, modules)
     if cls.late:
@@ -317,6 +317,8 @@ def said(cls, callback, all_of_it=True):
     with warnings.catch_warnings(record=True) as found:
         for pattern in patterns:
             warnings.filterwarnings("always", f"(?s).*({pattern})")
+        for pattern in cls.unheard:
+            warnings.filterwarnings("ignore", f"(?s).*{pattern}")
         yield
     texts = [str(warning.message) for warning in found]
     missing = (

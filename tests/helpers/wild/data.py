@@ -216,7 +216,7 @@ class NothingWhenSmall(Rows, family="data", title="None when the loss is small")
     """A threshold on its own loss, which a replay elsewhere may fall below."""
 
     threshold = 1.0
-    warned = dict.fromkeys(("diagnostics",), ("running the window again failed",))
+    unheard = ("`training_step` returned `None`", "running the window again failed")
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)

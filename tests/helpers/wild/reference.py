@@ -94,12 +94,16 @@ def set_random_state(state):
 
 def step(module, batch, index, autocast):
     """The loss that ``training_step`` returns, if any."""
-    draws = "dataloader_iter" in module.training_step.__code__.co_varnames
-    arguments = (iter([(batch, index, 0)]),) if draws else (batch, index)
+    arguments = (iter([(batch, index, 0)]),) if draws_itself(module) else (batch, index)
     # without a cache, as Lightning does
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if autocast else nullcontext():
         output = module.training_step(*arguments)
     return output["loss"] if isinstance(output, dict) else output
+
+
+def draws_itself(module):
+    """Whether ``training_step`` takes batches from the loader; Lightning then learns too late which is the last."""
+    return "dataloader_iter" in module.training_step.__code__.co_varnames
 
 
 def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=PLAIN, probes=False) -> Path:
@@ -138,7 +142,7 @@ def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=P
                     if objective.within:
                         add_penalty(with_gradient(module, found), [entry], 1, objective, path)
                     module.on_after_backward()
-                if (index + 1) % k == 0 or index + 1 == len(batches):
+                if (index + 1) % k == 0 or (index + 1 == len(batches) and not draws_itself(module)):
                     optimizer_step(module, found, window, k, clip, objective, probes, path)
                     window = []
             module.on_train_batch_end(loss, batch, index)

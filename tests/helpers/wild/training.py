@@ -251,14 +251,20 @@ class InsistsOnOrder(Rows, family="training", title="object that insists on orde
         return super().training_step(batch, batch_idx)
 
 
-class RaisesOnSmall(Rows, family="training", title="raises on a small loss"):
-    """Takes a small loss for a leak of labels: no step of the run has one, a probe after the last does."""
+class RaisesElsewhere(Rows, family="training", title="raises at other weights"):
+    """Insists that its weights are those of the batch's start, as a guard against stray edits does."""
 
-    floor = 1.0
+    refused = dict.fromkeys(("difference", "all"), "weights are not those of the batch's start")
+    omitted = True
     warned = dict.fromkeys(("diagnostics",), ("running the window again failed with ArithmeticError",))
 
+    def on_train_batch_start(self, batch, batch_idx):
+        self.total = self.sum_of_weights()
+
+    def sum_of_weights(self):
+        return sum(param.detach().double().sum() for param in self.parameters())
+
     def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        if loss < self.floor:
-            raise ArithmeticError(f"a loss of {loss.item()} is too good to be true")
-        return loss
+        if self.sum_of_weights() != self.total:
+            raise ArithmeticError("weights are not those of the batch's start")
+        return super().training_step(batch, batch_idx)

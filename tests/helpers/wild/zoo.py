@@ -33,6 +33,7 @@ class Wild(LightningModule):
         outside: names of attributes that hold state which no ``state_dict`` has.
         refused: what is refused, by the callback's name (or by "name, setting"): the sentence that is raised.
         warned: what is said, by the callback's name: patterns; ``"any"`` stands for each of them.
+        unheard: what others say that is neither expected nor wrong: patterns.
         unsuited: what Lightning or torch refuses without any callback, by setting.
         late: the number of steps after which a module shows what it is.
         twice: why differentiating twice is impossible: ``"exact"`` refuses with it, ``"auto"`` goes on by differences.
@@ -46,6 +47,7 @@ class Wild(LightningModule):
     step: float | None = None
     late: int | None = None
     outside: tuple[str, ...] = ()
+    unheard: tuple[str, ...] = ()
     refused: Mapping[str, str] = MappingProxyType({})
     warned: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     unsuited: Mapping[str, str] = MappingProxyType({})
