@@ -104,7 +104,7 @@ class BendDetached(Bend):
     @staticmethod
     def backward(ctx, grad):
         (x,) = ctx.saved_tensors
-        return torch.from_numpy(grad.detach().numpy() * x.detach().cos().numpy())
+        return torch.from_numpy(grad.detach().double().numpy() * x.detach().double().cos().numpy()).to(grad)
 
 
 class DetachedFunction(Curve, family="autograd", title="Function that detaches"):

@@ -255,7 +255,7 @@ class RaisesElsewhere(Rows, family="training", title="raises at other weights"):
     """Insists that its weights are those of the batch's start, as a guard against stray edits does."""
 
     refused = dict.fromkeys(("difference", "all"), "weights are not those of the batch's start")
-    omitted = True
+    movable, omitted = False, True
     warned = dict.fromkeys(("diagnostics",), ("running the window again failed with ArithmeticError",))
 
     def on_train_batch_start(self, batch, batch_idx):

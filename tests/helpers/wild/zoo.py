@@ -26,6 +26,7 @@ class Wild(LightningModule):
         seen: what finite differences see and autograd does not, such as kinks.
         islands: whether parts compute in fp32 whatever the precision, as normalisations of transformers do.
         step: relative displacement of differences, where the usual one is too coarse.
+        movable: whether it lets itself be run at other weights.
         omitted: whether ODEDiagnostics leaves out the rows that need a second run.
         unlogged: whether it leaves out all rows.
         within: whether a hook looks at the gradients between the backward pass and the optimizer step: the exact
@@ -43,6 +44,7 @@ class Wild(LightningModule):
     lr = 0.1
     epochs = 2
     islands = omitted = unlogged = within = slow = False
+    movable = True
     seen: str | None = None
     step: float | None = None
     late: int | None = None
