@@ -228,8 +228,7 @@ class ZeroHead(Curve, family="autograd", title="head that begins at zero"):
 class Compiled(Curve, family="autograd", title="compiled part"):
     """A region that autograd differentiates once."""
 
-    twice = "torch.compile does not differentiate twice"
-    slow = True
+    twice, slow, unheard = "compile", True, DYNAMO
 
     def __init__(self):
         super().__init__()

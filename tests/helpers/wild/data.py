@@ -215,10 +215,8 @@ class Nothing(Rows, family="data", title="None for some batches"):
 class NothingWhenSmall(Rows, family="data", title="None when the loss is small"):
     """A threshold on its own loss, which a replay elsewhere may fall below."""
 
-    threshold = 1.0
-    refused = dict.fromkeys(
-        ("difference, bf16-mixed", "all, bf16-mixed"), "a loss at first, but None when it was run ag"
-    )
+    threshold, late = 1.0, 2
+    refused = dict.fromkeys(("difference, bf16-mixed", "all, bf16-mixed"), "a loss at first, but None when it was")
     unheard = ("`training_step` returned `None`", "running the window again failed")
 
     def training_step(self, batch, batch_idx):

@@ -102,7 +102,7 @@ def step(module, batch, index, autocast):
 
 
 def draws_itself(module):
-    """Whether ``training_step`` takes batches from the loader; Lightning then steps after the first of ``k`` batches."""
+    """Whether ``training_step`` takes batches from the loader; Lightning then counts one behind."""
     return "dataloader_iter" in module.training_step.__code__.co_varnames
 
 
@@ -134,7 +134,7 @@ def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=P
                 entry.module, entry.batch = deepcopy(module), deepcopy(batch)
             loss = step(module, batch, index, autocast)
             if module.automatic_optimization:
-                if index % k == 0:
+                if (max(0, index - 1) if draws_itself(module) else index) % k == 0:
                     window = []
                     found.zero_grad()
                 if loss is not None:
@@ -143,8 +143,7 @@ def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=P
                     if objective.within:
                         add_penalty(with_gradient(module, found), [entry], 1, objective, path)
                     module.on_after_backward()
-                place = index if draws_itself(module) else index + 1
-                if place % k == 0 or place == len(batches):
+                if (index + 1) % k == 0 or index + 1 == len(batches):
                     optimizer_step(module, found, window, k, clip, objective, probes, path)
                     window = []
             module.on_train_batch_end(loss, batch, index)

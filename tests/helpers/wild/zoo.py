@@ -36,7 +36,7 @@ class Wild(LightningModule):
         warned: what is said, by the callback's name: patterns; ``"any"`` stands for each of them.
         unheard: what others say that is neither expected nor wrong: patterns.
         unsuited: what Lightning or torch refuses without any callback, by setting.
-        late: the number of steps after which a module shows what it is.
+        late: the number of steps after which a module shows what it is; it must be refused before twice as many.
         twice: why differentiating twice is impossible: ``"exact"`` refuses with it, ``"auto"`` goes on by differences.
         slow: whether all its cells take long.
     """
@@ -47,7 +47,7 @@ class Wild(LightningModule):
     movable = True
     seen: str | None = None
     step: float | None = None
-    late: int | None = None
+    late = 0
     outside: tuple[str, ...] = ()
     unheard: tuple[str, ...] = ()
     refused: Mapping[str, str] = MappingProxyType({})
