@@ -1,4 +1,4 @@
-"""Half of the table is for ``make test-wild``: by itself each module meets each callback in two settings."""
+"""A part of the table is for ``make test-wild``: by themselves large modules meet each callback in two settings."""
 
 import pytest
 

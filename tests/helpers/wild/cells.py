@@ -137,8 +137,9 @@ def cells(family):
     for position, cls in enumerate(cls for cls in ZOO.values() if cls.family == family):
         for column, callback in enumerate(CALLBACKS):
             for row, setting in enumerate(SETTINGS):
-                # of the settings each callback meets the first and one other by default, by turns
-                short = not cls.slow and (row == 0 or (position + column) % (len(SETTINGS) - 1) + 1 == row)
+                # large modules meet each callback in the first setting and one other by default, by turns
+                turn = row == 0 or (position + column) % (len(SETTINGS) - 1) + 1 == row
+                short = not cls.slow and (turn or not cls.large)
                 marks = () if short else (pytest.mark.slow,)
                 yield pytest.param(cls.title, callback, setting, marks=marks, id=f"{cls.title}-{callback}-{setting}")
 

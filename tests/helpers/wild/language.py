@@ -20,7 +20,7 @@ def tokens(*shape):
 class Language(Wild):
     """A network of transformers that computes its own loss from the batch."""
 
-    islands = True
+    islands = large = True
 
     def __init__(self):
         super().__init__()

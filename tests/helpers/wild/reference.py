@@ -134,8 +134,9 @@ def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=P
                 entry.module, entry.batch = deepcopy(module), deepcopy(batch)
             loss = step(module, batch, index, autocast)
             if module.automatic_optimization:
-                if (max(0, index - 1) if draws_itself(module) else index) % k == 0:
+                if index % k == 0:
                     window = []
+                if (max(0, index - 1) if draws_itself(module) else index) % k == 0:
                     found.zero_grad()
                 if loss is not None:
                     window.append((entry, loss.item()))

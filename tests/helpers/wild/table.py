@@ -77,7 +77,7 @@ def cell(rows, sentences):
     parts = []
     errors = {setting: row["equal"] for setting, row in rows.items() if "equal" in row}
     if errors:
-        parts.append(rounded(max(error for setting, error in errors.items() if setting != "bf16-mixed")))
+        parts.append(rounded(max((error for setting, error in errors.items() if setting != "bf16-mixed"), default=0)))
         if errors.get("bf16-mixed"):
             parts.append(f"bf16 {rounded(errors['bf16-mixed'])}")
     refused = {setting: plain(row["refused"]) for setting, row in rows.items() if "refused" in row}
@@ -87,7 +87,7 @@ def cell(rows, sentences):
         where = [setting for setting, told in refused.items() if told == sentence]
         limited = f" ({', '.join(where)})" if len(where) < len(SETTINGS) else ""
         parts.append(f"no {sentences.index(sentence) + 1}{limited}")
-    return ", ".join(parts)
+    return ", ".join(parts) or "open"
 
 
 def plain(sentence):

@@ -38,12 +38,13 @@ class Wild(LightningModule):
         unsuited: what Lightning or torch refuses without any callback, by setting.
         late: the number of steps after which a module shows what it is; it must be refused before twice as many.
         twice: why differentiating twice is impossible: ``"exact"`` refuses with it, ``"auto"`` goes on by differences.
-        slow: whether all its cells take long.
+        large: whether its cells take long; few are run by default.
+        slow: whether none is run by default.
     """
 
     lr = 0.1
     epochs = 2
-    islands = omitted = unlogged = within = slow = False
+    islands = omitted = unlogged = within = large = slow = False
     movable = True
     seen: str | None = None
     step: float | None = None
