@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo lint types test test-fast cov test-settings test-faults test-chains test-mutants test-oldest clean
+.PHONY: help demo lint types test test-fast cov test-settings test-faults test-wild test-chains test-mutants test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make cov     make test, and which files it runs less than 90 % of"
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: six minutes"
+	@echo "make test-wild   all our callbacks on modules of every kind, in every setting, and write the table of docs/wild.md"
 	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
 	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
 	@echo "                   that are slow or start several processes"
@@ -37,7 +38,7 @@ types: $(VENV)/installed-dev
 
 # tests/conftest.py chooses: of each test in the folders of the parts and of what they share, the first case. Left out are
 # the other cases, the documentation's examples, what starts processes or trains for long (marks `ddp` and `slow`), draws,
-# compiles or goes through the modes of training (test_*_modes.py), and the folders cli, distributed, faults, gates, recipes and robustness.
+# compiles or goes through the modes of training (test_*_modes.py), and the folders cli, distributed, faults, gates, recipes, robustness and wild.
 test-fast: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m fast tests $(PYTEST_ARGS)
 
@@ -52,6 +53,13 @@ test-settings: $(VENV)/installed-test
 
 test-faults: $(VENV)/installed-test
 	$(VENV)/bin/python -m pytest -n 2 -m "slow or not slow" tests/faults $(PYTEST_ARGS)
+
+# The table is written when every cell is as it should be.
+test-wild: $(VENV)/installed-test
+	results=$$(mktemp) && trap 'rm -f "$$results"' EXIT && \
+		WILD_RESULTS=$$results $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" \
+			--ignore tests/wild/test_wild_table.py tests/wild $(PYTEST_ARGS) && \
+		PYTHONPATH=tests/helpers $(VENV)/bin/python -m wild.table $$results
 
 test-oldest: $(OLDEST)/installed-test
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not ddp" $(PYTEST_ARGS)

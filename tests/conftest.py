@@ -27,7 +27,7 @@ _LIGHTNING = logging.getLogger("lightning.pytorch")
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 # Folders and files of processes and whole runs, which take long and hold few numbers.
-_APART = {"cli", "distributed", "faults", "gates", "recipes", "robustness"}
+_APART = {"cli", "distributed", "faults", "gates", "recipes", "robustness", "wild"}
 _APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_export.py"}
 
 

@@ -1,0 +1,9 @@
+"""Every cell of the modules in ``wild/autograd.py``."""
+
+import pytest
+from wild.cells import cells, check
+
+
+@pytest.mark.parametrize(("title", "callback", "setting"), list(cells("autograd")))
+def test_cell(title, callback, setting, tmp_path):
+    check(title, callback, setting, tmp_path)
