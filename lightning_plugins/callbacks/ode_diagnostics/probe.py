@@ -25,7 +25,7 @@ from lightning_plugins.callbacks.ode_diagnostics.sharpness import (
     top_eigenpair,
 )
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
-from lightning_plugins.replay.differences import relative_step, step_along
+from lightning_plugins.replay.differences import best_displacement, step_along
 from lightning_plugins.replay.recorder import StepRecorder
 from lightning_plugins.replay.twice import explain, why_not_exact
 from lightning_plugins.replay.window import WindowLoss
@@ -189,9 +189,11 @@ class Probe:
                 return window.exact_product(direction)
             except RuntimeError as error:
                 self._give_up_exact(error, explain(error))
-        displacement = relative_step(self._trainer, self._module, "central", self._recorder.kinked, self._recorder.half)
-        step = step_along(window.params, direction, displacement)
-        return [torch.zeros_like(v) for v in direction] if step is None else window.product(direction, step, "central")
+        found = self._recorder.kinked, self._recorder.half
+        step = step_along(window.params, direction, best_displacement(self._trainer, self._module, "central", *found))
+        if step is None:
+            return [torch.zeros_like(v) for v in direction]
+        return window.product(direction, step.size, "central")
 
     def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
         if self._engine == "exact":
