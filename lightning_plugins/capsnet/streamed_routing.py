@@ -244,12 +244,14 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
 coupled_sums.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _differentiable_vjp(grad: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, *options) -> tuple[Tensor, ...]:
+def _differentiable_vjp(grad: Tensor, u: Tensor, W: Tensor, bias: Tensor | None, *options) -> tuple[Tensor | None, ...]:
     # views, so that only direct dependence counts: u, W and bias may depend on each other further up
-    inputs = [t.view_as(t) for t in (u, W, bias) if t is not None]
+    inputs = [t if t is None else t.view_as(t) for t in (u, W, bias)]
+    wanted = [t for t in inputs if t is not None and t.requires_grad]  # u has no gradient behind frozen layers
     with torch.autocast(u.device.type, enabled=False):
-        sums = torch.stack(vote_sums(compute_votes(*inputs[:2]), inputs[2] if bias is not None else None, *options))
-        return torch.autograd.grad(sums, inputs, grad, create_graph=True)
+        sums = torch.stack(vote_sums(compute_votes(*inputs[:2]), inputs[2], *options))
+        grads = iter(torch.autograd.grad(sums, wanted, grad, create_graph=True))
+    return tuple(next(grads) if t is not None and t.requires_grad else None for t in inputs)
 
 
 def next_centres_vjp(grad: Tensor, s: Tensor, routing: str, squash_scale: float) -> Tensor:

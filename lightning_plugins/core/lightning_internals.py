@@ -131,6 +131,14 @@ def loss_scale(trainer: Trainer) -> Tensor | float:
     return 1.0 if scaler is None else scaler.scale(torch.ones((), device=trainer.strategy.root_device))
 
 
+def is_scaled(trainer: Trainer) -> bool:
+    """Whether a GradScaler scales losses, and skips the steps whose gradients overflow.
+
+    When ``scaler`` goes: read ``optimizer_step`` of Lightning's ``MixedPrecision``.
+    """
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 # Checkpoints, and the arguments in them
 
 # The keys by which a file of the command line says what it holds. When they go: print the hyperparameters of a

@@ -105,8 +105,8 @@ def best_displacement(
     elif precision.startswith("16") or half == torch.float16 or _uses_tf32(module, device):
         kind = "float16"
     else:
-        dtypes = {param.dtype for param in module.parameters() if param.requires_grad}
-        kind = "float64" if dtypes and dtypes <= {torch.float64, torch.complex128} else "float32"
+        dtypes = {param.dtype.to_real() for param in module.parameters() if param.requires_grad}
+        kind = "float64" if dtypes == {torch.float64} else "float32"
     kind = kinds[largest_over_ranks(kinds.index(kind), device)]
     kinked_anywhere = bool(largest_over_ranks(int(bool(kinked)), device))
     if difference == "auto":

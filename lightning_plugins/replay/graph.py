@@ -42,6 +42,47 @@ def half_precision(loss: Tensor) -> torch.dtype | None:
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), None)
 
 
+# Modules whose custom functions are known: reentrant checkpoints raise, the others are linear.
+_KNOWN_FUNCTIONS = ("torch.utils.checkpoint", "torch.nn.parallel", "torch.distributed", "torch._functorch")
+_OWN_OPERATORS = "GeneratedBackwardFor_lightning_plugins_"  # which the tests differentiate twice
+
+
+def custom_functions(loss: Tensor) -> set[str]:
+    """The names of ``torch.autograd.Function`` classes in a loss's graph whose second derivative nobody vouches for.
+
+    A backward that computes from detached values gives the right first derivative, and a second one that lacks a term.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> class Double(torch.autograd.Function):
+        ...     @staticmethod
+        ...     def forward(ctx, x):
+        ...         return 2 * x
+        >>> custom_functions(Double.apply(x).sum())
+        {'Double'}
+    """
+    found = [type(node) for node in nodes([loss]) if isinstance(node, torch.autograd.function.BackwardCFunction)]
+    classes = {getattr(kind, "_forward_cls", kind) for kind in found}
+    return {
+        cls.__name__
+        for cls in classes
+        if not cls.__module__.startswith(_KNOWN_FUNCTIONS) and not cls.__name__.startswith(_OWN_OPERATORS)
+    }
+
+
+def coarsest_precision(losses: Iterable[Tensor]) -> torch.dtype:
+    """The coarsest floating type in which a part of the losses was computed: their gradients round as it does.
+
+    Example:
+        >>> x = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> coarsest_precision([x.float().sum()]), coarsest_precision([x.sum()])
+        (torch.float32, torch.float64)
+    """
+    found = {entry.dtype for node in nodes(losses) for entry in node._input_metadata}
+    real = {dtype.to_real() for dtype in found if dtype.is_floating_point or dtype.is_complex}
+    return max(real, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float64)
+
+
 # What torch calls the backward of operations that are linear in pieces. clamp_min is left out: it guards divisions.
 _BACKWARDS = (
     "Abs",

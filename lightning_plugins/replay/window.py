@@ -16,8 +16,9 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions
 from lightning_plugins.replay.recorder import Call, without_trace
-from lightning_plugins.replay.twice import second_derivative
+from lightning_plugins.replay.twice import first_derivative, require_same, second_derivative
 
 
 class WindowLoss:
@@ -34,6 +35,12 @@ class WindowLoss:
         calls: those of the window, ``StepRecorder.calls``.
         params: the parameters to differentiate by.
         alone: whether the calls' mean on this rank is meant, neither divided by ``k`` nor averaged over ranks.
+
+    Attributes:
+        params: the parameters.
+        alone: as given.
+        functions: custom functions that the first exact product has met in the graph.
+        precision: the coarsest in that graph.
     """
 
     def __init__(
@@ -45,9 +52,13 @@ class WindowLoss:
         alone: bool = False,
     ) -> None:
         self.params = list(params)
+        self.functions: set[str] = set()
+        self.precision = torch.float64
+        self._compared = False
         self._trainer, self._module, self._calls = trainer, module, list(calls)
         self._device = trainer.strategy.root_device
         strategy = trainer.strategy
+        self.alone = alone
         self._reduces = isinstance(strategy, DDPStrategy) and not alone  # FSDP2 averages within its own backward
         # DDP may count every gradient that arrives, and would take a replay's for the next step's
         self._watched = isinstance(strategy, DDPStrategy) and any(
@@ -58,7 +69,15 @@ class WindowLoss:
 
     def micro_batches(self) -> "list[WindowLoss]":
         """Each micro-batch of this rank alone: ``L = l_i``, not averaged over ranks."""
-        return [WindowLoss(self._trainer, self._module, [call], self.params, alone=True) for call in self._calls]
+        parts = [WindowLoss(self._trainer, self._module, [call], self.params, alone=True) for call in self._calls]
+        for part in parts:
+            part.functions = self.functions
+        return parts
+
+    @property
+    def weight(self) -> float:
+        """Of the calls' mean loss in ``L``: ``n / k``."""
+        return len(self._calls) * self._share
 
     def gradient(self) -> tuple[Tensor, list[Tensor]]:
         """Mean over this rank of the micro-batches' losses times their signs (float64), and ``dL/dtheta`` over all."""
@@ -126,19 +145,53 @@ class WindowLoss:
                 tensor /= len(sides) * step
         return change
 
-    def exact_product(self, direction: Sequence[Tensor]) -> list[Tensor]:
-        """Hessian-vector product by differentiating twice."""
+    def exact_product(
+        self, direction: Sequence[Tensor], gradient: Sequence[Tensor] | None = None, trusted: bool = False
+    ) -> list[Tensor]:
+        """Hessian-vector product by differentiating twice.
+
+        Args:
+            direction: ``v``, shaped like the parameters.
+            gradient: that of a backward pass at the present parameters, with which the first derivative is compared. By
+                default the first product runs a pass of its own.
+            trusted: whether to compare nothing but whether there is a gradient.
+
+        Raises:
+            MissedTermError: the graph does not show a part of the loss.
+            RuntimeError: there is no second derivative.
+        """
         products = [torch.zeros_like(param) for param in self.params]
+        compares = gradient is not None or not self._compared
+        firsts = [torch.zeros_like(param) for param in self.params] if compares else []
         with without_trace(self._module, self._device):
             for call in self._calls:
                 loss = call.replay() * self._scale * self._share
-                first = torch.autograd.grad(loss, self.params, create_graph=True, allow_unused=True)
+                if compares:
+                    self.precision = coarsest_precision([loss])
+                    self.functions |= custom_functions(loss)
+                first = first_derivative(loss, self.params)
                 for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
                     if part is not None:
                         total += part / self._scale
+                for total, part in zip(firsts, first, strict=False):
+                    if part is not None:
+                        total += part.detach() / self._scale
         if self._reduces:
             mean_over_ranks_(products)
+        if compares:
+            self._compare(firsts, gradient, trusted)
         return products
+
+    def _compare(self, firsts: list[Tensor], gradient: Sequence[Tensor] | None, trusted: bool) -> None:
+        """The first derivatives with a real gradient; every rank sees the same."""
+        if self._reduces:
+            mean_over_ranks_(firsts)
+        if gradient is None:
+            gradient = self.gradient()[1]
+        if trusted:
+            gradient = [g if not f.any() else f for f, g in zip(firsts, gradient, strict=True)]
+        require_same(firsts, gradient, self.params, self._module, self.precision)
+        self._compared = True
 
     def _accumulate(self, factor: float = 1.0) -> Tensor:
         """Run the calls: ``factor`` times the scaled gradient is added to the parameters' grads.

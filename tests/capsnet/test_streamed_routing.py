@@ -62,6 +62,27 @@ def test_derivatives_by_finite_differences(kind, shared, monkeypatch):
     assert torch.autograd.gradgradcheck(poses, (u, W, bias), fast_mode=True)
 
 
+@pytest.mark.parametrize("gradient", ["full", "last"])
+@pytest.mark.parametrize("trained", ["u", "W", "b", "uW", "Wb", "ub"])
+def test_differentiated_twice_with_frozen_inputs(trained, gradient):
+    """Behind frozen layers u has no gradient; penalties on the gradient of the rest are those of the stored form."""
+    u, W = draw()
+    bias = torch.linspace(-0.3, 0.3, 15, dtype=torch.float64).view(3, 5).requires_grad_()
+    inputs = {"u": u, "W": W, "b": bias}
+    for name, tensor in inputs.items():
+        tensor.requires_grad_(name in trained)
+    wanted = [tensor for tensor in inputs.values() if tensor.requires_grad]
+    found = []
+    for poses in (
+        route(u, W, bias=bias, gradient=gradient),
+        route_votes(compute_votes(u, W), bias=bias, gradient=gradient),
+    ):
+        first = torch.autograd.grad((poses - 0.2).square().sum(), wanted, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), wanted))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=1e-11)
+
+
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["dynamic", "kmeans", "kmeans_squash"])
 def test_last_takes_the_last_couplings_as_constants(kind, shared, small_blocks):

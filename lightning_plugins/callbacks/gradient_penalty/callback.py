@@ -1,7 +1,6 @@
 """Implicit gradient regularisation made explicit: a penalty on the norm of the loss's gradient, for any module."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,17 +12,20 @@ from torch.optim import Optimizer
 from lightning_plugins.callbacks.flooding.callback import Flooding
 from lightning_plugins.callbacks.gradient_penalty.checked_steps import Check, CheckedSteps, check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.displacement import ChosenDisplacement
+from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, Look, add_by_hooks
 from lightning_plugins.callbacks.gradient_penalty.rules import Engine, Scope, check_arguments, refuse_setup
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, size, weigh_
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient, require_sgd
 from lightning_plugins.callbacks.piecewise import Points, value_at
 from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order
-from lightning_plugins.core.lightning_internals import loss_scale, skips_backward
+from lightning_plugins.core.distributed import largest_over_ranks
+from lightning_plugins.core.lightning_internals import is_scaled, loss_scale, skips_backward
 from lightning_plugins.core.optimizers import maximized, parameters_of
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
 from lightning_plugins.replay.differences import Difference, step_along
+from lightning_plugins.replay.missing_terms import ask, told
 from lightning_plugins.replay.recorder import StepRecorder
-from lightning_plugins.replay.twice import explain, second_derivative, why_not_exact
+from lightning_plugins.replay.twice import Arrivals, MissedTermError, explain, why_not_exact
 from lightning_plugins.replay.window import WindowLoss
 
 
@@ -81,9 +83,14 @@ class GradientPenalty(Callback):
             al. 2022), which is SAM with rho = c if c is relative_step times the parameters' norm and the difference is
             forward.
         engine: how the penalty's gradient is computed. "finite_difference" runs the step's batches again at displaced
-            parameters; it works with fused attention, compiled modules and FSDP2. "exact" differentiates twice; a
-            custom function whose backward builds no graph counts as constant there. "auto" is exact where that is
-            possible, with one warning where it is not.
+            parameters; it works with fused attention, compiled modules and FSDP2. "exact" differentiates twice, and
+            fails before a weight changes where that would miss a part of the loss: it compares the gradient that the
+            graph shows with that of the backward pass (reentrant checkpoints and reversible layers hide some), and for
+            custom functions its product with finite differences (a backward of detached values lacks a term), in the
+            first penalised step and the second, fourth, eighth and so on. A custom function whose backward is not the
+            derivative of its forward, such as a straight-through estimator, is taken as that backward says, with one
+            warning, and so is one that no difference could judge. "auto" is exact where that is possible, and takes
+            finite differences with one warning where it is not.
         scope: whose gradient is penalised: "step" takes that of the whole effective batch, "microbatch" that of each
             micro-batch on each rank.
         difference: which finite difference is taken: the error of "forward" is of first order in the displacement,
@@ -153,6 +160,8 @@ class GradientPenalty(Callback):
         check_arguments(self)
         self._recorder: StepRecorder | None = None
         self._handles: list[Any] = []
+        self._unseen: Arrivals | None = None
+        self._look: Look | None = None
         self._precision: str | None = None
         self._resumed: dict[str, Any] = {}
         self._begin(exact=False)
@@ -161,6 +170,7 @@ class GradientPenalty(Callback):
         """What is found out during a run, at its beginning."""
         self._exact = exact
         self._proven = False  # that the loss can be differentiated twice
+        self._penalised = 0  # steps so far
         self._checks = CheckedSteps(self.check)
         self._displacement = ChosenDisplacement(self.difference, self.relative_step)
         self._relative_step: float | None = None  # the latest
@@ -195,6 +205,9 @@ class GradientPenalty(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give ``training_step`` back."""
         self._remove_handles()
+        if self._look is not None:
+            self._look.close()
+            self._look = None
         if self._recorder is not None:
             self._recorder.detach(self)
             self._recorder = None
@@ -211,7 +224,8 @@ class GradientPenalty(Callback):
         Where Lightning puts the states of callbacks; a ``state_dict`` would make it refuse a second penalty before
         ``refuse_setup`` can say why.
         """
-        found = {"exact": self._exact, "proven": self._proven, "checks": self._checks.state_dict()}
+        found = {"exact": self._exact, "proven": self._proven, "penalised": self._penalised}
+        found |= {"checks": self._checks.state_dict()}
         found |= {"arguments": self._arguments(), "displacement": self._displacement.state_dict()}
         checkpoint["callbacks"][self.state_key] = found
 
@@ -227,6 +241,7 @@ class GradientPenalty(Callback):
         state, self._resumed = self._resumed, {}
         if state.get("arguments") == self._arguments():
             self._exact, self._proven = self._exact and state["exact"], state["proven"]
+            self._penalised = state["penalised"]
             self._checks.load_state_dict(state["checks"])
             self._displacement.load_state_dict(state["displacement"])
 
@@ -235,8 +250,16 @@ class GradientPenalty(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if its step will be penalised from a replay."""
         self._now = 0.0 if skips_backward(trainer) else self.coefficient_at(trainer)
-        sure = self._proven or self.engine == "exact"  # "auto" may yet need the batch
-        self._recorder.keep(self, self._now > 0 and not (self._differentiates_at_once(trainer) and sure))
+        if batch_idx % trainer.accumulate_grad_batches == 0:  # also if the last window was broken off
+            self._look = None
+        at_once = self._differentiates_at_once(trainer)
+        # a step that is looked at may yet need the batch: "auto" to fall back, a custom function to be compared
+        spare = self._is_looked_at() and (self.engine == "auto" or self.check != "off")
+        self._recorder.keep(self, self._now > 0 and (not at_once or spare))
+
+    def _is_looked_at(self) -> bool:
+        """Whether this step's exact penalty is compared: the first, second, fourth, eighth..."""
+        return not self._proven or (self.check == "steps" and self._penalised & (self._penalised + 1) == 0)
 
     def coefficient_at(self, trainer: Trainer) -> float:
         """The coefficient of the optimizer step under way; zero for a step without penalty."""
@@ -273,29 +296,40 @@ class GradientPenalty(Callback):
         """Add the penalty: the gradient, now and then a check, its product by displaced gradients, the sum."""
         self._one_gradient.check(trainer)
         params = [param for param in parameters_of(optimizer) if param.grad is not None]
-        if self._recorder.calls and self._now and params and not self._differentiates_at_once(trainer):
-            gradient = [grad for param in params if (grad := param.grad) is not None]
-            window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
-            self._displacement.choose(trainer, pl_module, self._recorder)
-            if self._checks.due():
-                self._check(trainer, pl_module, window, gradient)
-            try:
-                extra, lengths = self._penalty(trainer, window, gradient)
-                self._proven = True
-            except RuntimeError as error:
-                if not self._exact:
-                    raise
-                self._give_up_exact(error)
-                extra, lengths = self._penalty(trainer, window, gradient)
-            if self._jumps(extra, lengths):
-                self._check(trainer, pl_module, window, gradient)
-                extra, lengths = self._penalty(trainer, window, gradient)
-            if extra is not None and not self._overflowed(trainer, gradient, extra):
-                torch._foreach_add_(local(gradient), local(extra))
-            self._remember(lengths)
+        if self._now and params:
+            if self._look is not None:
+                self._add_what_waited(trainer, pl_module, params)
+            if self._recorder.calls and not self._differentiates_at_once(trainer):
+                self._add_from_replays(trainer, pl_module, params)
+            self._penalised += 1
         logs_now = trainer.log_every_n_steps and (trainer.global_step + 1) % trainer.log_every_n_steps == 0
         if logs_now:
             self._log()
+
+    def _add_from_replays(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor]) -> None:
+        gradient = [grad for param in params if (grad := param.grad) is not None]
+        window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
+        self._displacement.choose(trainer, pl_module, self._recorder)
+        if self._checks.due():
+            self._check(trainer, pl_module, window, gradient)
+        try:
+            extra, lengths = self._penalty(trainer, window, gradient)
+            if self._exact and self._is_looked_at():
+                self._ask(trainer, pl_module, window, gradient, window.functions)
+            self._proven = True
+        except RuntimeError as error:
+            if not self._exact:
+                raise
+            self._give_up_exact(error)
+            if self.check != "off":
+                self._check(trainer, pl_module, window, gradient)
+            extra, lengths = self._penalty(trainer, window, gradient)
+        if self._jumps(extra, lengths):
+            self._check(trainer, pl_module, window, gradient)
+            extra, lengths = self._penalty(trainer, window, gradient)
+        if extra is not None and not self._overflowed(trainer, gradient, extra):
+            torch._foreach_add_(local(gradient), local(extra))
+        self._remember(lengths)
 
     def _penalty(
         self, trainer: Trainer, window: WindowLoss, gradient: list[Tensor]
@@ -320,7 +354,7 @@ class GradientPenalty(Callback):
         """The gradient's Hessian product, weighted (``None`` if there is no direction), and the gradient's length."""
         length = norm(gradient) / share
         if self._exact:
-            product = window.exact_product(gradient)
+            product = window.exact_product(gradient, gradient, trusted=self.check == "off")
         else:
             step = step_along(window.params, gradient, displacement := self._displacement.now)
             if step is None:
@@ -364,7 +398,7 @@ class GradientPenalty(Callback):
 
     def _overflowed(self, trainer: Trainer, gradient: list[Tensor], extra: list[Tensor]) -> bool:
         """Whether a replay overflowed in fp16: the scaler has looked before, and would not skip the step."""
-        if getattr(trainer.precision_plugin, "scaler", None) is None or torch.isfinite(norm(extra)):
+        if not is_scaled(trainer) or torch.isfinite(norm(extra)):
             return False
         if torch.isfinite(norm(gradient)):  # else the scaler skips the step
             self._warn_once("GradientPenalty: a replay overflowed in fp16; such a step goes without penalty.")
@@ -392,51 +426,89 @@ class GradientPenalty(Callback):
             return
         try:
             self._differentiate_twice(trainer, pl_module, loss)
-            self._proven = True
         except RuntimeError as error:
             self._give_up_exact(error)
 
     def _give_up_exact(self, error: RuntimeError) -> None:
-        if self.engine != "auto" or self._proven:
+        if self.engine != "auto" or not self._recorder.calls:
             raise RuntimeError(f"GradientPenalty(engine={self.engine!r}): {explain(error)}.") from error
         rank_zero_warn(f"GradientPenalty(engine='auto') takes finite differences: {explain(error)}.")
-        self._exact = False
+        self._exact, self._look = False, None
 
     def _differentiate_twice(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         params = [param for param in parameters_of(trainer.optimizers[0]) if param.requires_grad]
-        first = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        unscale = trainer.accumulate_grad_batches / loss_scale(trainer)  # loss arrives times scale / k
-        gradient = [
-            torch.zeros_like(param) if g is None else g.detach() * unscale
-            for g, param in zip(first, params, strict=True)
-        ]
-        if self.scope == "step":
-            mean_over_ranks_(gradient)
-        length = norm(gradient)
-        weigh_(gradient, self.norm, self._now, length)
-        climbing = maximized(*trainer.optimizers)
-        if self._proven and not climbing and len(params) == sum(p.requires_grad for p in pl_module.parameters()):
-            _add_without_value(loss, first, gradient)
-        else:  # one pass more: its errors are ours to explain, and parameters of no optimizer are left alone
-            extras = second_derivative(first, params, gradient, retain_graph=True)
-            descend_(extras, params, climbing)
-            self._add_by_hooks(params, extras)
+        scale = loss_scale(trainer) / trainer.accumulate_grad_batches
+        penalty = ExactPenalty(loss, params, scale, self._now, self.norm, joined=self.scope == "step")
+        if self._is_looked_at():  # one pass more: its errors are ours to explain
+            self._look = self._look or Look(pl_module, compares=self.check != "off")
+            self._look.listen(penalty)
+        else:
+            climbing = maximized(*trainer.optimizers)
+            if not climbing and len(params) == sum(param.requires_grad for param in pl_module.parameters()):
+                penalty.add_to_loss()
+            else:  # parameters of no optimizer are left alone
+                descend_(extras := penalty.extras(), params, climbing)
+                self._handles = add_by_hooks(params, extras)
+            if any(g is None for g in penalty.first):
+                self._unseen = Arrivals(penalty.first, params, pl_module, all_of_them=False)
         earlier = self._latest.lengths[: len(self._recorder.losses) - 1]  # of the window's other micro-batches
-        self._remember([*earlier, length])
-
-    def _add_by_hooks(self, params: list[Tensor], extras: list[Tensor | None]) -> None:
-        for param, extra in zip(params, extras, strict=True):
-            if extra is not None:
-                self._handles.append(param.register_hook(lambda grad, extra=extra: grad + extra))
+        self._remember([*earlier, penalty.length])
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The hooks have done their work."""
+        """The hooks have done their work: has the backward pass brought what the graph shows?"""
+        unseen = self._unseen
         self._remove_handles()
+        try:
+            if unseen is not None:
+                unseen.check()
+            if self._look is not None and self._look.check() and is_scaled(trainer):
+                for param in parameters_of(trainer.optimizers[0]):  # the scaler is yet to look, and skips the step
+                    if param.grad is not None:
+                        param.grad.fill_(math.inf)
+        except MissedTermError as error:
+            self._give_up_exact(error)
+
+    def _add_what_waited(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor]) -> None:
+        """The penalties of a step that was looked at; none if finite differences are to be taken after all."""
+        look, self._look = self._look, None
+        gradient = [param.grad for param in params]
+        window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
+        try:
+            self._ask(trainer, pl_module, window, gradient, look.functions)
+        except RuntimeError as error:
+            self._give_up_exact(error)
+            return
+        self._proven = True
+        extra = look.extras(params, loss_scale(trainer))
+        descend_(extra, params, maximized(*trainer.optimizers))
+        if not self._overflowed(trainer, gradient, extra):
+            torch._foreach_add_(gradient, extra)
+
+    def _ask(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        window: WindowLoss,
+        gradient: list[Tensor],
+        functions: set[str],
+    ) -> None:
+        """Ask finite differences about custom functions in the graph; raises, or warns of what stays open."""
+        if not largest_over_ranks(len(functions), trainer.strategy.root_device):
+            return
+        recorder = self._recorder
+        if self.check == "off":
+            found = told(functions, "unknown", "check='off'")
+        else:
+            found = ask(trainer, pl_module, window, functions, gradient, bool(recorder.kinked), recorder.half)
+        if found:
+            self._warn_once(f"GradientPenalty(engine={self.engine!r}): {found}.")
 
     def _remove_handles(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        if self._unseen is not None:
+            self._unseen.close()
+        self._handles, self._unseen = [], None
 
     # Logging
 
@@ -468,14 +540,3 @@ class GradientPenalty(Callback):
         if sentence not in self._warned:
             self._warned.add(sentence)
             rank_zero_warn(sentence)
-
-
-def _add_without_value(loss: Tensor, first: Sequence[Tensor | None], direction: Sequence[Tensor]) -> None:
-    """Add zero to the loss, with the gradient ``d/dtheta <first, direction>``: one backward pass serves both.
-
-    Lightning hands over a loss of its own making, not the module's.
-    """
-    parts = [(g * v).sum() for g, v in zip(first, direction, strict=True) if g is not None and g.requires_grad]
-    if parts:
-        total = torch.stack(parts).sum().to(loss.dtype)
-        loss.add_(total - total.detach())

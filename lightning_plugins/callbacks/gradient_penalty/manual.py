@@ -8,9 +8,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_plugins.callbacks.gradient_penalty.checked_steps import CheckedSteps, check_repeatable
+from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, add_by_hooks
 from lightning_plugins.callbacks.gradient_penalty.rules import (
     check_relative_step,
     require_full_precision,
@@ -19,16 +21,18 @@ from lightning_plugins.callbacks.gradient_penalty.rules import (
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, weigh_
 from lightning_plugins.callbacks.run_checks import require_strategy
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import loss_scale
 from lightning_plugins.core.optimizers import maximized
 from lightning_plugins.core.random_state import get_random_state
-from lightning_plugins.core.vectors import local, mean_over_ranks_
+from lightning_plugins.core.vectors import local
 from lightning_plugins.core.vectors import norm as length_of
 from lightning_plugins.replay.differences import Difference, Displacement, best_displacement, step_along
-from lightning_plugins.replay.graph import half_precision, has_kinks
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions, half_precision, has_kinks
+from lightning_plugins.replay.missing_terms import ask
 from lightning_plugins.replay.module_state import ModuleState
 from lightning_plugins.replay.recorder import Call
-from lightning_plugins.replay.twice import explain, second_derivative, why_not_exact
+from lightning_plugins.replay.twice import Arrivals, explain, why_not_exact
 from lightning_plugins.replay.window import WindowLoss
 
 Engine = Literal["finite_difference", "exact"]
@@ -37,6 +41,7 @@ _NAME = "gradient_penalty_backward"
 _PARAMETERS = must.Rule(
     lambda value: isinstance(value, Iterable) and not (isinstance(value, Tensor) and not value.ndim), "parameters"
 )
+_asked: WeakKeyDictionary[LightningModule, set[str]] = WeakKeyDictionary()  # which custom functions were compared
 _checks: WeakKeyDictionary[LightningModule, dict[Any, CheckedSteps]] = WeakKeyDictionary()  # by module and function
 
 
@@ -70,7 +75,8 @@ def gradient_penalty_backward(
             get the loss's gradient.
         norm: ``"squared"`` penalises ``|grad L|^2``, ``"norm"`` penalises ``|grad L|``.
         engine: ``"finite_difference"`` calls ``loss_fn`` again at displaced parameters, ``"exact"`` differentiates
-            twice.
+            twice, and raises where the backward pass brings another gradient than the loss's graph shows, or a custom
+            function's backward cannot be differentiated: finite differences tell in the first call that meets it.
         difference: ``"forward"`` errs by first order in the displacement, ``"central"`` by second, for one more call;
             ``"auto"`` is central where the loss has kinks or is computed in half precision, else forward.
         relative_step: displacement over ``|theta|``, between 0 and 1; ``"auto"`` takes the best measured for the
@@ -119,7 +125,7 @@ def gradient_penalty_backward(
     if coefficient == 0:
         module.manual_backward(loss)
     elif engine == "exact":
-        _exact(module, loss, params, coefficient, norm)
+        _exact(module, loss, call, params, coefficient, norm)
     else:
         kinked, half = has_kinks(loss, module), half_precision(loss)
         displacement = best_displacement(module.trainer, module, difference, kinked, half)
@@ -166,31 +172,56 @@ def _scalar(loss: Tensor) -> Tensor:
 
 
 def _exact(
-    module: LightningModule, loss: Tensor, params: list[nn.Parameter], coefficient: float, norm: PenaltyNorm
+    module: LightningModule,
+    loss: Tensor,
+    call: Call,
+    params: list[nn.Parameter],
+    coefficient: float,
+    norm: PenaltyNorm,
 ) -> None:
     """Differentiate twice; hooks scale the result as the loss is scaled, and DDP averages the sum."""
     if reason := why_not_exact(module.trainer, module):
         raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
     scale_now = loss_scale(module.trainer)
+    functions, precision = custom_functions(loss), coarsest_precision([loss])
+    arrivals = None
     try:
-        first = torch.autograd.grad(loss * scale_now, params, create_graph=True, allow_unused=True)
-        gradient = [
-            torch.zeros_like(p) if g is None else g.detach() / scale_now for g, p in zip(first, params, strict=True)
-        ]
-        mean_over_ranks_(gradient)
-        weigh_(gradient, norm, coefficient, length_of(gradient))
-        extras = second_derivative(first, params, gradient, retain_graph=True)
-        descend_(extras, params, _climbing(module))
+        penalty = ExactPenalty(loss * scale_now, params, scale_now, coefficient, norm, joined=True)
+        descend_(extras := penalty.extras(), params, _climbing(module))
+        # listens from before the hooks that add the penalty to what arrives
+        arrivals = Arrivals(penalty.first, params, module, precision)
+        handles = add_by_hooks(params, extras)
+        try:
+            module.manual_backward(loss)
+        finally:
+            for handle in handles:
+                handle.remove()
+        arrivals.check()
+        _ask(module, call, params, functions, has_kinks(loss, module), half_precision(loss))
     except RuntimeError as error:
         raise RuntimeError(f"{_NAME}(engine='exact'): {explain(error)}.") from error
-    handles = [
-        param.register_hook(lambda grad, extra=extra: grad + extra)
-        for param, extra in zip(params, extras, strict=True)
-        if extra is not None
-    ]
-    module.manual_backward(loss)
-    for handle in handles:
-        handle.remove()
+    finally:
+        if arrivals is not None:
+            arrivals.close()
+
+
+def _ask(
+    module: LightningModule,
+    call: Call,
+    params: list[nn.Parameter],
+    functions: set[str],
+    kinked: bool,
+    half: torch.dtype | None,
+) -> None:
+    """Ask finite differences about each custom function once, when a loss first has it in its graph."""
+    asked = _asked.setdefault(module, set())
+    if not largest_over_ranks(len(functions - asked), module.device):
+        return
+    asked |= functions
+    window = WindowLoss(module.trainer, module, [call], params)
+    found = ask(module.trainer, module, window, functions, window.gradient()[1], kinked, half)
+    if found:
+        rank_zero_warn(f"{_NAME}(engine='exact'): {found}.")
 
 
 def _by_replay(

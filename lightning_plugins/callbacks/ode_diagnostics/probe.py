@@ -24,8 +24,10 @@ from lightning_plugins.callbacks.ode_diagnostics.sharpness import (
     random_direction,
     top_eigenpair,
 )
+from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
 from lightning_plugins.replay.differences import best_displacement, step_along
+from lightning_plugins.replay.missing_terms import ask
 from lightning_plugins.replay.recorder import StepRecorder
 from lightning_plugins.replay.twice import explain, why_not_exact
 from lightning_plugins.replay.window import WindowLoss
@@ -66,6 +68,8 @@ class Probe:
         self._trainer, self._module, self._recorder = trainer, module, recorder
         self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
         self._eigenvector: Vector | None = None
+        self._asked = False  # in the search under way
+        self._told: set[str] = set()
         self._engine, self._exact = engine, engine != "finite_difference"
 
     def losses(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -167,6 +171,7 @@ class Probe:
         """Of ``h P^-1/2 (H + w) P^-1/2``, from the last time's eigenvector on."""
         if self._exact and (reason := why_not_exact(self._trainer, self._module)):
             self._give_up_exact(RuntimeError(reason), reason)
+        self._asked = False
         roots = [rate**0.5 for rate in flow.rates]
 
         def product(vector: Vector) -> Vector:
@@ -186,7 +191,9 @@ class Probe:
         """The Hessian times a direction."""
         if self._exact:
             try:
-                return window.exact_product(direction)
+                product = window.exact_product(direction)
+                self._ask(window, direction)
+                return product
             except RuntimeError as error:
                 self._give_up_exact(error, explain(error))
         found = self._recorder.kinked, self._recorder.half
@@ -194,6 +201,18 @@ class Probe:
         if step is None:
             return [torch.zeros_like(v) for v in direction]
         return window.product(direction, step.size, "central")
+
+    def _ask(self, window: WindowLoss, direction: Vector) -> None:
+        """Once for a search: whether custom functions of the graph let themselves be differentiated twice."""
+        if self._asked or not largest_over_ranks(len(window.functions), self._trainer.strategy.root_device):
+            return
+        self._asked = True
+        kinked, half = bool(self._recorder.kinked), self._recorder.half
+        gradient = window.gradient()[1]
+        found = ask(self._trainer, self._module, window, window.functions, gradient, kinked, half, direction)
+        if found and found not in self._told:
+            self._told.add(found)
+            rank_zero_warn(f"ODEDiagnostics, the sharpness: {found}.")
 
     def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
         if self._engine == "exact":

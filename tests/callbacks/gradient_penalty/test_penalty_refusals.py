@@ -87,9 +87,28 @@ class Once(torch.autograd.Function):
         return 2 * grad
 
 
-class DifferentiatesOnce(nn.Module):
+class FailsInside(torch.autograd.Function):
+    """Its backward asks for a derivative that is not there, in words that reentrant checkpoints use too."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            a, b = torch.ones(2, requires_grad=True).unbind()
+            torch.autograd.grad(a, b)
+        return 2 * grad
+
+
+class Applies(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
     def forward(self, x):
-        return Once.apply(x)
+        return self.function.apply(x)
 
 
 def batches():
@@ -179,7 +198,13 @@ SETUPS = {
     "compiled in place": (compiled_in_place, EXACT, {}, AOT),
     "compiled function": (compiled_function, EXACT, {}, AOT),
     "reentrant": (with_(Reentrant(8, 8)), EXACT, {}, rf"reentrant gradient checkpointing .*; {INSTEAD} or use_reen"),
-    "differentiates once": (with_(DifferentiatesOnce()), EXACT, {}, rf"second differentiation failed.*; {INSTEAD}"),
+    "fails inside": (
+        with_(Applies(FailsInside)),
+        EXACT,
+        {},
+        rf"second differentiation failed \(.*not have been used in the graph.*\); {INSTEAD}\.$",
+    ),
+    "differentiates once": (with_(Applies(Once)), EXACT, {}, rf"second differentiation failed.*; {INSTEAD}"),
     "lbfgs": (lambda: Net(torch.optim.LBFGS), {}, {}, r"one gradient for each .* LBFGS .*: use .* SGD or AdamW"),
     "manual": (Manual, {}, {}, r"automatic_optimization=False: call gradient_penalty_backward\(...\) in training_step"),
     "draws batches": (DrawsBatches, {}, {}, r"dataloader_iter gets others: let training_step take \(batch, batch_idx"),
