@@ -22,17 +22,24 @@ from lightning.pytorch import Callback
 from lightning_plugins import Flooding, GradientPenalty
 
 TARGETS = {
-    "flooding": 1.03,
-    "finite difference, forward": 2.2,
-    "finite difference, central": 3.3,
-    "exact": 5.0,
+    "flooding": 1.02,
+    "finite difference, forward": 2.15,
+    "finite difference, central": 3.1,
+    "exact": 4.8,
     "coefficient 0": 1.01,
 }
 
 
+class Unchecked(GradientPenalty):
+    """A turn is short: the checks of its first, second, fourth and eighth step would be most of it."""
+
+    def _check(self, *args: object) -> None:
+        """Nothing."""
+
+
 def penalty(**arguments: object) -> list[Callback]:
-    """A small penalty, without the check of the first step."""
-    return [GradientPenalty(**({"coefficient": 1e-3, "check": "off"} | arguments))]
+    """A small penalty, with nothing checked: the jumps of its strength are still looked for."""
+    return [Unchecked(**({"coefficient": 1e-3} | arguments))]
 
 
 VARIANTS = {
@@ -40,7 +47,7 @@ VARIANTS = {
     "plain again": list,
     "flooding": lambda: [Flooding(0.1)],
     "coefficient 0": lambda: penalty(coefficient=0.0),
-    "finite difference, forward": lambda: penalty(),
+    "finite difference, forward": lambda: penalty(difference="forward"),
     "finite difference, central": lambda: penalty(difference="central"),
     "exact": lambda: penalty(engine="exact"),
 }

@@ -14,3 +14,9 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
         [True]
     """
     return list(dict.fromkeys(param for group in optimizer.param_groups for param in group["params"]))
+
+
+def maximized(*optimizers: Optimizer) -> set[Tensor]:
+    """The parameters that optimizers move up their gradients: those of groups with ``maximize=True``."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return {param for group in groups if group.get("maximize") for param in group["params"]}

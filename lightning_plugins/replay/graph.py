@@ -124,4 +124,12 @@ def has_kinks(loss: Tensor, module: nn.Module) -> bool:
     """
     if any(isinstance(part, _MODULES + _POOLS) for part in module.modules()):
         return True
-    return any(name.startswith(_BACKWARDS) for name in operations([loss]))
+    return any(node.name().startswith(_BACKWARDS) and not _is_complex_abs(node) for node in nodes([loss]))
+
+
+def _is_complex_abs(node: Any) -> bool:
+    """Whether a node is the backward of ``|z|`` of complex numbers, which bends at zero alone."""
+    if not node.name().startswith("Abs"):
+        return False
+    ((before, output),) = node.next_functions
+    return before is not None and before._input_metadata[output].dtype.is_complex

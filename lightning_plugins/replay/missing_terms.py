@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.vectors import dot, foreach_add_, foreach_mul_, local, mean_over_ranks_, norm
-from lightning_plugins.replay.differences import relative_step, step_along
+from lightning_plugins.replay.differences import best_displacement, step_along
 from lightning_plugins.replay.twice import MissedTermError, rounding_of
 from lightning_plugins.replay.window import WindowLoss, displaced
 
@@ -120,7 +120,7 @@ def ask(
         MissedTermError: a second derivative lacks a term.
     """
     direction = gradient if direction is None else direction
-    step = step_along(window.params, direction, relative_step(trainer, module, "central", kinked=False, half=half))
+    step = step_along(window.params, direction, best_displacement(trainer, module, "central", half=half))
     if step is None:
         return None  # look in a later step
     rounding = rounding_of(window.params, half or torch.float64)
@@ -130,7 +130,9 @@ def ask(
     kinked = bool(largest_over_ranks(int(kinked), trainer.strategy.root_device))
     product = window.exact_product(direction, again)
     rounding = rounding_of(window.params, window.precision)
-    return told(functions, examine(window, direction, product, step, rounding, kinked), "no difference was resolved")
+    return told(
+        functions, examine(window, direction, product, step.size, rounding, kinked), "no difference was resolved"
+    )
 
 
 def told(functions: Collection[str], verdict: Verdict, why_unknown: str) -> str | None:

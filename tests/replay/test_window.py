@@ -12,7 +12,7 @@ from toys import Squares
 from trainers import fit, quiet_trainer
 
 from lightning_plugins.core.vectors import norm
-from lightning_plugins.replay.differences import relative_step, step_along
+from lightning_plugins.replay.differences import Displacement, best_displacement, step_along
 from lightning_plugins.replay.recorder import StepRecorder
 from lightning_plugins.replay.twice import second_derivative
 from lightning_plugins.replay.window import WindowLoss
@@ -87,7 +87,7 @@ def test_gradient_loss_and_products(k):
         generator = torch.Generator().manual_seed(2)
         vectors = [torch.randn(p.shape, generator=generator).double() for p in params]
         loss, gradient = window.gradient()
-        step = step_along(params, vectors, 1e-6)
+        step = step_along(params, vectors, Displacement("forward", 1e-6)).size
         found = {
             "exact": window.exact_product(vectors),
             "forward": window.product(vectors, step, "forward", gradient),
@@ -174,10 +174,13 @@ def test_second_derivative_leaves_out_what_does_not_depend():
 
 def test_step_along():
     theta, v = [torch.full((4,), 2.0)], [torch.full((4,), 0.5)]
-    assert step_along(theta, v, 1e-3) == pytest.approx(1e-3 * 4 / 1)
-    assert step_along([torch.zeros(4)], v, 1e-3) == pytest.approx(1e-3)
+    relative = Displacement("forward", 1e-3)
+    assert step_along(theta, v, relative) == pytest.approx((4e-3, 4e-3, 1e-3))
+    assert step_along([torch.zeros(4)], v, relative) == pytest.approx((1e-3, 1e-3, 1e-3))
+    assert step_along(theta, [5 * v[0]], relative._replace(longest=1e-3)) == pytest.approx((2e-4, 1e-3, 2.5e-4))
+    assert step_along([1e-6 * theta[0]], v, relative._replace(shortest=1e-3)) == pytest.approx((1e-3, 1e-3, 250.0))
     for nowhere in (0.0, float("nan"), float("inf")):
-        assert step_along(theta, [torch.full((4,), nowhere)], 1e-3) is None
+        assert step_along(theta, [torch.full((4,), nowhere)], relative) is None
 
 
 @pytest.mark.parametrize(
@@ -197,10 +200,15 @@ def test_relative_step_follows_the_precision_of_the_forward_pass(precision, dtyp
     else:
         trainer = quiet_trainer(precision=precision)
     module = nn.Linear(2, 2).to(dtype)
-    assert relative_step(trainer, module, "forward") == forward
-    assert relative_step(trainer, module, "central") == central
-    for difference in ("forward", "central"):
-        assert relative_step(trainer, module, difference, kinked=True) >= 1e-2
+    found = {difference: best_displacement(trainer, module, difference) for difference in ("forward", "central")}
+    assert [found[difference].relative for difference in found] == [forward, central]
+    automatic = "central" if "mixed" in precision else "forward"
+    assert best_displacement(trainer, module) == found[automatic]
+    assert best_displacement(trainer, module, kinked=True) == best_displacement(trainer, module, "central", True)
+    for difference, smooth in found.items():
+        kinked = best_displacement(trainer, module, difference, kinked=True)
+        assert kinked.relative >= max(1e-2, smooth.relative)
+        assert kinked.longest >= 0.05 > smooth.longest  # a length, whatever the norm of the parameters
 
 
 @pytest.mark.parametrize(
@@ -219,6 +227,6 @@ def test_tf32_counts_as_half_precision(monkeypatch, capability, matmul, part, cu
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: matmul)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", cudnn)
     trainer = SimpleNamespace(precision="32-true", strategy=SimpleNamespace(root_device=torch.device("cuda")))
-    found = relative_step(trainer, part, "forward")
+    found = best_displacement(trainer, part)
     trainer.strategy.root_device = torch.device("cpu")
-    assert found == relative_step(trainer, part, "forward", half=torch.float16 if coarse else None)
+    assert found == best_displacement(trainer, part, half=torch.float16 if coarse else None)

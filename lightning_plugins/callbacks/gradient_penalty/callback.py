@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_plugins.callbacks.flooding.callback import Flooding
+from lightning_plugins.callbacks.gradient_penalty.checked_steps import Check, CheckedSteps, check_repeatable
+from lightning_plugins.callbacks.gradient_penalty.displacement import ChosenDisplacement
 from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, Look, add_by_hooks
-from lightning_plugins.callbacks.gradient_penalty.first_step import check_repeatable, extent, is_resolved
-from lightning_plugins.callbacks.gradient_penalty.rules import Check, Engine, Scope, check_arguments, refuse_setup
-from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, size, weigh_
+from lightning_plugins.callbacks.gradient_penalty.rules import Engine, Scope, check_arguments, refuse_setup
+from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, size, weigh_
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient, require_sgd
 from lightning_plugins.callbacks.piecewise import Points, value_at
 from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import is_scaled, loss_scale, skips_backward
-from lightning_plugins.core.optimizers import parameters_of
+from lightning_plugins.core.optimizers import maximized, parameters_of
 from lightning_plugins.core.vectors import foreach_add_, local, mean_over_ranks_, norm
-from lightning_plugins.replay.differences import Difference, relative_step, step_along
+from lightning_plugins.replay.differences import Difference, step_along
 from lightning_plugins.replay.missing_terms import ask, told
 from lightning_plugins.replay.recorder import StepRecorder
 from lightning_plugins.replay.twice import Arrivals, MissedTermError, explain, why_not_exact
@@ -35,7 +36,7 @@ class Penalised(NamedTuple):
         lengths: of the gradients that were penalised on this rank, 0-dim tensors.
         loss: mean over this rank's micro-batches.
         coefficient: ``c``.
-        relative_step: displacement over the parameters' norm; ``None`` for exact products.
+        relative_step: displacement over the parameters' norm; ``None`` for exact products, or without a direction.
     """
 
     lengths: list[Tensor]
@@ -63,10 +64,10 @@ class GradientPenalty(Callback):
     objective is ``|L - b| + b + c |grad L|^2``.
 
     Cost of a step, plain = 1: finite differences forward about 2, central 3 (one more with ``scope="microbatch"`` under
-    accumulation or several ranks); exact 4 to 5, and two to three times the memory. Finite differences keep two copies
-    of the trained parameters (four with ``scope="microbatch"`` and more than one), and for each micro-batch its batch,
-    the module's buffers and its frozen parameters (these up to 64 MB). Lightning's finders of learning rate and batch
-    size take all callbacks away while they search.
+    accumulation or several ranks; four to seven more in a checked step); exact 4 to 5, and two to three times the
+    memory. Finite differences keep two copies of the trained parameters (four with ``scope="microbatch"`` and more than
+    one), and for each micro-batch its batch, the module's buffers and its frozen parameters (these up to 64 MB).
+    Lightning's finders of learning rate and batch size take all callbacks away while they search.
 
     Logs (every ``log_every_n_steps``): ``igr/coefficient``, ``igr/grad_norm_sq``, ``igr/penalty`` (``c`` times the
     norm), ``igr/penalty_ratio`` (penalty / loss), ``igr/relative_step``.
@@ -93,27 +94,34 @@ class GradientPenalty(Callback):
         scope: whose gradient is penalised: "step" takes that of the whole effective batch, "microbatch" that of each
             micro-batch on each rank.
         difference: which finite difference is taken: the error of "forward" is of first order in the displacement,
-            that of "central" of second, for one more pass.
+            that of "central" of second, for one more pass. "auto" is central where the loss has kinks or is computed
+            in half precision, else forward.
         relative_step: the displacement divided by the norm of the parameters, between 0 and 1. "auto" takes the best
-            measured for the precision of the forward pass: fp32 1e-4 forward, 1e-3 central; bf16 3e-2 and 1e-1; fp16
-            and TF32 1e-2 and 3e-2. Where the loss has kinks (ReLU, max-pooling) it takes at least 3e-2 forward and 1e-2
-            central: a unit that crosses its kink within a tiny step adds a jump divided by that step, which destroys
-            training. The penalty then is that of the loss smoothed over the step, and differs from the exact one, which
-            does not see kinks. A loss that bends within such steps (attention logits in the hundreds) needs a smaller
-            step or engine="exact".
+            measured for the precision of the forward pass, and no more than a length: fp32 1e-4 up to .003 forward,
+            1e-3 up to .005 central; bf16 up to .03; fp16 and TF32 up to .01 and .02. Where the loss has kinks (ReLU,
+            max-pooling, rounding) it takes 3e-2 up to .05 central, up to .1 forward, since a unit that crosses its kink
+            within a tiny step adds a jump divided by that step, which destroys training. Kinks are known by the names
+            of operations, or found in checked steps by halving the displacement; where a difference is mere rounding
+            (weights that start from zero) it is lengthened. Across kinks the penalty is that of the loss smoothed over
+            the displacement, and differs from the exact one, which does not see kinks. A loss that bends within such
+            steps (attention logits in the hundreds) needs a smaller step or engine="exact".
         every_n_steps: the penalty is added in every n-th optimizer step only; 1 or more. The coefficient is not
             scaled: on average over steps the objective has c / n.
         warmup_steps: number of optimizer steps over which the coefficient grows linearly from zero; 0 or more.
         schedule: pairs [step, factor] for the coefficient, with growing optimizer steps and factors of 0 or more;
             linear between the steps, constant before the first and after the last. None is a factor of 1.
-        check: what is asked of the first penalised step. "first_step" runs it again at the unmoved parameters and
-            raises if that gives another gradient, as a training_step does that cannot be repeated; and looks whether
-            half the automatic step gives the same Hessian product: if not, it warns and takes the step for kinks. "off"
-            asks nothing.
+        check: which penalised steps are checked. "steps" takes the first, second, fourth, eighth and so on, and any
+            whose penalty is ten times stronger than before; "first_step" the first alone; "off" none. A checked step
+            is run again at the unmoved parameters and raises if that gives another gradient, as a training_step does
+            that cannot be repeated; then half the automatic displacement should give the same Hessian product, and if
+            not a warning tells what is done.
 
     Raises:
         ValueError: an argument out of range.
         MisconfigurationException: before training, for a setup in which the penalty would not be this one.
+
+    Parameters that their optimizer moves up the gradient (``maximize=True``) move down the penalty all the same. A
+    checkpoint holds what was found in checked steps, so that a resumed run equals one that was never stopped.
 
     Source:
         Barrett and Dherin, Implicit Gradient Regularization, ICLR 2021, eq. 3 to 5; Smith et al., On the Origin of
@@ -134,18 +142,18 @@ class GradientPenalty(Callback):
         norm: PenaltyNorm = "squared",
         engine: Engine = "finite_difference",
         scope: Scope = "step",
-        difference: Difference = "forward",
+        difference: Difference | Literal["auto"] = "auto",
         relative_step: float | Literal["auto"] = "auto",
         every_n_steps: int = 1,
         warmup_steps: int = 0,
         schedule: Points | None = None,
-        check: Check = "first_step",
+        check: Check = "steps",
     ) -> None:
         self.coefficient, self.match_lr, self.schedule = coefficient, match_lr, schedule
         self.norm: PenaltyNorm = norm
         self.engine: Engine = engine
         self.scope: Scope = scope
-        self.difference: Difference = difference
+        self.difference: Difference | Literal["auto"] = difference
         self.relative_step: float | Literal["auto"] = relative_step
         self.every_n_steps, self.warmup_steps = every_n_steps, warmup_steps
         self.check: Check = check
@@ -154,6 +162,18 @@ class GradientPenalty(Callback):
         self._handles: list[Any] = []
         self._unseen: Arrivals | None = None
         self._look: Look | None = None
+        self._precision: str | None = None
+        self._resumed: dict[str, Any] = {}
+        self._begin(exact=False)
+
+    def _begin(self, exact: bool) -> None:
+        """What is found out during a run, at its beginning."""
+        self._exact = exact
+        self._proven = False  # that the loss can be differentiated twice
+        self._penalised = 0  # steps so far
+        self._checks = CheckedSteps(self.check)
+        self._displacement = ChosenDisplacement(self.difference, self.relative_step)
+        self._relative_step: float | None = None  # the latest
 
     # Before training
 
@@ -168,12 +188,10 @@ class GradientPenalty(Callback):
         reason = None if self.engine == "finite_difference" else why_not_exact(trainer, pl_module)
         if reason and self.engine == "auto":
             rank_zero_warn(f"GradientPenalty(engine='auto') takes finite differences: {reason}.")
-        self._exact = self.engine != "finite_difference" and not reason
-        self._relative_step: float | None = None if self.relative_step == "auto" else self.relative_step
+        self._precision = str(trainer.precision)
+        self._begin(exact=self.engine != "finite_difference" and not reason)
+        self._resume()
         self._flooded = any(isinstance(c, Flooding) and c.scope == "step" for c in trainer.callbacks)
-        self._checked = self.check == "off"
-        self._proven = False  # that the loss can be differentiated twice
-        self._penalised = 0  # steps so far
         self._latest = Penalised([], torch.zeros(()), 0.0, None)
         self._warned: set[str] = set()
         self._one_gradient = OneGradientPerStep("GradientPenalty")
@@ -198,6 +216,35 @@ class GradientPenalty(Callback):
         """Give ``training_step`` back."""
         self.teardown(trainer, pl_module, "fit")
 
+    # What a checkpoint holds
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """What was found out during the run, and the arguments under which it was.
+
+        Where Lightning puts the states of callbacks; a ``state_dict`` would make it refuse a second penalty before
+        ``refuse_setup`` can say why.
+        """
+        found = {"exact": self._exact, "proven": self._proven, "penalised": self._penalised}
+        found |= {"checks": self._checks.state_dict()}
+        found |= {"arguments": self._arguments(), "displacement": self._displacement.state_dict()}
+        checkpoint["callbacks"][self.state_key] = found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Remember it until the run begins."""
+        self._resumed = state_dict
+
+    def _arguments(self) -> list[Any]:
+        return [self.engine, self.scope, self.difference, self.relative_step, self.check, self._precision]
+
+    def _resume(self) -> None:
+        """Go on where the run was; after a change of arguments everything is found out anew."""
+        state, self._resumed = self._resumed, {}
+        if state.get("arguments") == self._arguments():
+            self._exact, self._proven = self._exact and state["exact"], state["proven"]
+            self._penalised = state["penalised"]
+            self._checks.load_state_dict(state["checks"])
+            self._displacement.load_state_dict(state["displacement"])
+
     # When, and how much
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -212,7 +259,7 @@ class GradientPenalty(Callback):
 
     def _is_looked_at(self) -> bool:
         """Whether this step's exact penalty is compared: the first, second, fourth, eighth..."""
-        return not self._proven or (self.check != "off" and self._penalised & (self._penalised + 1) == 0)
+        return not self._proven or (self.check == "steps" and self._penalised & (self._penalised + 1) == 0)
 
     def coefficient_at(self, trainer: Trainer) -> float:
         """The coefficient of the optimizer step under way; zero for a step without penalty."""
@@ -246,9 +293,9 @@ class GradientPenalty(Callback):
     # One optimizer step, from replays of its micro-batches
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Add the penalty: the gradient, once a check, its product by a gradient at displaced parameters, the sum."""
+        """Add the penalty: the gradient, now and then a check, its product by displaced gradients, the sum."""
         self._one_gradient.check(trainer)
-        params = [p for p in parameters_of(optimizer) if p.grad is not None]
+        params = [param for param in parameters_of(optimizer) if param.grad is not None]
         if self._now and params:
             if self._look is not None:
                 self._add_what_waited(trainer, pl_module, params, self._look)
@@ -260,12 +307,10 @@ class GradientPenalty(Callback):
             self._log()
 
     def _add_from_replays(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor]) -> None:
-        gradient = [param.grad for param in params if param.grad is not None]
+        gradient = [grad for param in params if (grad := param.grad) is not None]
         window = WindowLoss(trainer, pl_module, self._recorder.calls, params)
-        if self._relative_step is None:
-            found = self._recorder.kinked, self._recorder.half
-            self._relative_step = relative_step(trainer, pl_module, self.difference, *found)
-        if not self._checked:
+        self._displacement.choose(trainer, pl_module, self._recorder)
+        if self._checks.due():
             self._check(trainer, pl_module, window, gradient)
         try:
             extra, lengths = self._penalty(trainer, window, gradient)
@@ -279,6 +324,9 @@ class GradientPenalty(Callback):
             if self.check != "off":
                 self._check(trainer, pl_module, window, gradient)
             extra, lengths = self._penalty(trainer, window, gradient)
+        if self._jumps(extra, lengths):
+            self._check(trainer, pl_module, window, gradient)
+            extra, lengths = self._penalty(trainer, window, gradient)
         if extra is not None and not self._overflowed(trainer, gradient, extra):
             foreach_add_(local(gradient), local(extra))
         self._remember(lengths)
@@ -291,11 +339,14 @@ class GradientPenalty(Callback):
         if self.scope == "step" or k == trainer.world_size == 1:
             # Lightning divides an incomplete window by the full k: its gradient is n / k of the mean's, and so is this
             extra, length = self._penalty_along(window, gradient, self._now, share=len(self._recorder.calls) / k)
-            return extra, [length]
-        total = [torch.zeros_like(param) for param in window.params]
-        lengths = [self._add_micro_batch(part, total, self._now / k) for part in window.micro_batches()]
-        mean_over_ranks_(total)
-        return total, lengths
+            lengths = [length]
+        else:
+            extra = [torch.zeros_like(param) for param in window.params]
+            lengths = [self._add_micro_batch(part, extra, self._now / k) for part in window.micro_batches()]
+            mean_over_ranks_(extra)
+        if extra is not None:
+            descend_(extra, window.params, maximized(*trainer.optimizers))
+        return extra, lengths
 
     def _penalty_along(
         self, window: WindowLoss, gradient: list[Tensor], coefficient: float, share: float = 1.0
@@ -305,10 +356,11 @@ class GradientPenalty(Callback):
         if self._exact:
             product = window.exact_product(gradient, gradient, trusted=self.check == "off")
         else:
-            step = step_along(window.params, gradient, self._relative_step)
+            step = step_along(window.params, gradient, displacement := self._displacement.now)
             if step is None:
                 return None, length
-            product = window.product(gradient, step, self.difference, gradient)  # runs it at displaced parameters
+            self._relative_step = step.relative
+            product = window.product(gradient, step.size, displacement.difference, gradient)  # displaced
         weigh_(product, self.norm, coefficient, length, share)
         return product, length
 
@@ -321,21 +373,28 @@ class GradientPenalty(Callback):
         return length
 
     def _check(self, trainer: Trainer, pl_module: LightningModule, window: WindowLoss, gradient: list[Tensor]) -> None:
-        """Once: a second run must give the same gradient, and half the automatic step should the same product."""
+        """A second run must give the same gradient, and half the automatic displacement should the same product."""
         if not 0 < norm(gradient).item() < math.inf:
             return  # nothing to compare: look in the next step
-        check_repeatable(pl_module, gradient, window.gradient()[1], self._relative_step)
-        self._checked = True
-        if self._exact or self.relative_step != "auto":
+        again = window.gradient()[1]
+        if self._overflowed(trainer, gradient, again):
             return
-        coarse = relative_step(trainer, pl_module, self.difference, kinked=True)
-        if self._relative_step < coarse:
-            step = step_along(window.params, gradient, self._relative_step)
-            whole, half = (
-                extent(window.product(gradient, h, self.difference, gradient), gradient) for h in (step, step / 2)
-            )
-            if not is_resolved(whole, half, self._relative_step, coarse):
-                self._relative_step = coarse
+        when = self._checks.history(trainer.global_step)
+        check_repeatable(pl_module, gradient, again, self._displacement.now.relative, when)
+        del again  # a copy of the parameters
+        self._checks.passed(trainer.global_step)
+        if not self._exact:
+            self._displacement.look(window, gradient)
+
+    def _jumps(self, extra: list[Tensor] | None, lengths: list[Tensor]) -> bool:
+        """Whether the penalty is far stronger than in any step before, for gradients of these lengths."""
+        if extra is None or self.check != "steps":
+            return False
+        scale = torch.stack(lengths).mean() if self.norm == "squared" else 1.0
+        strength = (norm(extra) / (self._now * scale)).item()
+        jumps = self._checks.jumps(strength)
+        self._checks.saw(strength)
+        return jumps
 
     def _overflowed(self, trainer: Trainer, gradient: list[Tensor], extra: list[Tensor]) -> bool:
         """Whether a replay overflowed in fp16: the scaler has looked before, and would not skip the step."""
@@ -377,17 +436,19 @@ class GradientPenalty(Callback):
         self._exact, self._look = False, None
 
     def _differentiate_twice(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        params = [p for p in parameters_of(trainer.optimizers[0]) if p.requires_grad]
+        params = [param for param in parameters_of(trainer.optimizers[0]) if param.requires_grad]
         scale = loss_scale(trainer) / trainer.accumulate_grad_batches
         penalty = ExactPenalty(loss, params, scale, self._now, self.norm, joined=self.scope == "step")
         if self._is_looked_at():  # one pass more: its errors are ours to explain
             self._look = self._look or Look(pl_module, compares=self.check != "off")
             self._look.listen(penalty)
         else:
-            if len(params) == sum(param.requires_grad for param in pl_module.parameters()):
+            climbing = maximized(*trainer.optimizers)
+            if not climbing and len(params) == sum(param.requires_grad for param in pl_module.parameters()):
                 penalty.add_to_loss()
             else:  # parameters of no optimizer are left alone
-                self._handles = add_by_hooks(params, penalty.extras())
+                descend_(extras := penalty.extras(), params, climbing)
+                self._handles = add_by_hooks(params, extras)
             if any(g is None for g in penalty.first):
                 self._unseen = Arrivals(penalty.first, params, pl_module, all_of_them=False)
         earlier = self._latest.lengths[: len(self._recorder.losses) - 1]  # of the window's other micro-batches
@@ -419,6 +480,7 @@ class GradientPenalty(Callback):
             return
         self._proven = True
         extra = look.extras(params, loss_scale(trainer))
+        descend_(extra, params, maximized(*trainer.optimizers))
         if not self._overflowed(trainer, gradient, extra):
             foreach_add_(gradient, extra)
 

@@ -3,31 +3,31 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Literal
-from weakref import WeakKeyDictionary, WeakSet
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_plugins.callbacks.gradient_penalty.checked_steps import CheckedSteps, check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, add_by_hooks
-from lightning_plugins.callbacks.gradient_penalty.first_step import check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.rules import (
     check_relative_step,
     require_full_precision,
     require_plain_gradients,
 )
-from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, weigh_
+from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, weigh_
 from lightning_plugins.callbacks.run_checks import require_strategy
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import loss_scale
+from lightning_plugins.core.optimizers import maximized
 from lightning_plugins.core.random_state import get_random_state
 from lightning_plugins.core.vectors import foreach_add_, local
 from lightning_plugins.core.vectors import norm as length_of
-from lightning_plugins.replay.differences import Difference, step_along
-from lightning_plugins.replay.differences import relative_step as best_step
+from lightning_plugins.replay.differences import Difference, Displacement, best_displacement, step_along
 from lightning_plugins.replay.graph import coarsest_precision, custom_functions, half_precision, has_kinks
 from lightning_plugins.replay.missing_terms import ask
 from lightning_plugins.replay.module_state import ModuleState
@@ -42,7 +42,7 @@ _PARAMETERS = must.Rule(
     lambda value: isinstance(value, Iterable) and not (isinstance(value, Tensor) and not value.ndim), "parameters"
 )
 _asked: WeakKeyDictionary[LightningModule, set[str]] = WeakKeyDictionary()  # which custom functions were compared
-_repeatable: WeakSet[LightningModule] = WeakSet()  # those whose first loss was run twice, with the same gradient
+_checks: WeakKeyDictionary[LightningModule, dict[Any, CheckedSteps]] = WeakKeyDictionary()  # by module and function
 
 
 def gradient_penalty_backward(
@@ -52,7 +52,7 @@ def gradient_penalty_backward(
     params: Iterable[nn.Parameter] | None = None,
     norm: PenaltyNorm = "squared",
     engine: Engine = "finite_difference",
-    difference: Difference = "forward",
+    difference: Difference | Literal["auto"] = "auto",
     relative_step: float | Literal["auto"] = "auto",
 ) -> Tensor:
     r"""Backward pass of a loss plus a penalty on the norm of its gradient, for manual optimization.
@@ -60,8 +60,10 @@ def gradient_penalty_backward(
     .. math:: L + c \|\nabla_{\theta} L\|^2 \quad\text{or}\quad L + c \|\nabla_{\theta} L\|
 
     with ``L`` the mean over ranks. Gradients are added to those that are there already, so that several losses may
-    share a step. The cost is that of :class:`GradientPenalty`. A module's first call with finite differences runs
-    ``loss_fn`` once more, to see whether it can be repeated.
+    share a step. The cost is that of :class:`GradientPenalty`. With finite differences the first call of a ``loss_fn``,
+    the second, fourth, eighth and so on run it once more, to see whether it can be repeated.
+    Parameters that one of the module's optimizers moves up the gradient (``maximize=True``) get minus the penalty's
+    gradient: they climb the loss and descend the penalty.
 
     Args:
         module: the module that trains, with ``automatic_optimization = False``.
@@ -75,9 +77,12 @@ def gradient_penalty_backward(
         engine: ``"finite_difference"`` calls ``loss_fn`` again at displaced parameters, ``"exact"`` differentiates
             twice, and raises where the backward pass brings another gradient than the loss's graph shows, or a custom
             function's backward cannot be differentiated: finite differences tell in the first call that meets it.
-        difference: ``"forward"`` errs by first order in the displacement, ``"central"`` by second, for one more call.
+        difference: ``"forward"`` errs by first order in the displacement, ``"central"`` by second, for one more call;
+            ``"auto"`` is central where the loss has kinks or is computed in half precision, else forward.
         relative_step: displacement over ``|theta|``, between 0 and 1; ``"auto"`` takes the best measured for the
-            precision of the loss, and a larger one where it has kinks.
+            precision of the loss, and a larger one where the names of its operations tell of kinks. Nothing is
+            measured here: for a loss with other kinks (``torch.where``, rounding) and for parameters that start from
+            zero give a number, such as 0.01 with ``difference="central"``.
 
     Returns:
         The loss, without the penalty, detached.
@@ -98,7 +103,7 @@ def gradient_penalty_backward(
         locals(),
         norm=must.one_of(PenaltyNorm),
         engine=must.one_of(Engine),
-        difference=must.one_of(Difference),
+        difference=must.one_of(Literal["auto", Difference]),
         module=must.instance(LightningModule, "a LightningModule"),
         loss_fn=must.function,
         coefficient=must.non_negative,
@@ -123,10 +128,11 @@ def gradient_penalty_backward(
     elif engine == "exact":
         _exact(module, loss, call, params, coefficient, norm)
     else:
-        if relative_step == "auto":
-            kinked, half = has_kinks(loss, module), half_precision(loss)
-            relative_step = best_step(module.trainer, module, difference, kinked, half)
-        _by_replay(module, loss, call, params, coefficient, norm, difference, relative_step)
+        kinked, half = has_kinks(loss, module), half_precision(loss)
+        displacement = best_displacement(module.trainer, module, difference, kinked, half)
+        if relative_step != "auto":
+            displacement = Displacement(displacement.difference, relative_step)
+        _by_replay(module, loss, call, params, coefficient, norm, displacement, _checks_of(module, loss_fn))
     return loss.detach()
 
 
@@ -138,13 +144,25 @@ def _trainable(params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
                 f"{_NAME}: params must be a list of parameters, got one with a {type(param).__name__}: of an optimizer "
                 "they are [p for group in optimizer.param_groups for p in group['params']]."
             )
-    trainable = [param for param in params if param.requires_grad]
+    trainable = list(dict.fromkeys(param for param in params if param.requires_grad))
     if not trainable:
         raise ValueError(
             f"{_NAME}: none of the {len(params)} params is trainable, so that there is no gradient to penalise: give "
             "parameters with requires_grad=True."
         )
     return trainable
+
+
+def _checks_of(module: LightningModule, loss_fn: Callable[[], Tensor]) -> CheckedSteps:
+    """The checks of a function, which a training_step may make anew in each call."""
+    key = getattr(loss_fn, "__code__", type(loss_fn))
+    return _checks.setdefault(module, {}).setdefault(key, CheckedSteps("steps", unit="call"))
+
+
+def _climbing(module: LightningModule) -> set[Tensor]:
+    """Parameters that one of the module's optimizers moves up the gradient."""
+    optimizers = module.optimizers(use_pl_optimizer=False)
+    return maximized(*(optimizers if isinstance(optimizers, list) else [optimizers]))
 
 
 def _scalar(loss: Tensor) -> Tensor:
@@ -170,7 +188,7 @@ def _exact(
     arrivals = None
     try:
         penalty = ExactPenalty(loss * scale_now, params, scale_now, coefficient, norm, joined=True)
-        extras = penalty.extras()
+        descend_(extras := penalty.extras(), params, _climbing(module))
         # listens from before the hooks that add the penalty to what arrives
         arrivals = Arrivals(penalty.first, params, module, precision)
         handles = add_by_hooks(params, extras)
@@ -214,8 +232,8 @@ def _by_replay(
     params: list[nn.Parameter],
     coefficient: float,
     norm: PenaltyNorm,
-    difference: Difference,
-    relative_step: float,
+    displacement: Displacement,
+    checks: CheckedSteps,
 ) -> None:
     """The gradient, the check, the gradient at displaced parameters, the product, their sum."""
     before = [None if param.grad is None else param.grad.clone() for param in params]  # DDP may reuse their memory
@@ -229,11 +247,12 @@ def _by_replay(
         window.unscale_(gradient)
         length = length_of(gradient)
         with _explained():
-            _check(module, window, gradient, length, relative_step)
-            step = step_along(trained, gradient, relative_step)
-            product = None if step is None else window.product(gradient, step, difference, gradient)
+            _check(module, window, gradient, length, displacement, checks)
+            step = step_along(trained, gradient, displacement)
+            product = None if step is None else window.product(gradient, step.size, displacement.difference, gradient)
         if product is not None:
             weigh_(product, norm, coefficient, length)
+            descend_(product, trained, _climbing(module))
             foreach_add_(local(gradient), local(product))
         window.scale_(gradient)
     for param, old in zip(params, before, strict=True):
@@ -242,13 +261,19 @@ def _by_replay(
 
 
 def _check(
-    module: LightningModule, window: WindowLoss, gradient: list[Tensor], length: Tensor, relative_step: float
+    module: LightningModule,
+    window: WindowLoss,
+    gradient: list[Tensor],
+    length: Tensor,
+    displacement: Displacement,
+    checks: CheckedSteps,
 ) -> None:
-    """On the module's first call: a second run must give the same gradient."""
-    if module not in _repeatable and 0 < length.item() < math.inf:
+    """Now and then: a second run must give the same gradient."""
+    if checks.due() and 0 < length.item() < math.inf:
         cure = "use engine='exact', which runs it once"
-        check_repeatable(module, gradient, window.gradient()[1], relative_step, _NAME, "loss_fn", cure)
-        _repeatable.add(module)
+        again, when = window.gradient()[1], checks.history()
+        check_repeatable(module, gradient, again, displacement.relative, when, _NAME, "loss_fn", cure)
+        checks.passed()
 
 
 @contextmanager

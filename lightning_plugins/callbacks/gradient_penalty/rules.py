@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
+from lightning_plugins.callbacks.gradient_penalty.checked_steps import Check
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm
 from lightning_plugins.callbacks.piecewise import Points, check_points
 from lightning_plugins.callbacks.run_checks import (
@@ -24,10 +25,15 @@ from lightning_plugins.replay.twice import why_not_exact
 
 Engine = Literal["finite_difference", "exact", "auto"]
 Scope = Literal["step", "microbatch"]
-Check = Literal["first_step", "off"]
 
 _NAME = "GradientPenalty"
-_CHOICES = {"norm": PenaltyNorm, "engine": Engine, "scope": Scope, "difference": Difference, "check": Check}
+_CHOICES = {
+    "norm": PenaltyNorm,
+    "engine": Engine,
+    "scope": Scope,
+    "difference": Literal["auto", Difference],
+    "check": Check,
+}
 _PRECISIONS = ("32-true", "64-true", "bf16-mixed", "16-mixed")
 
 
@@ -39,7 +45,7 @@ class Arguments(Protocol):
     norm: PenaltyNorm
     engine: Engine
     scope: Scope
-    difference: Difference
+    difference: Difference | Literal["auto"]
     relative_step: float | Literal["auto"]
     every_n_steps: int
     warmup_steps: int

@@ -1,6 +1,6 @@
 """The formula: the gradient of ``c |grad L|^2`` or ``c |grad L|`` is a Hessian product along the gradient, weighted."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Literal
 
 import torch
@@ -34,6 +34,14 @@ def weigh_(
     factor = factor / share
     for tensor in local(product):
         tensor.mul_(factor.to(tensor.dtype))
+
+
+def descend_(extra: Sequence[Tensor | None], params: Sequence[Tensor], climbing: Container[Tensor]) -> None:
+    """Negate the penalty's gradient where an optimizer climbs: a penalty is descended, whatever the loss is."""
+    for param, part in zip(params, extra, strict=True):
+        if part is not None and param in climbing:
+            (tensor,) = local([part])
+            tensor.neg_()
 
 
 def size(norm: PenaltyNorm, lengths: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from lightning_plugins.callbacks.ode_diagnostics.sharpness import (
 )
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.vectors import local, mean_over_ranks_, norm
-from lightning_plugins.replay.differences import relative_step, step_along
+from lightning_plugins.replay.differences import best_displacement, step_along
 from lightning_plugins.replay.missing_terms import ask
 from lightning_plugins.replay.recorder import StepRecorder
 from lightning_plugins.replay.twice import explain, why_not_exact
@@ -230,9 +230,11 @@ class Probe:
                 return product
             except RuntimeError as error:
                 self._give_up_exact(error, explain(error))
-        displacement = relative_step(self._trainer, self._module, "central", self._recorder.kinked, self._recorder.half)
-        step = step_along(window.params, direction, displacement)
-        return [torch.zeros_like(v) for v in direction] if step is None else window.product(direction, step, "central")
+        found = self._recorder.kinked, self._recorder.half
+        step = step_along(window.params, direction, best_displacement(self._trainer, self._module, "central", *found))
+        if step is None:
+            return [torch.zeros_like(v) for v in direction]
+        return window.product(direction, step.size, "central")
 
     def _ask(self, window: WindowLoss, direction: Vector) -> None:
         """Once for a search: whether custom functions of the graph let themselves be differentiated twice."""
