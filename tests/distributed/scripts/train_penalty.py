@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 from trainers import quiet_trainer
 
@@ -50,6 +51,7 @@ class Case:
 
 EXACT = {"engine": "exact"}
 CENTRAL = {"difference": "central"}
+AUTO = CENTRAL | {"engine": "auto"}
 MICRO = {"scope": "microbatch"}
 FLOOD = {"level": 1.15}
 FLOOD_MICRO = FLOOD | MICRO
@@ -79,6 +81,10 @@ CASES = {
     "batch-norm-exact": Case(EXACT, "batch-norm"),
     "synced": Case(CENTRAL, "synced", accumulate=2, tolerance=NEAR),
     "synced-exact": Case(EXACT, "synced"),
+    "hidden": Case(AUTO, "hidden", tolerance=NEAR),
+    "hidden-window": Case(AUTO, "hidden", accumulate=2, tolerance=NEAR),
+    "hidden-micro": Case(AUTO | MICRO, "hidden", accumulate=2, tolerance=NEAR),
+    "detached": Case(AUTO, "detached", tolerance=NEAR),
     "flooded": Case(CENTRAL, flooding=FLOOD, accumulate=2, tolerance=NEAR),
     "flooded-exact": Case(EXACT, flooding=FLOOD),
     "flooded-exact-window": Case(EXACT, flooding=FLOOD, accumulate=2),
@@ -107,8 +113,22 @@ def rows(micro_batch, rank):
     return x, torch.randint(3, (ROWS,), generator=generator)
 
 
+class DetachedSine(torch.autograd.Function):
+    """Its backward is right, and cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return grad * x.detach().cos()
+
+
 class Net(nn.Module):
-    """A perceptron; its kinds have batch norm, a mean over all processes, or a branch.
+    """A perceptron; its kinds have batch norm, a mean over all processes, a branch, or what autograd.grad does not see.
 
     The branch is used where micro-batch + rank is odd, or (seldom) 0 or 1: later by no process.
     """
@@ -121,12 +141,18 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(6) if kind == "batch-norm" else None
 
     def forward(self, x, index):
-        h = self.first(x)
+        several = dist.is_initialized()  # the reference is written without hiding
+        if self.kind == "hidden" and several:
+            h = checkpoint(self.first, x.detach().requires_grad_(), use_reentrant=True)
+        else:
+            h = self.first(x)
+        if self.kind == "detached":
+            h = DetachedSine.apply(h) if several else h.sin()
         if self.norm is not None:
             h = self.norm(h)
         if self.kind == "synced":
             mean = h.square().mean(0)
-            if dist.is_initialized():
+            if several:
                 mean = all_reduce(mean) / dist.get_world_size()
             h = h / (1 + mean).sqrt()
         h = torch.tanh(h)
