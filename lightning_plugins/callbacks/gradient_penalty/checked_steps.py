@@ -37,7 +37,9 @@ class CheckedSteps:
 
     def passed(self, step: int | None = None) -> None:
         """This one was right: an optimizer step counted from zero, by default the number of penalised ones."""
-        self._right.append(self._penalised if step is None else step + 1)
+        number = self._penalised if step is None else step + 1
+        if self._right[-1:] != [number]:
+            self._right.append(number)
         while self._next <= self._penalised:
             self._next = 2 * self._next if self._repeats else math.inf
 

@@ -396,7 +396,11 @@ class Changes(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("arguments", [{}, {"scope": "microbatch"}, {"check": "off"}, {"check": "first_step"}], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"scope": "microbatch"}, {"check": "off"}, {"check": "first_step"}, {"engine": "exact"}, {"engine": "auto"}],
+    ids=str,
+)
 @pytest.mark.parametrize("stop", [1, 2])
 def test_a_resumed_run_equals_one_that_was_not_stopped(stop, arguments, tmp_path):
     whole, first, rest = Changes(), Changes(), Changes()
