@@ -16,7 +16,7 @@ def parameters_of(optimizer: Optimizer) -> list[nn.Parameter]:
     return list(dict.fromkeys(param for group in optimizer.param_groups for param in group["params"]))
 
 
-def maximized(*optimizers: Optimizer) -> set[Tensor]:
+def maximized(*optimizers: Optimizer) -> set[nn.Parameter]:
     """The parameters that optimizers move up their gradients: those of groups with ``maximize=True``."""
     groups = (group for optimizer in optimizers for group in optimizer.param_groups)
     return {param for group in groups if group.get("maximize") for param in group["params"]}
