@@ -241,7 +241,7 @@ class HoldsAThread:
         Colour.RED, torch.float32, torch.Size([1]), HoldsAThread(), (n for n in range(2)), DataLoader([1]),
         TensorDataset(torch.zeros(1)), np, ValueError("a"), (1, "b", (2.0, None)), b"bytes", range(3),
     ],
-    ids=repr,
+    ids=lambda thing: type(thing).__name__,
 )  # fmt: skip
 def test_what_cannot_be_copied_or_need_not_is_handed_over(thing):
     assert copied({"it": thing})["it"] is thing
