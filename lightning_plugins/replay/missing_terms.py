@@ -127,8 +127,8 @@ def ask(
     again = window.gradient()[1]
     if not _distance(again, gradient) <= rounding * norm(gradient).item():
         return told(functions, "unknown", "running the step again gives another gradient")
-    kinked = bool(largest_over_ranks(int(kinked), trainer.strategy.root_device))
     product = window.exact_product(direction, again)
+    kinked = bool(largest_over_ranks(int(kinked or window.selects), trainer.strategy.root_device))
     rounding = rounding_of(window.params, window.precision)
     return told(
         functions, examine(window, direction, product, step.size, rounding, kinked), "no difference was resolved"

@@ -17,7 +17,7 @@ from lightning_plugins.core.distributed import all_or_none
 from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
-from lightning_plugins.replay.graph import coarsest_precision, custom_functions
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions, operations
 from lightning_plugins.replay.recorder import Call, without_trace
 from lightning_plugins.replay.twice import first_derivative, require_same, second_derivative
 
@@ -42,6 +42,7 @@ class WindowLoss:
         alone: as given.
         functions: custom functions that the first exact product has met in the graph.
         precision: the coarsest in that graph.
+        selects: whether ``torch.where`` stands in it, which may be a kink or a mask.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class WindowLoss:
         self.params = list(params)
         self.functions: set[str] = set()
         self.precision = torch.float64
+        self.selects = False
         self._compared = False
         self._trainer, self._module, self._calls = trainer, module, list(calls)
         self._device = trainer.strategy.root_device
@@ -170,6 +172,7 @@ class WindowLoss:
                 if compares:
                     self.precision = coarsest_precision([loss])
                     self.functions |= custom_functions(loss)
+                    self.selects |= "WhereBackward0" in operations([loss])
                 first = first_derivative(loss, self.params)
                 for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
                     if part is not None:

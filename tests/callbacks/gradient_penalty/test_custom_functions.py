@@ -166,15 +166,24 @@ def test_a_backward_that_is_no_derivative_is_taken_as_it_says(function, k):
     assert_same(module.gradients, written(net(function), data, k), 1e-11)
 
 
-def test_kinks_do_not_speak_against_it():
+class Selects(nn.Module):
+    """A ReLU that no name shows."""
+
+    def forward(self, x):
+        return torch.where(x > 0, x, 0.0)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU, Selects])
+def test_kinks_do_not_speak_against_it(activation):
     """Units that cross their kink are in the difference, and in no product."""
-    module, data = WatchedClassifier(net(Cubes, nn.ReLU)), batches(4)
+    module, data = WatchedClassifier(net(Cubes, activation)), batches(4)
     fit(module, data, GradientPenalty(C, engine="exact"))
-    assert_same(module.gradients, written(net(Cubes, nn.ReLU), data), 1e-11)
+    assert_same(module.gradients, written(net(Cubes, activation), data), 1e-11)
 
 
-def test_what_kinks_hide_is_told():
-    module = WatchedClassifier(net(Detaches, nn.ReLU))
+@pytest.mark.parametrize("activation", [nn.ReLU, Selects])
+def test_what_kinks_hide_is_told(activation):
+    module = WatchedClassifier(net(Detaches, activation))
     with pytest.warns(
         UserWarning, match=r"Function Detaches is taken as its backward says.*no difference was resolved"
     ):
