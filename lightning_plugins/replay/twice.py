@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
-from lightning_plugins.replay.graph import operations
+from lightning_plugins.replay.graph import coarsest_precision, custom_functions, operations
 
 _CURE = "use engine='finite_difference'"
 # Relative difference that rounding may make between two gradients of one loss: the kernels of a backward pass that
@@ -20,6 +20,18 @@ _SAME = {torch.float64: 1e-8, torch.float32: 2.0**-10, torch.float16: 2.0**-6, t
 
 class MissedTermError(RuntimeError):
     """Differentiating twice misses a part of the loss; the message is a clause that ends with a cure."""
+
+
+def look_into(loss: Tensor) -> tuple[set[str], torch.dtype]:
+    """The custom functions in a loss's graph, and the coarsest precision there.
+
+    Raises:
+        RuntimeError: torch computes the second derivative of a part wrongly.
+    """
+    if any(name.startswith("WeightNormInterfaceBackward") for name in operations([loss])):
+        # its second derivative leaves out that the norms depend on the weights; gradgradcheck fails on every device
+        raise RuntimeError("torch's kernel of weight_norm has a wrong second derivative")
+    return custom_functions(loss), coarsest_precision([loss])
 
 
 def first_derivative(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -166,7 +178,8 @@ def _refuse(
     lengths: Tensor, errors: Tensor, params: Sequence[Tensor], module: LightningModule, precision: torch.dtype
 ) -> None:
     same = rounding_of(params, precision)
-    least = same / 100 * lengths.norm()  # of a parameter whose gradient is made of rounding alone
+    # a gradient may be made of rounding alone; where the graph shows none, little is needed to see that one came
+    least = torch.where(lengths > 0, same / 10, same / 100) * lengths.norm()
     wrong = (errors > same * lengths + least).nonzero().flatten().tolist()
     if wrong and errors.isfinite().all() and lengths.isfinite().all():
         share = (errors[wrong].norm() / torch.hypot(lengths, errors).norm()).item()
@@ -229,6 +242,8 @@ def explain(error: RuntimeError) -> str:
     if "is not implemented" in text:
         kernel = text.split("derivative for")[-1].split("is not implemented")[0].strip()
         return f"{kernel} has no second derivative; {cure} (for attention also the MATH backend of sdpa_kernel)"
+    if "weight_norm" in text:
+        return f"{text}; {cure} or torch.nn.utils.parametrize with a norm of your own"
     if "use_reentrant=True" in text:
         return f"reentrant gradient checkpointing differentiates once only; {cure} or use_reentrant=False"
     if "double backward" in text or "donated buffer" in text:

@@ -17,9 +17,9 @@ from lightning_plugins.core.distributed import all_or_none
 from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
-from lightning_plugins.replay.graph import coarsest_precision, custom_functions, operations
+from lightning_plugins.replay.graph import operations
 from lightning_plugins.replay.recorder import Call, without_trace
-from lightning_plugins.replay.twice import first_derivative, require_same, second_derivative
+from lightning_plugins.replay.twice import first_derivative, look_into, require_same, second_derivative
 
 
 class WindowLoss:
@@ -133,7 +133,7 @@ class WindowLoss:
         gradient: Sequence[Tensor] = (),
     ) -> list[Tensor]:
         """:meth:`product` by a step minus that by half of it, in the memory of one."""
-        with without_trace(self._module, self._device), displaced(self.params, direction) as move:
+        with without_trace(self._module, self._device, self.params), displaced(self.params, direction) as move:
             sides = (1.0,) if difference == "forward" else (1.0, -1.0)
             for side in sides:
                 move(side * step)
@@ -170,8 +170,8 @@ class WindowLoss:
             for call in self._calls:
                 loss = call.replay() * self._scale * self._share
                 if compares:
-                    self.precision = coarsest_precision([loss])
-                    self.functions |= custom_functions(loss)
+                    functions, self.precision = look_into(loss)
+                    self.functions |= functions
                     self.selects |= "WhereBackward0" in operations([loss])
                 first = first_derivative(loss, self.params)
                 for total, part in zip(products, second_derivative(first, self.params, direction), strict=True):
@@ -207,9 +207,25 @@ class WindowLoss:
         with self._all_or_none():
             for call in self._calls:
                 loss = call.replay()
-                self._backward(loss * (factor * self._share) * self._scale)
+                with self._weighted(factor * call.sign):
+                    self._backward(loss * call.sign * self._share * self._scale)
                 total += loss.detach().reshape(()) / len(self._calls)
         return total
+
+    @contextmanager
+    def _weighted(self, weight: Tensor | float) -> Iterator[None]:
+        """Add gradients times plus or minus a power of two: a ``backward`` of the module's own may not be linear."""
+        if not isinstance(weight, Tensor) and weight == 1:
+            yield
+            return
+        self._multiply_grads(1 / weight)
+        yield
+        self._multiply_grads(weight)
+
+    @torch.no_grad()
+    def _multiply_grads(self, factor: Tensor | float) -> None:
+        for grad in local([param.grad for param in self.params if param.grad is not None]):
+            grad *= factor
 
     def _all_or_none(self) -> AbstractContextManager[None]:
         """Around what may fail on one rank, where the others would wait for it in vain."""

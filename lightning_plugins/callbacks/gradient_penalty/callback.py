@@ -461,12 +461,28 @@ class GradientPenalty(Callback):
         try:
             if unseen is not None:
                 unseen.check()
-            if self._look is not None and self._look.check() and is_scaled(trainer):
-                for param in parameters_of(trainer.optimizers[0]):  # the scaler is yet to look, and skips the step
-                    if param.grad is not None:
-                        param.grad.fill_(math.inf)
+            if self._look is not None:
+                self._add_if_seen(trainer, self._look)
         except MissedTermError as error:
             self._give_up_exact(error)
+
+    def _add_if_seen(self, trainer: Trainer, look: Look) -> None:
+        """After the backward pass of a step that was looked at: add the penalty, unless it has to wait.
+
+        It waits for other micro-batches, and for finite differences that are asked about custom functions. Else it is
+        there, as in other steps, when the module's own ``on_after_backward`` comes.
+        """
+        params = [param for param in parameters_of(trainer.optimizers[0]) if param.grad is not None]
+        gradient = [grad for param in params if (grad := param.grad) is not None]
+        if look.check() and is_scaled(trainer):  # the scaler is yet to look, and skips the step
+            for grad in gradient:
+                grad.fill_(math.inf)
+        elif trainer.accumulate_grad_batches == 1 and not largest_over_ranks(
+            len(look.functions), trainer.strategy.root_device
+        ):
+            self._look, self._proven = None, True
+            descend_(extra := look.extras(params, 1.0), params, maximized(*trainer.optimizers))
+            foreach_add_(gradient, extra)
 
     def _add_what_waited(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor], look: Look) -> None:
         """The penalties of a step that was looked at; none if finite differences are to be taken after all."""

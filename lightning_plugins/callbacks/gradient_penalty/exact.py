@@ -12,8 +12,13 @@ from torch import Tensor
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, weigh_
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.vectors import mean_over_ranks_, norm
-from lightning_plugins.replay.graph import coarsest_precision, custom_functions
-from lightning_plugins.replay.twice import Arrivals, MissedTermError, first_derivative, second_derivative
+from lightning_plugins.replay.twice import (
+    Arrivals,
+    MissedTermError,
+    first_derivative,
+    look_into,
+    second_derivative,
+)
 
 
 class ExactPenalty:
@@ -103,8 +108,8 @@ class Look:
 
     def listen(self, penalty: ExactPenalty) -> None:
         """Call it before a backward pass."""
-        self.functions |= custom_functions(penalty.loss)
-        self.precision = coarsest_precision([penalty.loss])
+        functions, self.precision = look_into(penalty.loss)
+        self.functions |= functions
         for param, extra in zip(penalty.params, penalty.extras(), strict=True):
             if extra is not None:
                 self._waiting[param] = self._waiting[param] + extra if param in self._waiting else extra

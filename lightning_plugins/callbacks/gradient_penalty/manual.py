@@ -28,11 +28,11 @@ from lightning_plugins.core.random_state import get_random_state
 from lightning_plugins.core.vectors import foreach_add_, local
 from lightning_plugins.core.vectors import norm as length_of
 from lightning_plugins.replay.differences import Difference, Displacement, best_displacement, step_along
-from lightning_plugins.replay.graph import coarsest_precision, custom_functions, half_precision, has_kinks
+from lightning_plugins.replay.graph import half_precision, has_kinks
 from lightning_plugins.replay.missing_terms import ask
 from lightning_plugins.replay.module_state import ModuleState
 from lightning_plugins.replay.recorder import Call
-from lightning_plugins.replay.twice import Arrivals, explain, why_not_exact
+from lightning_plugins.replay.twice import Arrivals, explain, look_into, why_not_exact
 from lightning_plugins.replay.window import WindowLoss
 
 Engine = Literal["finite_difference", "exact"]
@@ -184,9 +184,9 @@ def _exact(
     if reason := why_not_exact(module.trainer, module):
         raise ValueError(f"{_NAME}(engine='exact') is not possible: {reason}.")
     scale_now = loss_scale(module.trainer)
-    functions, precision = custom_functions(loss), coarsest_precision([loss])
     arrivals = None
     try:
+        functions, precision = look_into(loss)
         penalty = ExactPenalty(loss * scale_now, params, scale_now, coefficient, norm, joined=True)
         descend_(extras := penalty.extras(), params, _climbing(module))
         # listens from before the hooks that add the penalty to what arrives
