@@ -79,6 +79,8 @@ class Bend(torch.autograd.Function):
 class OwnFunction(Curve, family="autograd", title="own Function"):
     """A backward of one's own that builds a graph."""
 
+    doubted = "Bend"
+
     def bent(self, x):
         return Bend.apply(x)
 
@@ -110,7 +112,7 @@ class BendDetached(Bend):
 class DetachedFunction(Curve, family="autograd", title="Function that detaches"):
     """A backward of one's own that builds no graph, and does not say so."""
 
-    twice = "detach|Function"
+    twice, doubted = "detach|Function", "BendDetached"
 
     def bent(self, x):
         return BendDetached.apply(x)
@@ -268,7 +270,7 @@ class OwnBackward(Curve, family="autograd", title="backward of the loss's logari
     twice = "backward"
 
     def backward(self, loss):
-        (loss / loss.detach()).backward()
+        (3 * loss / loss.detach()).backward()
 
 
 class HandWritten(Curve, family="autograd", title="gradients written by hand"):

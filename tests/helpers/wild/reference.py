@@ -142,7 +142,7 @@ def train(module, batches, epochs=1, k=1, clip=None, autocast=False, objective=P
                     window.append((entry, loss.item()))
                     module.backward(loss / k)
                     if objective.within:
-                        add_penalty(with_gradient(module, found), [entry], 1, objective, path)
+                        add_penalty(with_gradient(module, found), [entry], 1, objective, path, found)
                     module.on_after_backward()
                 if (index + 1) % k == 0 or index + 1 == len(batches):
                     optimizer_step(module, found, window, k, clip, objective, probes, path)
@@ -163,7 +163,7 @@ def optimizer_step(module, optimizer, window, k, clip, objective, probes, path):
             for param in params.values():
                 param.grad.neg_()
         if objective.coefficient and not objective.within:
-            add_penalty(params, entries, k, objective, path)
+            add_penalty(params, entries, k, objective, path, optimizer)
         before = {i: (p.detach().clone(), p.grad.clone()) for i, p in params.items()} if probes else {}
     module.on_before_optimizer_step(optimizer)
     if clip is not None:
@@ -189,9 +189,10 @@ def bend(params, before, entries, k):
     return float(sum(inner(after[i] - before[i][1], move[i]) for i in params) / length(move) ** 2)
 
 
-def add_penalty(params, entries, k, objective, path):
+def add_penalty(params, entries, k, objective, path, optimizer):
     """Add the gradient of ``c |grad F|^2``, which is that of ``c |grad L|^2`` whatever the sign of ``F``.
 
+    An optimizer that climbs goes down the penalty all the same, so that it is subtracted there.
     Of an incomplete window's ``n`` micro-batches the loss, and so the penalty, counts ``n / k``.
     """
     share = len(entries) / k
@@ -210,8 +211,9 @@ def add_penalty(params, entries, k, objective, path):
         # where the direction was turned round, these are of the opposite sign
         factor = (-1.0 if is_flooded(path, objective) else 1.0) * objective.coefficient / share
     path.products.append(length(products) / 2)
+    climbing = {id(p) for group in optimizer.param_groups if group.get("maximize") for p in group["params"]}
     for i, param in params.items():
-        param.grad = products[i] * factor + param.grad
+        param.grad = products[i] * (-factor if id(param) in climbing else factor) + param.grad
 
 
 def is_flooded(path, objective):

@@ -38,6 +38,7 @@ class Wild(LightningModule):
         unsuited: what Lightning or torch refuses without any callback, by setting.
         late: the number of steps after which a module shows what it is; it must be refused before twice as many.
         twice: why differentiating twice is impossible: ``"exact"`` refuses with it, ``"auto"`` goes on by differences.
+        doubted: names a custom function of which differences in bf16 show nothing: it is taken as it is, and told.
         large: whether its cells take long; few are run by default.
         slow: whether none is run by default.
     """
@@ -55,6 +56,7 @@ class Wild(LightningModule):
     warned: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     unsuited: Mapping[str, str] = MappingProxyType({})
     twice: str | None = None
+    doubted: str | None = None
 
     def __init_subclass__(cls, family=None, title=None, **options):
         super().__init_subclass__(**options)
