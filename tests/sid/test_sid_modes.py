@@ -385,9 +385,10 @@ def test_compiled_networks_learn_the_same(teacher_folder):
             network.compile(backend="aot_eager")
             return network
 
+    own = {"optimizer": sgd, "fake_optimizer": sgd, "lr": 1e-5, "fake_lr": 1e-5}  # the rates are defaults, not read
     states = []
     for cls in (SiD, Compiled):
-        module = build(teacher_folder("dit"), cls, batch_size=2, optimizer=sgd, fake_optimizer=sgd)
+        module = build(teacher_folder("dit"), cls, batch_size=2, **own)
         fit(module, max_steps=1)
         states.append(module.state_dict())
         assert module.sample(2).shape == (2, 3, 16, 16)
