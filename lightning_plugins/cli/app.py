@@ -12,7 +12,6 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -23,10 +22,13 @@ from lightning_plugins.cli.checkpoint_rules import check_sharded
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
+from lightning_plugins.cli.last_checkpoint import SaveLast, keep_last, model_checkpoints
+from lightning_plugins.cli.last_run import find_last
 from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
+from lightning_plugins.cli.run_record import RunRecord
 from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
@@ -139,7 +141,7 @@ class PluginsCLI(LightningCLI):
         config = self.config[command]
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or ".")
-            config.ckpt_path = str(checkpoint.find_last(root, _checkpoint_folders(root, config.trainer)))
+            config.ckpt_path = str(find_last(root, config.trainer))
         if config.ckpt_path == "":
             raise UsageError("--ckpt_path is empty: give a checkpoint file, or `last` for the newest run's.")
         if config.weights_only is None:  # of an address Lightning would read anything
@@ -201,12 +203,21 @@ class PluginsCLI(LightningCLI):
         """Build the trainer: with a NonFiniteGuard unless the config has one, and with checkpoints that survive."""
         given = self.config_init[self.subcommand].trainer.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
+        callbacks = [*self.trainer_defaults["callbacks"], SaveLast(), self._run_record()]
         if not any(isinstance(callback, NonFiniteGuard) for callback in given):
-            callbacks = [NonFiniteGuard(), *self.trainer_defaults["callbacks"]]
-            self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+            callbacks.insert(0, NonFiniteGuard())
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         keep_checkpoints_whole(trainer)  # unless the user named how they are written
+        if self.subcommand == "fit":
+            keep_last(trainer)
         return trainer
+
+    def _run_record(self) -> RunRecord:
+        config = self.config[self.subcommand]
+        data = config.data.class_path if config.get("data") else None
+        root = Path(config.trainer.default_root_dir or ".")
+        return RunRecord(self.subcommand, config.model.class_path, data, config.ckpt_path or None, root)
 
     # Running
 
@@ -258,7 +269,7 @@ class PluginsCLI(LightningCLI):
             raise RunStoppedError(sentence, self._how_to_go_on()) from error
 
     def _how_to_go_on(self) -> str:
-        written = [c.last_model_path or c.best_model_path for c in _model_checkpoints(self.trainer)]
+        written = [c.last_model_path or c.best_model_path for c in model_checkpoints(self.trainer)]
         found = [path for path in written if path and Path(path).exists()]
         return f"Go on with the same command and --ckpt_path {shorten(found[0])}" if found else ""
 
@@ -271,7 +282,7 @@ class PluginsCLI(LightningCLI):
         """Test the trained model if the user asked for it."""
         if not self.config.fit.test_after_fit:
             return
-        best = [c.best_model_path for c in _model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
+        best = [c.best_model_path for c in model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
         path = best[0] if best else None  # after a resume it may be a checkpoint's word
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
@@ -280,21 +291,6 @@ class PluginsCLI(LightningCLI):
         predictions = self.trainer.predict(**kwargs)
         if predictions and not self.trainer.fast_dev_run:
             print(f"Predictions: {shorten(save_predictions(self.trainer, predictions))}")
-
-
-def _model_checkpoints(trainer: Any) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def _checkpoint_folders(root: Path, trainer: Namespace) -> list[Path]:
-    """Where the runs of a trainer with this config keep their checkpoints."""
-    folders = checkpoint.checkpoint_folders(root)
-    for key, argument in (("logger", "save_dir"), ("callbacks", "dirpath")):
-        parts = trainer.get(key) if isinstance(trainer.get(key), list) else [trainer.get(key)]
-        for part in parts:
-            if isinstance(part, Namespace) and (folder := part.get(f"init_args.{argument}")):
-                folders += [Path(folder), *Path(folder).glob("*/*/checkpoints")]
-    return folders
 
 
 def _unwrap(error: Exception) -> Exception:
