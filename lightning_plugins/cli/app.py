@@ -25,6 +25,7 @@ from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.last_checkpoint import SaveLast, keep_last, model_checkpoints
 from lightning_plugins.cli.last_run import find_last
 from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
+from lightning_plugins.cli.monitors import MonitorCheck, explain_monitor
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
@@ -203,7 +204,7 @@ class PluginsCLI(LightningCLI):
         """Build the trainer: with a NonFiniteGuard unless the config has one, and with checkpoints that survive."""
         given = self.config_init[self.subcommand].trainer.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        callbacks = [*self.trainer_defaults["callbacks"], SaveLast(), self._run_record()]
+        callbacks = [*self.trainer_defaults["callbacks"], SaveLast(), MonitorCheck(), self._run_record()]
         if not any(isinstance(callback, NonFiniteGuard) for callback in given):
             callbacks.insert(0, NonFiniteGuard())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
@@ -234,6 +235,7 @@ class PluginsCLI(LightningCLI):
             raise UsageError(f"--ckpt_path {error.filename!r} is a folder; give a checkpoint file.", hint) from error
         except (ValueError, OSError, MisconfigurationException) as error:
             self._explain_stop(error)
+            self._explain_monitor(error)
             missing = str(error).startswith("Checkpoint file not found")  # Lightning's, of an address
             if not (missing or raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
@@ -245,6 +247,7 @@ class PluginsCLI(LightningCLI):
             sys.exit(1)  # no mistake of the command
         except RuntimeError as error:
             self._explain_stop(error)
+            self._explain_monitor(error)
             if "in loading state_dict" not in str(error):
                 raise
             path = self.config[subcommand].ckpt_path
@@ -268,10 +271,15 @@ class PluginsCLI(LightningCLI):
         if sentence := outside_cause(error):
             raise RunStoppedError(sentence, self._how_to_go_on()) from error
 
-    def _how_to_go_on(self) -> str:
+    def _explain_monitor(self, error: Exception) -> None:
+        """A monitor that nobody logs, with the nearest names; other errors are left to the caller."""
+        if sentence := explain_monitor(error, self.trainer):
+            raise UsageError(sentence, self._how_to_go_on("the right monitor")) from error
+
+    def _how_to_go_on(self, by: str = "the same command") -> str:
         written = [c.last_model_path or c.best_model_path for c in model_checkpoints(self.trainer)]
         found = [path for path in written if path and Path(path).exists()]
-        return f"Go on with the same command and --ckpt_path {shorten(found[0])}" if found else ""
+        return f"Go on with {by} and --ckpt_path {shorten(found[0])}" if found else ""
 
     def before_fit(self) -> None:
         """Look for the test data before hours of training, if they are wanted after it."""

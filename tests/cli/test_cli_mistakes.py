@@ -275,8 +275,8 @@ error: checkpoint 'empty.ckpt' is empty: the run that wrote it was cut off. Use 
 error: 'text.ckpt' is not a Lightning checkpoint, or is damaged.
 """,
     "test --data Digits --ckpt_path last --trainer.default_root_dir /nowhere": """\
-error: --ckpt_path last: no run in '/nowhere' has a last.ckpt.
-A run writes one with --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true
+error: --ckpt_path last: no run in '/nowhere' has a checkpoint.
+Give its file, or the folder above lightning_logs: --trainer.default_root_dir FOLDER
 """,
     "copy capsnet/digts .": """\
 error: no shipped config or recipe is called 'capsnet/digts'.
