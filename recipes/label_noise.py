@@ -95,12 +95,12 @@ def run(method: str, value: float, seed: int, epochs: int) -> Tensor:
 
 
 def row(histories: Tensor, nothing: Tensor) -> str:
-    """Cells of the table from one setting's ``(seeds, epochs, 4)``: mean and standard deviation over the seeds."""
+    """Cells of the table from one setting's ``(seeds, epochs, 4)``: mean and, of several seeds, standard deviation."""
     last, seeds = histories[:, -1], torch.arange(len(histories))
     stopped = histories[seeds, histories[:, :, VAL].argmin(1), TEST]
     gain = last[:, TEST] - nothing[:, -1, TEST]
     cells = (last[:, TEST], gain, stopped, last[:, VAL], histories[:, -10:, TRAIN].mean(1))
-    return " | ".join(f"{cell.mean():.3f} ± {cell.std():.3f}" for cell in cells)
+    return " | ".join(f"{cell.mean():.3f}" + (f" ± {cell.std():.3f}" if len(cell) > 1 else "") for cell in cells)
 
 
 def draw(chosen: dict[str, Tensor], path: str) -> None:

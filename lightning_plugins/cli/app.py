@@ -29,6 +29,7 @@ from lightning_plugins.cli.monitors import MonitorCheck, explain_monitor
 from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
+from lightning_plugins.cli.resolve import command_that_writes
 from lightning_plugins.cli.run_record import RunRecord
 from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
@@ -135,6 +136,7 @@ class PluginsCLI(LightningCLI):
         self._take_model_from_checkpoint()
         refuse_nulls(self.config[self.config.subcommand], checkpoint.LINKS)
         self._require_model_and_data()
+        self._require_teacher()
 
     def _take_model_from_checkpoint(self) -> None:
         """Take the model's class and arguments from the checkpoint, and refuse what contradicts it."""
@@ -187,6 +189,15 @@ class PluginsCLI(LightningCLI):
         if config.get("data") is None and getattr(model, loader) is getattr(LightningModule, loader):
             sentence = f"{command} needs data: --data CLASS ({model.__name__} has no {loader} of its own)."
             raise UsageError(sentence, "Names: lightning-plugins list")
+
+    def _require_teacher(self) -> None:
+        """Say which command makes a shipped config's teacher, before it is looked for on the Hub."""
+        if self.config.subcommand != "fit":
+            return
+        teacher = self.config.fit.model.get("init_args.teacher")
+        if isinstance(teacher, str) and not Path(teacher).exists() and (command := command_that_writes(teacher)):
+            sentence = f"the teacher {teacher!r} is no folder in {str(Path().absolute())!r}. This command makes it:"
+            raise UsageError(sentence, command)
 
     # Construction
 
