@@ -304,7 +304,7 @@ def stratified_split(labels: Tensor, sizes: dict[str, int | float], seed: int) -
     held = sum(counts.values())
     if held >= N:
         told = " and ".join(f"{name}_size={size}" for name, size in sizes.items())
-        raise ValueError(f"{told} must leave training samples of {N}: give smaller ones.")
+        raise ValueError(f"{told} must leave training samples of {N}: give less, such as 0.1.")
     order = hash_keys(torch.arange(N), seed, stream=-2).argsort()
     order = order[labels[order].argsort(stable=True)]
     rest = torch.ones(N, dtype=torch.bool)

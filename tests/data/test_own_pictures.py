@@ -71,7 +71,7 @@ def test_each_part_has_its_share_of_each_class(sizes):
 def test_too_few_to_hold_out():
     with pytest.raises(ValueError) as error:
         stratified_split(torch.zeros(4, dtype=torch.int64), {"val": 2, "test": 0.5}, 0)
-    assert str(error.value) == "val_size=2 and test_size=0.5 must leave training samples of 4: give smaller ones."
+    assert str(error.value) == "val_size=2 and test_size=0.5 must leave training samples of 4: give less, such as 0.1."
     parts = stratified_split(torch.zeros(3, dtype=torch.int64), {"val": 0.1, "test": 0.1}, 0)
     assert {name: len(index) for name, index in parts.items()} == {"val": 1, "test": 1, "train": 1}
 
