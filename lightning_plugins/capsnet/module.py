@@ -382,10 +382,14 @@ class CapsNet(LightningModule):
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """``prediction`` (see :meth:`predict_labels`), ``lengths`` ``(B, J)``, ``poses`` and ``reconstruction``."""
+        """``prediction`` (see :meth:`predict_labels`) and ``score``, its capsule's length; ``lengths`` ``(B, J)`` of all,
+        ``poses`` and ``reconstruction``.
+        """
         poses = self(batch["image"])
         prediction = self.predict_labels(poses)
-        output = {"prediction": prediction, "lengths": poses.norm(dim=-1), "poses": poses}
+        lengths = poses.norm(dim=-1)
+        score = lengths.gather(1, prediction.view(len(poses), -1)).view(prediction.shape)
+        output = {"prediction": prediction, "score": score, "lengths": lengths, "poses": poses}
         if self.decoder is not None:
             output["reconstruction"] = self.decoder(poses, prediction)
         return output

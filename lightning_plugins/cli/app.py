@@ -26,9 +26,10 @@ from lightning_plugins.cli.last_checkpoint import SaveLast, keep_last, model_che
 from lightning_plugins.cli.last_run import find_last
 from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
 from lightning_plugins.cli.monitors import MonitorCheck, explain_monitor
-from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
+from lightning_plugins.cli.outputs import picture_lines, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
+from lightning_plugins.cli.predictions import PredictionWriter
 from lightning_plugins.cli.resolve import command_that_writes
 from lightning_plugins.cli.run_record import RunRecord
 from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP
@@ -112,8 +113,7 @@ class PluginsCLI(LightningCLI):
         for name in checkpoint.LINKS:
 
             def same_unless_given(value: Any, name: str = name) -> Any:
-                self._check_link(name, value)
-                return value
+                return self._check_link(name, value)
 
             parser.link_arguments(
                 f"data.{name}", f"model.init_args.{name}", compute_fn=same_unless_given, apply_on="instantiate"
@@ -167,16 +167,29 @@ class PluginsCLI(LightningCLI):
         checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)
         self.checkpoint_arguments = hparams
 
-    def _check_link(self, name: str, value: Any) -> None:
+    def _check_link(self, name: str, value: Any) -> Any:
+        """The value that an argument of the model gets of the data's.
+
+        Raises:
+            UsageError: the user, or the checkpoint, says another.
+        """
         given = (self.explicit.get("model") or Namespace()).get(f"init_args.{name}")
         who = "was given"
         if given is None:
             given = self.checkpoint_arguments.get(name)
             who = "is the checkpoint's"
         data = self.config[self.subcommand].data.class_path.rpartition(".")[2]
+        if self._predicts_others(name) and given is not None:
+            return given
         if given is not None and checkpoint.plain(given) != checkpoint.plain(value):
             hint = "Leave it out: the data decides." if who == "was given" else "Give the data it was trained on."
             raise UsageError(f"model.{name} {checkpoint.plain(given)!r} {who}, but {data}'s is {value!r}.", hint)
+        return value
+
+    def _predicts_others(self, name: str) -> bool:
+        """Whether the data may have other classes than the model, or none: it predicts, and is told of none."""
+        conditional = self.checkpoint_arguments.get("conditional")
+        return name == "num_classes" and self.subcommand == "predict" and not conditional
 
     def _require_model_and_data(self) -> None:
         command = self.config.subcommand
@@ -306,10 +319,12 @@ class PluginsCLI(LightningCLI):
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
     def predict(self, **kwargs: Any) -> None:
-        """Run ``Trainer.predict`` and write what it returns into the run's folder."""
-        predictions = self.trainer.predict(**kwargs)
-        if predictions and not self.trainer.fast_dev_run:
-            print(f"Predictions: {shorten(save_predictions(self.trainer, predictions))}")
+        """Run ``Trainer.predict`` and write what it gives into the run's folder."""
+        if kwargs.pop("return_predictions", None) is not False:
+            self.trainer.callbacks.append(PredictionWriter())
+        with warnings.catch_warnings():  # this package's loaders know the rows of a batch, which Lightning asks torch's
+            warnings.filterwarnings("ignore", r"Couldn't infer the batch indices .*`KeyLoader`")
+            self.trainer.predict(**kwargs, return_predictions=False)
 
 
 def _unwrap(error: Exception) -> Exception:

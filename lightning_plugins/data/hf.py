@@ -32,6 +32,7 @@ _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk() writes
 _EVERYTHING = "everything"  # the split of a set without splits, for prediction
 # What Pillow opens: others are read by programs of their own, as PostScript is, which is a program itself.
 _FORMATS = {"PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "TGA"}
+_MOST_NAMES = 10  # that a sentence tells
 _IN_MEMORY = 2**30  # bytes of a decoded split up to which it is held in memory
 
 
@@ -210,6 +211,27 @@ class HFImages(ImageData):
         """The test split; all images of a set that has none."""
         return "test" if self._has("test") else _EVERYTHING
 
+    def state_dict(self) -> dict[str, Any]:
+        """The names of the classes, for the checkpoint."""
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare the classes with those that the model was trained on; predictions are called by the latter.
+
+        Raises:
+            ValueError: they have other names, so that a label would mean something else.
+        """
+        names = state.get("class_names")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            return  # of another version, or without
+        self.trained_names = names
+        predicts = self.trainer is not None and self.trainer.predicting
+        if not predicts and self.class_names not in (None, names):
+            raise ValueError(
+                f"The classes of {self.path!r} are {_list_of(self.class_names)}, but the model was trained on "
+                f"{_list_of(names)}: give folders of these names, or label_column='none'."
+            )
+
     def prepare_data(self) -> None:
         """Download and decode once, in one process; the others find the cache."""
         for split in self.split_names:
@@ -240,7 +262,7 @@ class HFImages(ImageData):
         """Where each image of a split lies, from the folder on; ``None`` where they are rows of a table."""
         rows = self._decoded("train" if split == _EVERYTHING or not self._has(split) else split)
         names = list(rows["file"])
-        if split in self._carved and split != _EVERYTHING:
+        if split != _EVERYTHING and split in self._carved:
             names = [names[i] for i in self._carved[split].tolist()]
         return names if all(names) else None
 
@@ -437,6 +459,10 @@ def _content(stored: dict[str, Any]) -> bytes:
     if not Path(stored["path"]).is_file():
         raise FileNotFoundError("it is no file on this machine")
     return Path(stored["path"]).read_bytes()
+
+
+def _list_of(names: list[str]) -> str:
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {len(names) - _MOST_NAMES} more" if names[_MOST_NAMES:] else "")
 
 
 def _crop_middle(image: "Image", side: int) -> "Image":

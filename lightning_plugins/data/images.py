@@ -151,6 +151,8 @@ class ImageData(SplitLoaders):
     """Whether labels are known, and not all 0 for want of any."""
     class_names: list[str] | None = None
     """What the classes are called, where the data say so."""
+    trained_names: list[str] | None = None
+    """What the classes of the model's checkpoint are called, where it says so."""
 
     def __init__(
         self,

@@ -487,9 +487,10 @@ class EAE(LightningModule):
         return z
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """``code`` ``(B, d)`` and ``reconstruction`` ``(B, C, H, W)``."""
+        """``code`` ``(B, d)``, ``reconstruction`` ``(B, C, H, W)`` and ``error``, its mean squared distance."""
         z = self.encode(batch["image"])
-        return {"code": z, "reconstruction": self.decode(z, batch["label"] if self.conditional else None)}
+        output = {"code": z, "reconstruction": self.decode(z, batch["label"] if self.conditional else None)}
+        return {**output, "error": (output["reconstruction"] - batch["image"]).square().flatten(1).mean(1)}
 
     def configure_optimizers(self) -> Any:
         """Adam whose rate decays after each epoch, unless ``optimizer`` or ``scheduler`` is given."""
