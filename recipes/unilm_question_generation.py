@@ -45,8 +45,7 @@ def read_questions(path: Path) -> Iterator[tuple[str, str, str]]:
         for article in take(json.loads(text), f"{path}", "data")[0]:
             for paragraph in take(article, f"{path}: an article", "paragraphs")[0]:
                 passage, asked = take(paragraph, f"{path}: a paragraph", "context", "qas")
-                for qa in asked:
-                    question, answers = take(qa, f"{path}: a question", "question", "answers")
+                for question, answers in (take(qa, f"{path}: a question", "question", "answers") for qa in asked):
                     yield question, answers[0]["text"], passage
         return
     rows = [(f"{path}, line {n}", json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
@@ -135,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:  # not drawn at random, as questions on one passage stand together
         val, pairs = pairs[: len(pairs) // 10], pairs[len(pairs) // 10 :]
     scores = train(model, pairs, val, args)
-    print("\n".join(["| score | value |", "|---|---|", *(f"| {name} | {score:.4f} |" for name, score in scores.items())]))
+    table = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+    print("| score | value |", "|---|---|", *table, sep="\n")
     shown = val[: args.samples]
     for (source, question), asked in zip(shown, model.eval().generate_text([s for s, _ in shown]), strict=True):
         print(f"\n{source}\n  reference: {question}\n  generated: {asked}")

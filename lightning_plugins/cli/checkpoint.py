@@ -2,11 +2,14 @@
 
 import inspect
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_plugins.cli.checkpoint_rules import (
     arguments_of,
@@ -21,6 +24,12 @@ from lightning_plugins.core.checkpoint_damage import damage
 from lightning_plugins.core.lightning_internals import CLASS_PATH, INSTANTIATOR
 
 LINKS = ("image_shape", "num_classes", "num_labels")  # what the data decides for every model that takes it
+
+
+@rank_zero_only
+def tell(lines: Iterable[str]) -> None:
+    """Write lines to stderr, once however many processes there are."""
+    sys.stderr.write("".join(f"{line}\n" for line in lines))
 
 
 def read_hyperparameters(path: Path, resumes: bool = False) -> dict[str, Any]:

@@ -1,14 +1,12 @@
 """``--ckpt_path last``: the newest run, and its newest checkpoint that can be read. Files are only read."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import Namespace
-from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_plugins.cli.checkpoint import read_hyperparameters
+from lightning_plugins.cli.checkpoint import read_hyperparameters, tell
 from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.cli.run_record import Record, records_below
 
@@ -121,10 +119,5 @@ def _why_unreadable(path: Path) -> str | None:
 
 
 def _taken(path: Path, skipped: Iterable[str]) -> Path:
-    _tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"--ckpt_path last takes {str(path)!r}."])
+    tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"--ckpt_path last takes {str(path)!r}."])
     return path
-
-
-@rank_zero_only
-def _tell(lines: Iterable[str]) -> None:
-    sys.stderr.write("".join(f"{line}\n" for line in lines))

@@ -78,9 +78,9 @@ def _monitors(trainer: Trainer) -> Iterator[tuple[Callback, str]]:
     """Callbacks that a missing monitor would stop, or leave without effect."""
     for callback in trainer.callbacks:
         strict = isinstance(callback, EarlyStopping) and callback.strict
-        if strict or (isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0):
-            if callback.monitor is not None:
-                yield callback, callback.monitor
+        saves = isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0
+        if (strict or saves) and callback.monitor is not None:
+            yield callback, callback.monitor
 
 
 def _stage(name: str) -> str:

@@ -37,8 +37,8 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what ``predict_step`` returned into the run's folder, once, in the order of the input.
 
     - Batches of records (lists of dicts of plain values) become ``predictions.jsonl``, an object a line.
-    - Of dicts of tensors what holds a number for each sample becomes a column of ``predictions.csv``, beside the sample's
-      file or row and its label. ``logits`` ``(B, K)`` are a ``prediction`` and its ``score``, too.
+    - Of dicts of tensors what holds a number for each sample becomes a column of ``predictions.csv``, beside the
+      sample's file or row and its label. ``logits`` ``(B, K)`` are a ``prediction`` and its ``score``, too.
     - All tensors, joined, are in ``predictions.pt``; anything else is there as it is.
 
     With several dataloaders ``predictions.pt`` holds a list with one entry for each, and the tables have a column

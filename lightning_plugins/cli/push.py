@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lightning_plugins.cli.messages import RunStoppedError, UsageError
 
-_LIBRARIES = {"huggingface_hub", "httpx", "httpcore", "requests"}  # whose errors tell of the network
+_NETWORK = re.compile(r"huggingface_hub|httpx|httpcore|requests")  # libraries whose errors tell of it
 _ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
@@ -48,8 +48,7 @@ def push(folder: Path, repo_id: str, private: bool) -> str:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Exported by lightning-plugins")
     except Exception as error:
-        own = {type(cause).__module__.split(".")[0] for cause in (error, error.__cause__) if cause is not None}
-        if not own & _LIBRARIES and not isinstance(error, OSError):
+        if not _NETWORK.match(type(error).__module__) and not isinstance(error, OSError):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise RunStoppedError(f"--push_to_hub {repo_id!r}: {reason}.") from error

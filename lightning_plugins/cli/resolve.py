@@ -52,7 +52,7 @@ def headline(path: Path) -> str:
 
 
 def command_that_writes(folder: str) -> str:
-    """The command by which a shipped config writes a folder, at its end or by the words on its head; empty if none does.
+    """The command of a shipped config that writes a folder, by its keys or the words on its head; empty if none does.
 
     >>> command_that_writes("digits_teacher")
     'lightning-plugins fit --config sid/digits_teacher'

@@ -32,8 +32,8 @@ class RunRecord(Callback):
     """Writes ``metrics.json`` when a run begins, and again when each of its stages ends or it is stopped.
 
     The file holds the newest run of the folder, and under ``earlier`` those before it: the ones that this one goes on
-    from, or that had the same folder. ``status`` is ``running`` also of a run that was killed without a word. Nothing is
-    written under ``fast_dev_run``.
+    from, or that had the same folder. ``status`` is ``running`` also of a run that was killed without a word. Nothing
+    is written under ``fast_dev_run``.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
@@ -178,7 +178,9 @@ class Record:
     @property
     def fit(self) -> dict[str, Any] | None:
         """The newest training in this folder."""
-        return next((run for run in [self.content, *self.content["earlier"][::-1]] if run.get("command") == "fit"), None)
+        return next(
+            (run for run in [self.content, *self.content["earlier"][::-1]] if run.get("command") == "fit"), None
+        )
 
     @property
     def checkpoints(self) -> Path | None:

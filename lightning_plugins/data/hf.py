@@ -240,7 +240,7 @@ class HFImages(ImageData):
 
     def read(self, split: str) -> LabelledImages | None:
         """One split, decoded."""
-        own = split == _EVERYTHING or self._has(split) and not (split == "train" and self._carved)
+        own = split == _EVERYTHING or (self._has(split) and not (split == "train" and self._carved))
         rows = self._decoded("train" if split == _EVERYTHING or not self._has(split) else split)
         if not own:
             index = self._carved.get(split)
@@ -373,7 +373,13 @@ class HFImages(ImageData):
         return rows.map(
             _decode,
             # all of it is in the cache's key
-            fn_kwargs={"image_column": image, "label_column": label, "origin": f"{self.path}, {split}", "folder": folder, **sizes},
+            fn_kwargs={
+                "image_column": image,
+                "label_column": label,
+                "origin": f"{self.path}, {split}",
+                "folder": folder,
+                **sizes,
+            },
             batched=True,
             with_indices=True,
             remove_columns=rows.column_names,
@@ -468,7 +474,7 @@ def _list_of(names: list[str]) -> str:
 def _crop_middle(image: "Image", side: int) -> "Image":
     if side > min(image.size):
         raise ValueError(
-            f"An image has {image.width} x {image.height} px, less than crop={side}: give a smaller crop, or none (null)."
+            f"An image has {image.width} x {image.height} px, less than crop={side}: give a smaller one, or null."
         )
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

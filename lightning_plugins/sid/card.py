@@ -87,8 +87,8 @@ def teacher_card(pipeline: "DiffusionPipeline", card: Mapping[str, Any]) -> str:
     parts = [
         "\n".join(["---", *lines, "---"]),
         "# A diffusion model of images",
-        "Trained by denoising (Ho, Jain, Abbeel 2020, arXiv 2006.11239); the weights are the running mean of those that\n"
-        "were trained. It can be a teacher of score identity distillation (`SiD`, whose argument `teacher` is this folder).",
+        "Trained by denoising (Ho, Jain, Abbeel 2020, arXiv 2006.11239); the weights are a running mean.\n"
+        "It can be the teacher of a one-step generator (score identity distillation, arXiv 2404.04057).",
         f"## Use\n\n```python\n{_SNIPPET.format(call=call)}```\n\ndiffusers is all it needs.\n\n"
         f"- It is a `{name}`, whose default of `num_inference_steps` is {steps}.",
         "## Training\n\n" + markdown_table(("setting", "value"), [*card["settings"].items()]),

@@ -171,5 +171,7 @@ def test_a_trial_leaves_nothing_behind(cli, trained, project):
         cli("fit", *words, "--trainer.fast_dev_run=1", "--test_after_fit=true")
     for command in ("validate", "test", "predict"):
         cli(command, DATA, "--ckpt_path=last", "--trainer.fast_dev_run=1")
-    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file() and path.suffix != ".pyc"} == before
+    assert {
+        path: path.read_bytes() for path in project.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    } == before
     assert not (project / "mine").exists()

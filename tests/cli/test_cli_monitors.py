@@ -40,7 +40,9 @@ def test_another_name_is_refused_when_it_is_first_looked_at_and_the_epoch_is_kep
     cli, project, mistake, callback, words
 ):
     every = ["--trainer.callbacks+=RandomState"]
-    told = mistake("fit", *TOY, *callback, "--trainer.callbacks.monitor=elbow", *words, *every, "--trainer.max_epochs=2")
+    told = mistake(
+        "fit", *TOY, *callback, "--trainer.callbacks.monitor=elbow", *words, *every, "--trainer.max_epochs=2"
+    )
     lines = told.splitlines()
     assert lines[0] == f"error: {callback[0].partition('=')[2]}(monitor='elbow'): nothing is logged by that name."
     assert lines[1].startswith("Logged: ") and "train/loss" in lines[1]

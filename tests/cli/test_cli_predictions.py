@@ -201,8 +201,8 @@ def test_other_classes_of_the_same_number_are_refused(cli, pictures, project, mi
     (pictures / "dog").rename(pictures / "ant")
     told = mistake("test", "--data=HFImages", "--data.path=pics", "--ckpt_path=last").splitlines()
     assert told == [
-        "error: The classes of 'pics' are ant, cat, but the model was trained on cat, dog: give folders of these names, "
-        "or label_column='none'."
+        "error: The classes of 'pics' are ant, cat, but the model was trained on cat, dog: give folders of these "
+        "names, or label_column='none'."
     ]
     cli("predict", "--data=HFImages", "--data.path=pics", "--ckpt_path=last")
     rows = read_csv("lightning_logs/version_2/predictions.csv")

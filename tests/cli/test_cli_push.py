@@ -50,11 +50,11 @@ def test_the_folder_is_pushed_with_the_users_token(export, project):
         run = export("--push_to_hub=me/kept", "--output=kept", "--private=true", endpoint=endpoint)
         assert run.returncode == 0, run.stderr
         again = export("--push_to_hub=me/kept", endpoint=endpoint)
-    assert run.stdout == "Exported: kept (its README.md shows how to run it)\nPushed: http://hub/me/kept\n"
-    assert hub.repositories["me/kept"]["private"] is False  # of the second
+    assert run.stdout == f"Exported: kept (its README.md shows how to run it)\nPushed: {hub.address}/me/kept\n"
+    assert [bool(private) for private in hub.repositories["me/kept"]] == [True, False]
     assert hub.files == {"README.md": b"# Kept", "inner/weight.txt": b"0.5"}
     assert hub.tokens == {"Bearer hf_secret"}
-    assert (again.returncode, again.stdout) == (0, "Pushed: http://hub/me/kept\n")
+    assert (again.returncode, again.stdout) == (0, f"Pushed: {hub.address}/me/kept\n")
     assert "hf_secret" not in run.stdout + run.stderr
     assert sorted(path.name for path in project.glob("kept*")) == ["kept"]
 

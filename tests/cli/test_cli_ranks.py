@@ -41,7 +41,14 @@ def test_of_this_packages_data(project, cli):
     """Images and texts, whose loaders cut by themselves."""
     small = ["--model.channels=4", "--model.kernel_size=3", "--model.num_types=1", "--model.decoder_hidden=[4]"]
     digits = ["--data=Digits", "--data.image_size=8", "--data.batch_size=50"]
-    cli("fit", "--model=CapsNet", *small, "--model.pictures_every_n_epochs=0", *digits, "--trainer.limit_train_batches=2")
+    cli(
+        "fit",
+        "--model=CapsNet",
+        *small,
+        "--model.pictures_every_n_epochs=0",
+        *digits,
+        "--trainer.limit_train_batches=2",
+    )
     cli("predict", *digits, "--ckpt_path=last")
     torchrun(project, "predict", *digits, "--ckpt_path=last")
     one, two = (project / f"lightning_logs/version_{number}/predictions.csv" for number in (1, 2))

@@ -233,7 +233,7 @@ def test_integers_are_labels_where_there_are_no_class_labels(tmp_path):
         ({"channels": 2}, "channels=2 must be one of 1, 3: 1 is grey, 3 colour."),
         ({"image_size": 0}, "image_size=0 must be 1 or more."),
         ({"crop": 0}, "crop=0 must be 1 or more."),
-        ({"crop": 6}, "An image has 6 x 5 px, less than crop=6: give a smaller crop, or none (null)."),
+        ({"crop": 6}, "An image has 6 x 5 px, less than crop=6: give a smaller one, or null."),
     ],
 )
 def test_wrong_names_in_one_sentence(tmp_path, arguments, sentence):

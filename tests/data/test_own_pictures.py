@@ -2,8 +2,10 @@
 
 import json
 import zipfile
+from itertools import chain
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from PIL import Image
@@ -41,7 +43,7 @@ def test_a_folder_without_splits_is_split_by_seed_and_class(tmp_path):
     path = pets(tmp_path / "pets")
     data = HFImages(path, val_size=0.1, test_size=6)
     parts = {split: numbers(data, split) for split in ("train", "val", "test")}
-    assert sorted(sum(parts.values(), [])) == list(range(30))
+    assert sorted(chain(*parts.values())) == list(range(30))
     cats = {split: sum(n < 20 for n in part) for split, part in parts.items()}
     assert {split: len(part) for split, part in parts.items()} == {"train": 21, "val": 3, "test": 6}
     assert cats == {"train": 14, "val": 2, "test": 4}
@@ -51,7 +53,9 @@ def test_a_folder_without_splits_is_split_by_seed_and_class(tmp_path):
     assert labels == [int(n >= 20) for n in parts["test"]]
 
 
-@pytest.mark.parametrize("sizes", [{"val": 0.1, "test": 0.1}, {"val": 3, "test": 0}, {"val": 0, "test": 0.5}, {"val": 11}])
+@pytest.mark.parametrize(
+    "sizes", [{"val": 0.1, "test": 0.1}, {"val": 3, "test": 0}, {"val": 0, "test": 0.5}, {"val": 11}]
+)
 def test_each_part_has_its_share_of_each_class(sizes):
     """To within one sample, and of a class's samples one is left to train."""
     for seed in range(20):
@@ -153,7 +157,9 @@ def test_what_save_to_disk_wrote(tmp_path, whole):
     columns = {"image": [Image.new("L", (4, 4), 10 * n) for n in range(20)], "label": [n % 2 for n in range(20)]}
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
     rows = datasets.Dataset.from_dict(columns, features=features)
-    found = rows if whole else datasets.DatasetDict({"train": rows.select(range(16)), "test": rows.select(range(16, 20))})
+    found = (
+        rows if whole else datasets.DatasetDict({"train": rows.select(range(16)), "test": rows.select(range(16, 20))})
+    )
     found.with_format("numpy").save_to_disk(tmp_path / "saved")
     data = HFImages(str(tmp_path / "saved"))
     assert (data.image_shape, data.class_names) == ((1, 4, 4), ["a", "b"])
@@ -177,9 +183,6 @@ def test_a_folder_of_parquet_files(tmp_path):
 
 def test_a_table_of_another_program(tmp_path):
     """Bytes under a name, classes as texts: what must be said is said, and then it is taken."""
-    import pyarrow
-    import pyarrow.parquet
-
     picture(tmp_path / "a.png", 7)
     content = (tmp_path / "a.png").read_bytes()
     table = {"pixels": [content] * 8, "kind": ["cat", "dog"] * 4, "number": [0, 1] * 4}
@@ -187,7 +190,7 @@ def test_a_table_of_another_program(tmp_path):
     path = str(tmp_path / "own.parquet")
     with pytest.raises(ValueError, match="no candidate for image_column: choose one of its columns pixels, kind, num"):
         _ = HFImages(path).image_shape
-    with pytest.raises(ValueError, match="label_column='kind' of .* not whole numbers from 0 on: give another column"):
+    with pytest.raises(ValueError, match=r"label_column='kind' of .* not whole numbers from 0 on: give another column"):
         _ = HFImages(path, image_column="pixels", label_column="kind").num_classes
     data = HFImages(path, image_column="pixels", val_size=0, test_size=0)
     assert data.images("train").labels.tolist() == [0, 1] * 4 and numbers(data, "train") == [7] * 8
@@ -201,7 +204,9 @@ def test_nothing_of_a_folder_is_imported_or_run(tmp_path, monkeypatch):
     evil = "open('../ran', 'w').close()\n"
     for name in ("pets.py", "cat/__init__.py", "conftest.py", "dataset_builder.py"):
         (tmp_path / "pets" / name).write_text(evil)
-    (tmp_path / "pets" / "README.md").write_text('---\nconfigs:\n- config_name: x\n  data_files: "https://x.y/z"\n---\n')
+    (tmp_path / "pets" / "README.md").write_text(
+        '---\nconfigs:\n- config_name: x\n  data_files: "https://x.y/z"\n---\n'
+    )
     monkeypatch.chdir(tmp_path / "pets")
     assert len(HFImages(path, val_size=0, test_size=0).images("train").labels) == 8
     assert not (tmp_path / "ran").exists()
@@ -221,11 +226,8 @@ def test_a_table_that_names_an_address_is_not_followed(tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = {"image": [{"bytes": None, "path": "https://example.org/a.png"}] * 2, "label": [0, 1]}
     table = datasets.Dataset.from_dict(rows, features=features)
-    table.to_parquet.__func__  # noqa: B018 (to_parquet would fetch it)
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(table.data.table, tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="cannot be read as an image: it is no file on this machine. Replace or"):
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "a.parquet")  # its own to_parquet would fetch it
+    with pytest.raises(ValueError, match=r"cannot be read as an image: it is no file on this machine. Replace or"):
         HFImages(str(tmp_path / "a.parquet"), val_size=0, test_size=0).images("train")
 
 
@@ -273,5 +275,5 @@ def test_mixed_sizes_modes_and_turned_photographs(tmp_path):
     assert data.image_shape == (3, 16, 16)
     pixels = data.images("train").pixels[data.files("train").index("b/9.jpg")].float()
     assert pixels[:, 0].mean() > 150 > 100 > pixels[:, -1].mean()  # the middle of it, the right way up
-    with pytest.raises(ValueError, match="Images differ in size: .* px; give image_size"):
+    with pytest.raises(ValueError, match=r"Images differ in size: .* px; give image_size"):
         HFImages(str(root), val_size=0, test_size=0).images("train")

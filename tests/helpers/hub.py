@@ -11,18 +11,20 @@ class Hub:
     """What was asked for: repositories by id, with their files, and the tokens that came along."""
 
     def __init__(self, refuse=None):
-        self.repositories, self.files, self.tokens, self.refuse, self.asked = {}, {}, set(), refuse, []
+        self.repositories, self.files, self.tokens, self.refuse, self.address = {}, {}, set(), refuse, ""
 
     def answer(self, method, path, body):
         """Status and JSON."""
-        self.asked.append(f"{method} {path}")
         if self.refuse is not None:
             return self.refuse
         if path == "/api/repos/create":
             wanted = json.loads(body)
             name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
-            self.repositories[name] = wanted
-            return 200, {"url": f"http://hub/{name}", "id": name}
+            private = wanted.get("private") or wanted.get("visibility") == "private"  # by version
+            self.repositories.setdefault(name, []).append(private)
+            return 200, {"url": f"{self.address}/{name}", "id": name}
+        if path == "/api/validate-yaml":
+            return 200, {"errors": [], "warnings": []}
         if path.endswith("/preupload/main"):
             files = json.loads(body)["files"]
             kinds = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in files]
@@ -31,7 +33,7 @@ class Hub:
             for line in map(json.loads, body.splitlines()):
                 if line["key"] == "file":
                     self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-            return 200, {"commitUrl": "http://hub/me/kept/commit/0", "commitOid": "0" * 40}
+            return 200, {"commitUrl": f"{self.address}/me/kept/commit/0", "commitOid": "0" * 40}
         if path.startswith("/api/models/"):
             name = path.removeprefix("/api/models/").partition("/revision")[0]
             return 200, {"id": name, "modelId": name, "siblings": [], "tags": [], "sha": "0" * 40}
@@ -54,7 +56,7 @@ def stand_in(hub):
             self.end_headers()
             self.wfile.write(data)
 
-        do_GET = do_POST = do_PUT = do_HEAD = serve
+        do_GET = do_POST = do_PUT = do_HEAD = serve  # noqa: N815 (http.server's names)
 
         def log_message(self, *_):
             pass
@@ -63,7 +65,8 @@ def stand_in(hub):
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
+        hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+        yield hub.address
     finally:
         server.shutdown()
         server.server_close()
