@@ -32,13 +32,14 @@ TRAIN, VAL, SLOPE, TEST = range(4)
 class DigitClassifier(LightningModule):
     """A plain module, unaware of the callbacks. GELU: finite differences across the kinks of ReLU are unreliable."""
 
-    def __init__(self, lr: float = 0.05, weight_decay: float = 0.0) -> None:
+    def __init__(self, lr: float = 0.05, weight_decay: float = 0.0, image_shape=(1, 8, 8), num_classes=10) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 10))
+        layers = nn.Linear(torch.Size(image_shape).numel(), 64), nn.GELU(), nn.Linear(64, num_classes)
+        self.net = nn.Sequential(nn.Flatten(), *layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images ``(B, 1, 8, 8)`` to logits ``(B, 10)``."""
+        """Images ``(B, C, H, W)`` to logits ``(B, num_classes)``."""
         return self.net(images)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -85,9 +86,8 @@ def run(method: str, value: float, seed: int, epochs: int) -> Tensor:
     model = DigitClassifier(weight_decay=value if method == "weight decay" else 0.0)
     callbacks: list[Callback] = [history := History(data)]
     if method == "GradientPenalty":  # warm-up: in full from the start it delays learning
-        callbacks.append(GradientPenalty(coefficient=value, scope="microbatch", warmup_steps=60))
-    if method == "Flooding":
-        callbacks.append(Flooding(level=value))
+        callbacks += [GradientPenalty(coefficient=value, scope="microbatch", warmup_steps=60)]
+    callbacks += [Flooding(level=value)] if method == "Flooding" else []
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, limit_val_batches=0, **quiet)
     trainer.fit(model, datamodule=data)
@@ -95,12 +95,12 @@ def run(method: str, value: float, seed: int, epochs: int) -> Tensor:
 
 
 def row(histories: Tensor, nothing: Tensor) -> str:
-    """Cells of the table from one setting's ``(seeds, epochs, 4)``: mean and standard deviation over the seeds."""
+    """Cells of the table from one setting's ``(seeds, epochs, 4)``: mean and, of several seeds, standard deviation."""
     last, seeds = histories[:, -1], torch.arange(len(histories))
     stopped = histories[seeds, histories[:, :, VAL].argmin(1), TEST]
     gain = last[:, TEST] - nothing[:, -1, TEST]
     cells = (last[:, TEST], gain, stopped, last[:, VAL], histories[:, -10:, TRAIN].mean(1))
-    return " | ".join(f"{cell.mean():.3f} ± {cell.std():.3f}" for cell in cells)
+    return " | ".join(f"{cell.mean():.3f}" + (f" ± {cell.std():.3f}" if len(cell) > 1 else "") for cell in cells)
 
 
 def draw(chosen: dict[str, Tensor], path: str) -> None:
@@ -129,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Tensor]:
     parser.add_argument("--picture", default="label_noise.png")
     args = parser.parse_args(argv)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    print("| method | test accuracy | gain | stopped early | validation loss | training loss |\n" + "|---" * 6 + "|")
     results, chosen = {}, {}
+    print("| method | test accuracy | gain | stopped early | validation loss | training loss |\n" + "|---" * 6 + "|")
     for method, values in SETTINGS.items():
         tried = {}
         for value in values:

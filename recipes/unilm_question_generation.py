@@ -30,24 +30,33 @@ def read_text(path: Path) -> str:
     return (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8")
 
 
+def take(row: dict, place: str, *names: str) -> list:
+    """Values of a row's columns; one that is missing is named."""
+    for name in names:
+        if name not in row:
+            raise SystemExit(f"{place} has no column {name!r}; it has {', '.join(row)}. --help tells the formats.")
+    return [row[name] for name in names]
+
+
 def read_questions(path: Path) -> Iterator[tuple[str, str, str]]:
     """``(question, answer, passage)`` of each row of a file in one of the three formats."""
     text = read_text(path)
     if ".jsonl" not in path.suffixes:
-        for article in json.loads(text)["data"]:
-            for paragraph in article["paragraphs"]:
-                for qa in paragraph["qas"]:
-                    yield qa["question"], qa["answers"][0]["text"], paragraph["context"]
+        for article in take(json.loads(text), f"{path}", "data")[0]:
+            for paragraph in take(article, f"{path}: an article", "paragraphs")[0]:
+                passage, asked = take(paragraph, f"{path}: a paragraph", "context", "qas")
+                for question, answers in (take(qa, f"{path}: a question", "question", "answers") for qa in asked):
+                    yield question, answers[0]["text"], passage
         return
-    rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-    if rows and "story" in rows[0]:
+    rows = [(f"{path}, line {n}", json.loads(line)) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+    if rows and "story" in rows[0][1]:
         stories = json.loads(read_text(path.with_name(path.name.replace("questions.jsonl", "sections.json"))))
-        for row in rows:
-            sections = stories[row["story"]]
-            yield row["question"], row["answer1"], " ".join(sections[name] for name in row["sections"])
+        for place, row in rows:
+            question, answer, story, names = take(row, place, "question", "answer1", "story", "sections")
+            yield question, answer, " ".join(take(take(stories, place, story)[0], f"the story of {place}", *names))
     else:
-        for row in rows:
-            yield row["question"], row["answer"], row["passage" if "passage" in row else "context"]
+        for place, row in rows:
+            yield tuple(take(row, place, "question", "answer", "passage" if "passage" in row else "context"))
 
 
 def window(passage: str, answer: str, words: int) -> str:
@@ -78,13 +87,8 @@ def train(
     model: UniLMSeq2Seq, pairs: list[list[str]], val: list[list[str]], args: argparse.Namespace
 ) -> dict[str, float]:
     """Fine-tune on pairs; returns the scores on the others."""
-    trainer = Trainer(
-        max_epochs=args.epochs,
-        precision=args.precision,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-    )
+    quiet = {"logger": False, "enable_checkpointing": False}
+    trainer = Trainer(max_epochs=args.epochs, precision=args.precision, gradient_clip_val=1.0, **quiet)
     with TemporaryDirectory() as folder:
         data = Seq2SeqData(
             train_file=write_lines(pairs, Path(folder) / "train.jsonl"),
@@ -95,8 +99,7 @@ def train(
             batch_size=args.batch_size,
         )
         trainer.fit(model, datamodule=data)
-        (scores,) = trainer.validate(model, datamodule=data, verbose=False)
-    return scores
+        return trainer.validate(model, datamodule=data, verbose=False)[0]
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -131,8 +134,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:  # not drawn at random, as questions on one passage stand together
         val, pairs = pairs[: len(pairs) // 10], pairs[len(pairs) // 10 :]
     scores = train(model, pairs, val, args)
-    print("| score | value |\n|---|---|")
-    print("\n".join(f"| {name} | {value:.4f} |" for name, value in scores.items()))
+    table = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+    print("| score | value |", "|---|---|", *table, sep="\n")
     shown = val[: args.samples]
     for (source, question), asked in zip(shown, model.eval().generate_text([s for s, _ in shown]), strict=True):
         print(f"\n{source}\n  reference: {question}\n  generated: {asked}")

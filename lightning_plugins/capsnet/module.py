@@ -395,10 +395,12 @@ class CapsNet(LightningModule):
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``prediction`` (see :meth:`predict_labels`), ``lengths`` ``(B, J)``, ``poses`` and ``reconstruction``."""
+        """``prediction`` (see :meth:`predict_labels`), its length as ``score``, all ``lengths``, ``poses``, pictures."""
         poses = self(image_batch(batch, type(self).__name__)["image"])
         prediction = self.predict_labels(poses)
-        output = {"prediction": prediction, "lengths": poses.norm(dim=-1), "poses": poses}
+        lengths = poses.norm(dim=-1)
+        score = lengths.gather(1, prediction.view(len(poses), -1)).view(prediction.shape)
+        output = {"prediction": prediction, "score": score, "lengths": lengths, "poses": poses}
         if self.decoder is not None:
             output["reconstruction"] = self.decoder(poses, prediction)
         return output

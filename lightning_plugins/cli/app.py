@@ -12,7 +12,6 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -23,11 +22,17 @@ from lightning_plugins.cli.checkpoint_rules import check_sharded
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
+from lightning_plugins.cli.last_checkpoint import SaveLast, keep_last, model_checkpoints
+from lightning_plugins.cli.last_run import find_last
 from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
-from lightning_plugins.cli.outputs import picture_lines, save_predictions, shorten
+from lightning_plugins.cli.monitors import MonitorCheck, explain_monitor
+from lightning_plugins.cli.outputs import picture_lines, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
 from lightning_plugins.cli.passed_over import refuse_nulls, refuse_seed
+from lightning_plugins.cli.predictions import PredictionWriter
 from lightning_plugins.cli.replaced import refuse_replaced
+from lightning_plugins.cli.resolve import command_that_writes
+from lightning_plugins.cli.run_record import RunRecord
 from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HELP, UNTRAINED
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
@@ -111,8 +116,7 @@ class PluginsCLI(LightningCLI):
         for name in LINKED:
 
             def same_unless_given(value: Any, name: str = name) -> Any:
-                self._check_link(name, value)
-                return value
+                return self._check_link(name, value)
 
             parser.link_arguments(
                 f"data.{name}", f"model.init_args.{name}", compute_fn=same_unless_given, apply_on="instantiate"
@@ -141,6 +145,7 @@ class PluginsCLI(LightningCLI):
         refuse_replaced(self.explicit.get("model"), self.words)
         refuse_nulls(self.config[self.config.subcommand], LINKED)
         self._require_model_and_data()
+        self._require_teacher()
 
     def _validate(self) -> None:
         """Refuse words that :meth:`parse_arguments` has passed over, for a checkpoint's sake."""
@@ -159,7 +164,7 @@ class PluginsCLI(LightningCLI):
         config = self.config[command]
         if config.ckpt_path == "last":
             root = Path(config.trainer.default_root_dir or ".")
-            config.ckpt_path = str(checkpoint.find_last(root, _checkpoint_folders(root, config.trainer)))
+            config.ckpt_path = str(find_last(root, config.trainer))
         if config.ckpt_path == "":
             raise UsageError("--ckpt_path is empty: give a checkpoint file, or `last` for the newest run's.")
         if config.weights_only is None:  # of an address Lightning would read anything
@@ -182,16 +187,29 @@ class PluginsCLI(LightningCLI):
         checkpoint.refuse_overrides(path, self.explicit.get("model"), given, self.config[command].model)
         self.checkpoint_arguments = hparams
 
-    def _check_link(self, name: str, value: Any) -> None:
+    def _check_link(self, name: str, value: Any) -> Any:
+        """The value that an argument of the model gets of the data's.
+
+        Raises:
+            UsageError: the user, or the checkpoint, says another.
+        """
         given = (self.explicit.get("model") or Namespace()).get(f"init_args.{name}")
         who = "was given"
         if given is None:
             given = self.checkpoint_arguments.get(name)
             who = "is the checkpoint's"
         data = self.config[self.subcommand].data.class_path.rpartition(".")[2]
+        if self._predicts_others(name) and given is not None:
+            return given
         if given is not None and checkpoint.plain(given) != checkpoint.plain(value):
             hint = "Leave it out: the data decides." if who == "was given" else "Give the data it was trained on."
             raise UsageError(f"model.{name} {checkpoint.plain(given)!r} {who}, but {data}'s is {value!r}.", hint)
+        return value
+
+    def _predicts_others(self, name: str) -> bool:
+        """Whether the data may have other classes than the model, or none: it predicts, and is told of none."""
+        conditional = self.checkpoint_arguments.get("conditional")
+        return name == "num_classes" and self.subcommand == "predict" and not conditional
 
     def _require_model_and_data(self) -> None:
         command = self.config.subcommand
@@ -204,6 +222,15 @@ class PluginsCLI(LightningCLI):
         if config.get("data") is None and getattr(model, loader) is getattr(LightningModule, loader):
             sentence = f"{command} needs data: --data CLASS ({model.__name__} has no {loader} of its own)."
             raise UsageError(sentence, "Names: lightning-plugins list")
+
+    def _require_teacher(self) -> None:
+        """Say which command makes a shipped config's teacher, before it is looked for on the Hub."""
+        if self.config.subcommand != "fit":
+            return
+        teacher = self.config.fit.model.get("init_args.teacher")
+        if isinstance(teacher, str) and not Path(teacher).exists() and (command := command_that_writes(teacher)):
+            sentence = f"the teacher {teacher!r} is no folder in {str(Path().absolute())!r}. This command makes it:"
+            raise UsageError(sentence, command)
 
     # Construction
 
@@ -221,12 +248,21 @@ class PluginsCLI(LightningCLI):
         """Build the trainer: with a NonFiniteGuard unless the config has one, and with checkpoints that survive."""
         given = self.config_init[self.subcommand].trainer.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
+        callbacks = [*self.trainer_defaults["callbacks"], SaveLast(), MonitorCheck(), self._run_record()]
         if not any(isinstance(callback, NonFiniteGuard) for callback in given):
-            callbacks = [NonFiniteGuard(), *self.trainer_defaults["callbacks"]]
-            self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
+            callbacks.insert(0, NonFiniteGuard())
+        self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         keep_checkpoints_whole(trainer)  # unless the user named how they are written
+        if self.subcommand == "fit":
+            keep_last(trainer)
         return trainer
+
+    def _run_record(self) -> RunRecord:
+        config = self.config[self.subcommand]
+        data = config.data.class_path if config.get("data") else None
+        root = Path(config.trainer.default_root_dir or ".")
+        return RunRecord(self.subcommand, config.model.class_path, data, config.ckpt_path or None, root)
 
     # Running
 
@@ -254,6 +290,7 @@ class PluginsCLI(LightningCLI):
             raise UsageError(f"--ckpt_path {error.filename!r} is a folder; give a checkpoint file.", hint) from error
         except (ValueError, OSError, MisconfigurationException) as error:
             self._explain_stop(error)
+            self._explain_monitor(error)
             missing = str(error).startswith("Checkpoint file not found")  # Lightning's, of an address
             if not (missing or raised_here(error) or isinstance(error, MisconfigurationException)):
                 raise  # no sentence of ours or of Lightning's: the traceback is needed
@@ -265,6 +302,7 @@ class PluginsCLI(LightningCLI):
             sys.exit(1)  # no mistake of the command
         except RuntimeError as error:
             self._explain_stop(error)
+            self._explain_monitor(error)
             if "in loading state_dict" not in str(error):
                 raise
             path = self.config[subcommand].ckpt_path
@@ -288,10 +326,15 @@ class PluginsCLI(LightningCLI):
         if sentence := outside_cause(error):
             raise RunStoppedError(sentence, self._how_to_go_on()) from error
 
-    def _how_to_go_on(self) -> str:
-        written = [c.last_model_path or c.best_model_path for c in _model_checkpoints(self.trainer)]
+    def _explain_monitor(self, error: Exception) -> None:
+        """A monitor that nobody logs, with the nearest names; other errors are left to the caller."""
+        if sentence := explain_monitor(error, self.trainer):
+            raise UsageError(sentence, self._how_to_go_on("the right monitor")) from error
+
+    def _how_to_go_on(self, by: str = "the same command") -> str:
+        written = [c.last_model_path or c.best_model_path for c in model_checkpoints(self.trainer)]
         found = [path for path in written if path and Path(path).exists()]
-        return f"Go on with the same command and --ckpt_path {shorten(found[0])}" if found else ""
+        return f"Go on with {by} and --ckpt_path {shorten(found[0])}" if found else ""
 
     def before_fit(self) -> None:
         """Look for the test data before hours of training, if they are wanted after it."""
@@ -302,30 +345,17 @@ class PluginsCLI(LightningCLI):
         """Test the trained model if the user asked for it."""
         if not self.config.fit.test_after_fit:
             return
-        best = [c.best_model_path for c in _model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
+        best = [c.best_model_path for c in model_checkpoints(self.trainer) if c.monitor and c.best_model_path]
         path = best[0] if best else None  # after a resume it may be a checkpoint's word
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
 
     def predict(self, **kwargs: Any) -> None:
-        """Run ``Trainer.predict`` and write what it returns into the run's folder."""
-        predictions = self.trainer.predict(**kwargs)
-        if predictions and not self.trainer.fast_dev_run:
-            print(f"Predictions: {shorten(save_predictions(self.trainer, predictions))}")
-
-
-def _model_checkpoints(trainer: Any) -> list[ModelCheckpoint]:
-    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
-
-
-def _checkpoint_folders(root: Path, trainer: Namespace) -> list[Path]:
-    """Where the runs of a trainer with this config keep their checkpoints."""
-    folders = checkpoint.checkpoint_folders(root)
-    for key, argument in (("logger", "save_dir"), ("callbacks", "dirpath")):
-        parts = trainer.get(key) if isinstance(trainer.get(key), list) else [trainer.get(key)]
-        for part in parts:
-            if isinstance(part, Namespace) and (folder := part.get(f"init_args.{argument}")):
-                folders += [Path(folder), *Path(folder).glob("*/*/checkpoints")]
-    return folders
+        """Run ``Trainer.predict`` and write what it gives into the run's folder."""
+        if kwargs.pop("return_predictions", None) is not False:
+            self.trainer.callbacks.append(PredictionWriter())
+        with warnings.catch_warnings():  # this package's loaders know the rows of a batch, which Lightning asks torch's
+            warnings.filterwarnings("ignore", r"Couldn't infer the batch indices .*`KeyLoader`")
+            self.trainer.predict(**kwargs, return_predictions=False)
 
 
 def _unwrap(error: Exception) -> Exception:

@@ -25,64 +25,6 @@ from lightning_plugins.core.hyperparameters import LINKED
 from lightning_plugins.core.lightning_internals import CLASS_PATH, INSTANTIATOR
 
 
-def checkpoint_folders(root: Path) -> list[Path]:
-    """Where runs below ``root`` keep their checkpoints, by Lightning's own rules."""
-    return [root / "checkpoints", *root.glob("*/*/checkpoints")]
-
-
-def find_last(root: Path, folders: Iterable[Path]) -> Path:
-    """The newest readable checkpoint of the newest run with a ``last.ckpt``; else that of the run before it.
-
-    If newer ones are passed over, they, the reasons, and which one is taken are told on stderr.
-
-    Args:
-        root: the run folder, for the sentences.
-        folders: where runs below it keep their checkpoints, each its own.
-
-    Raises:
-        UsageError: there is none, or none that can be read.
-    """
-    paths = [path for folder in _newest_first(folders) for path in _by_age(folder.glob("*.ckpt"))]
-    if not paths:
-        raise UsageError(
-            f"--ckpt_path last: no run in {str(root.absolute())!r} has a last.ckpt.",
-            "A run writes one with --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true",
-        )
-    skipped = []
-    for path in paths:
-        if (what := _why_unreadable(path)) is None:
-            if skipped:
-                tell([*(f"--ckpt_path last passes over: {line}" for line in skipped), f"It takes {str(path)!r}."])
-            return path
-        skipped.append(what)
-    raise UsageError(f"--ckpt_path last: none of {len(paths)} checkpoint(s) can be read.", *skipped)
-
-
-def _newest_first(folders: Iterable[Path]) -> list[Path]:
-    """The folders with a ``last*.ckpt``, that with the newest one first."""
-    newest = {folder: max(map(_age, folder.glob("last*.ckpt")), default=None) for folder in dict.fromkeys(folders)}
-    return sorted((folder for folder, age in newest.items() if age), key=newest.get, reverse=True)
-
-
-def _by_age(paths: Iterable[Path]) -> list[Path]:
-    """What is called ``last`` before all others, the newest first."""
-    return sorted(paths, key=lambda path: (path.name.startswith("last"), _age(path)), reverse=True)
-
-
-def _age(path: Path) -> float:
-    return path.lstat().st_mtime  # a link may lead nowhere
-
-
-def _why_unreadable(path: Path) -> str | None:
-    if path.is_dir():  # sharded: what it describes is written last
-        return None if (path / "meta.pt").is_file() else f"checkpoint {str(path)!r} is a folder without its meta.pt."
-    try:
-        read_hyperparameters(path)
-    except UsageError as error:
-        return str(error)
-    return None
-
-
 @rank_zero_only
 def tell(lines: Iterable[str]) -> None:
     """Write lines to stderr, once however many processes there are."""

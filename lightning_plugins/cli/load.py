@@ -25,14 +25,14 @@ def checkpoint_file(ckpt_path: str, hint: str = "") -> Path:
     Raises:
         UsageError: it is empty or a folder, or ``last`` and there is none.
     """
-    from lightning_plugins.cli import checkpoint
-
     if not ckpt_path:
         raise UsageError("--ckpt_path is empty: give a checkpoint file, or `last` for the newest run's.")
     if os.path.isdir(ckpt_path):
         raise UsageError(f"--ckpt_path {ckpt_path!r} is a folder; give a checkpoint file.", hint)
     if ckpt_path == "last":
-        return checkpoint.find_last(Path(), checkpoint.checkpoint_folders(Path()))
+        from lightning_plugins.cli.last_run import find_last
+
+        return find_last(Path())
     return Path(ckpt_path)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.resources
+import re
 from pathlib import Path
 
 from lightning_plugins.cli.messages import UsageError, did_you_mean
@@ -48,3 +49,20 @@ def headline(path: Path) -> str:
     if path.suffix == ".yaml":
         return text.split("\n", 1)[0].lstrip("# ").strip() if text.startswith("#") else ""
     return (ast.get_docstring(ast.parse(text)) or "").split("\n", 1)[0]
+
+
+def command_that_writes(folder: str) -> str:
+    """The command of a shipped config that writes a folder, by its keys or the words on its head; empty if none does.
+
+    >>> command_that_writes("digits_teacher")
+    'lightning-plugins fit --config sid/digits_teacher'
+    """
+    for name, path in shipped("configs").items():
+        text = path.read_text(encoding="utf-8")
+        if re.search(rf"^ *export_to: {re.escape(folder)}$", text, re.MULTILINE):
+            return f"lightning-plugins fit --config {name}"
+        for found in re.finditer(r"lightning-plugins fit .*(\n# +--.*)*", text):
+            command = " ".join(found[0].replace("\n#", " ").split())
+            if f"--model.export_to {folder}" in command.split(" --trainer")[0]:
+                return command
+    return ""

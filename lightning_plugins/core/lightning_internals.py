@@ -231,6 +231,14 @@ def save_last(checkpoint: ModelCheckpoint, trainer: Trainer) -> None:
     checkpoint._save_last_checkpoint(trainer, checkpoint._monitor_candidates(trainer))
 
 
+def last_step_saved(checkpoint: ModelCheckpoint) -> int:
+    """The step of the newest file that a ``ModelCheckpoint`` has written in this run, of whatever name; 0 before.
+
+    When ``_last_global_step_saved`` goes: read ``_should_skip_saving_checkpoint`` for how it knows a step again.
+    """
+    return checkpoint._last_global_step_saved
+
+
 def has_state(loader: object) -> bool:
     """Whether Lightning keeps a loader's ``state_dict`` in checkpoints.
 

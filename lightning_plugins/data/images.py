@@ -147,6 +147,12 @@ class ImageData(SplitLoaders):
     num_labels: int = 1
     """Classes in one image."""
     predict_split = "test"
+    labelled: bool = True
+    """Whether labels are known, and not all 0 for want of any."""
+    class_names: list[str] | None = None
+    """What the classes are called, where the data say so."""
+    trained_names: list[str] | None = None
+    """What the classes of the model's checkpoint are called, where it says so."""
 
     def __init__(
         self,
@@ -194,6 +200,10 @@ class ImageData(SplitLoaders):
                 data = LabelledImages(data.pixels, labels)
             self._splits[split] = data
         return self._splits[split]
+
+    def files(self, split: str) -> list[str] | None:
+        """The file of each image of a split, where each has one."""
+        return None
 
     def setup(self, stage: str) -> None:
         """Without validation images, train without validation."""

@@ -297,3 +297,57 @@ def random_split(num_samples: int, size: int | float, seed: int) -> tuple[Tensor
         )
     order = hash_keys(torch.arange(num_samples), seed, stream=-2).argsort()
     return order[count:].sort().values, order[:count].sort().values
+
+
+def stratified_split(labels: Tensor, sizes: dict[str, int | float], seed: int) -> dict[str, Tensor]:
+    """Hold out parts of a set so that each has as much of every class as the whole, to within a sample.
+
+    Samples are laid out class by class, at random within one, and every so-manieth is held out: which ones depends on
+    seed and labels alone. The last sample of a class is never held out. A fraction above 0 is one sample at least.
+
+    Args:
+        labels: ``(N,)`` int64 class of each sample.
+        sizes: length of each part by its name; an integer counts samples, a float in [0, 1) is a fraction of N.
+        seed: seed of the choice.
+
+    Returns:
+        Sorted int64 indices of each part, and under ``train`` of what is left.
+
+    Raises:
+        ValueError: nothing would be left to train.
+
+    Example:
+        >>> parts = stratified_split(torch.tensor([0] * 20 + [1] * 10), {"val": 0.1, "test": 6}, seed=0)
+        >>> {name: [len(index), int((index < 20).sum())] for name, index in parts.items()}
+        {'val': [3, 2], 'test': [6, 4], 'train': [21, 14]}
+    """
+    N = len(labels)
+    counts = {}
+    for name, size in sizes.items():
+        VAL_SIZE(f"{name}_size", size)
+        whole = isinstance(size, numbers.Integral)
+        counts[name] = int(size) if whole else min(N, math.ceil(size)) if size * N < 1 else round(float(size) * N)
+    held = sum(counts.values())
+    if held >= N:
+        told = " and ".join(f"{name}_size={size}" for name, size in sizes.items())
+        raise ValueError(f"{told} must leave training samples of {N}: give less, such as 0.1.")
+    order = hash_keys(torch.arange(N), seed, stream=-2).argsort()
+    order = order[labels[order].argsort(stable=True)]
+    rest = torch.ones(N, dtype=torch.bool)
+    rest[_every(order, held)] = False
+    for label in labels.unique():
+        own = order[labels[order] == label]
+        if not rest[own].any():
+            rest[own[0]] = True
+    held_out, parts = order[~rest[order]], {}
+    for name, count in counts.items():
+        chosen = _every(held_out, min(count, len(held_out)))
+        parts[name] = chosen.sort().values
+        held_out = held_out[~torch.isin(held_out, chosen)]
+    return {**parts, "train": rest.nonzero()[:, 0]}
+
+
+def _every(order: Tensor, count: int) -> Tensor:
+    """So many of a list, at even distances."""
+    steps = torch.arange(len(order) + 1) * count // max(len(order), 1)
+    return order[steps.diff() > 0]

@@ -1,6 +1,7 @@
 """Text pairs from files, from Hugging Face ``datasets``, or from memory; and running text for continued pretraining."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from os import PathLike
@@ -39,8 +40,8 @@ class Seq2SeqData(TextData):
         val_file: file or list of files with the validation pairs. Default: the validation split of path, else val_size
             of the training pairs.
         test_file: file or list of files with the test pairs. Default: the test split of path.
-        predict_file: file or list of files with sources to predict for; targets are not needed. Default: the sources of
-            the test pairs.
+        predict_file: file or list of files with sources to predict for; targets are told beside the predictions where
+            there are some, and are not needed. Default: those of test_file, or the test split of path.
         path: an id of the Hub, or a folder or parquet file that the library datasets reads, in place of train_file.
         name: configuration of the data set at path, for ids that have several.
         train_split: name of the training split of path.
@@ -183,6 +184,8 @@ class Seq2SeqData(TextData):
         """A split's own file, else its part of the origin."""
         if split in ("train", "val") and self._carves:
             return self._carved[split == "val"]
+        if split == "predict":  # whose targets may be unknown, also in the test's rows
+            return self._read("test" if self.files["predict"] is None else "predict", for_prediction=True)
         return self._read(split)
 
     @property
@@ -198,7 +201,7 @@ class Seq2SeqData(TextData):
         train, val = (index.tolist() for index in random_split(len(texts.places), self.val_size, self.seed))
         return texts.select(train), texts.select(val) if val else None
 
-    def _read(self, split: str) -> Texts | None:
+    def _read(self, split: str, for_prediction: bool = False) -> Texts | None:
         files = self.files[split]
         if files is not None:
             rows: Iterable[Row] = (row for file in files for row in read_rows(file, self.columns))
@@ -210,21 +213,22 @@ class Seq2SeqData(TextData):
             origin = f"{self.path}, split {hub},"
         else:
             return None
-        return self._filled(split, rows, origin)
+        return self._filled(rows, origin, for_prediction)
 
-    def _filled(self, split: str, rows: Iterable[Row], origin: str) -> Texts:
+    def _filled(self, rows: Iterable[Row], origin: str, for_prediction: bool) -> Texts:
         """The templates, filled from every row."""
         sources: list[str] = []
-        targets: list[str] = []
+        targets: list[str | None] = []
         places: list[str] = []
         for row in rows:
             sources.append(self.source_format.fill(row))
             places.append(row.place)
-            if split != "predict" and self.text_column is None:
-                targets.append(self.target_format.fill(row))
+            if self.text_column is None:
+                known = not for_prediction or self.target_format.has_columns(row)
+                targets.append(self.target_format.fill(row) if known else None)
         if not places:
             raise ValueError(f"{origin} holds no rows.")
-        return Texts(sources, targets or None, places)
+        return Texts(sources, targets if any(target is not None for target in targets) else None, places)
 
     @cached_property
     def _hub(self) -> "datasets.DatasetDict":
@@ -279,6 +283,7 @@ class Template(Formatter):
             fields = [field for _, field, _, _ in self.parse(text) if field is not None]
         except ValueError as error:
             raise ValueError(f"{argument}={text!r} is malformed: {error}. Double a brace that is text.") from error
+        self.columns = {re.split(r"[.\[]", field)[0] for field in fields}
         if not fields or not all(field and not field[0].isdigit() for field in fields):
             raise ValueError(f"{argument}={text!r} must name a column in braces, such as '{{source}}'.")
 
@@ -298,6 +303,10 @@ class Template(Formatter):
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}" if isinstance(error, LookupError) else error
             raise ValueError(f"{row.place}: {self.argument}={self.text!r} cannot be filled ({reason}).") from error
+
+    def has_columns(self, row: Row) -> bool:
+        """Whether a row has all columns that the template asks for, with something in them."""
+        return all(row.values.get(column) is not None for column in self.columns)
 
     def get_value(self, key: int | str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The column ``key``."""

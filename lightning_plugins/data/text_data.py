@@ -95,6 +95,10 @@ class TextData(SplitLoaders):
             self._texts[split] = self.texts("test") if texts is None and split == "predict" else texts
         return self._texts[split]
 
+    def places(self, split: str) -> list[str]:
+        """Where each sample of a split stands, such as a file and its line."""
+        return self.require(split).places
+
     def require(self, split: str) -> Texts:
         """The split, or one sentence if there is none."""
         texts = self.texts(split)

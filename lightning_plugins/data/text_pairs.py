@@ -26,7 +26,7 @@ class Texts(NamedTuple):
     """One split: N sources, as many targets (``None`` where unknown), and where each stands, for sentences."""
 
     sources: list[str]
-    targets: list[str] | None
+    targets: Sequence[str | None] | None
     places: list[str]
 
     def select(self, index: Iterable[int]) -> "Texts":
@@ -125,8 +125,8 @@ class KeyedText(Dataset):
         """Ids of source and target of a sample, framed; an unknown target is empty."""
         raise NotImplementedError
 
-    def texts(self, key: int) -> dict[str, str]:
-        """``source`` and, where known, ``target`` of a sample."""
+    def texts(self, key: int) -> dict[str, str | None]:
+        """``source`` and ``target`` of a sample; none of the latter if no sample has one."""
         raise NotImplementedError
 
     def __len__(self) -> int:
@@ -179,7 +179,7 @@ class KeyedPairs(KeyedText):
         """As they were framed."""
         return self.sources[key % len(self)], self.targets[key % len(self)]
 
-    def texts(self, key: int) -> dict[str, str]:
+    def texts(self, key: int) -> dict[str, str | None]:
         """As they were read, uncut."""
         assert self.content is not None  # batches ask for texts under with_texts alone
         names = {"source": self.content.sources, "target": self.content.targets}
@@ -230,7 +230,7 @@ class KeyedPieces(KeyedText):
         sep = source.new_tensor([self.marks.sep])
         return torch.cat([source.new_tensor(self.marks.first), source, sep]), torch.cat([target, sep])
 
-    def texts(self, key: int) -> dict[str, str]:
+    def texts(self, key: int) -> dict[str, str | None]:
         """The halves, decoded."""
         source, target = (cast(str, self.tokenizer.decode(half.tolist())) for half in self.halves(key))  # one text
         return {"source": source, "target": target}

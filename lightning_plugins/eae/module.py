@@ -500,10 +500,12 @@ class EAE(LightningModule):
         return z
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``code`` ``(B, d)`` and ``reconstruction`` ``(B, C, H, W)``."""
+        """``code`` ``(B, d)``, ``reconstruction`` ``(B, C, H, W)`` and ``error``, its mean squared distance."""
         batch, label = self._read(batch)
         z = self.encode(batch["image"])
-        return {"code": z, "reconstruction": self.decode(z, label)}
+        reconstruction = self.decode(z, label)
+        error = (reconstruction - batch["image"]).square().flatten(1).mean(1)
+        return {"code": z, "reconstruction": reconstruction, "error": error}
 
     def configure_optimizers(self) -> Any:
         """Adam whose rate decays after each epoch, unless ``optimizer`` or ``scheduler`` is given."""

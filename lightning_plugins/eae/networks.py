@@ -120,7 +120,7 @@ def _checked_width(network: str, image_shape: Sequence[int], width: int | None, 
     if network == "rae" and (image_shape[1] != image_shape[2] or image_shape[1] not in _CANVAS):
         raise ValueError(
             f"network='rae' takes images of 28 x 28, 32 x 32 or 64 x 64, got image_shape={tuple(image_shape)}: "
-            "resize them, or choose network='mlp'."
+            "resize them, such as by the data's image_size=32, or choose network='mlp'."
         )
     must.optional(must.count)("width", width)
     must.check(sizes, **dict.fromkeys(sizes, must.count))

@@ -1,4 +1,4 @@
-"""The model card of an exported student."""
+"""The model cards of an exported student and of an exported teacher."""
 
 import json
 import re
@@ -65,6 +65,33 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
         f"- {_DEFAULTS[name]}\n- Keep the scheduler: its one step starts at the noise level that the generator was "
         "trained at.",
         "## Training\n\n" + markdown_table(("setting", "value"), [*settings.items()]),
+    ]
+    if card["metrics"]:
+        results = [(name, f"{value:.4g}") for name, value in card["metrics"].items()]
+        parts.append("## Results\n\n" + markdown_table(("metric", "value"), results))
+    return "\n\n".join(parts) + "\n"
+
+
+def teacher_card(pipeline: "DiffusionPipeline", card: Mapping[str, Any]) -> str:
+    """The text of a teacher's README.md, with the Hub's header and an example that runs in the folder.
+
+    Args:
+        pipeline: the pipeline that the card stands beside.
+        card: what is told of the training: ``settings`` and ``metrics`` (figures), each by name.
+    """
+    name, classes = type(pipeline).__name__, pipeline.unet.config.get("num_class_embeds")
+    call = "batch_size=4, num_inference_steps=50"
+    call += f", class_labels={[index % classes for index in range(4)]}" if classes else ""
+    lines = ["library_name: diffusers", "pipeline_tag: unconditional-image-generation", "tags:", "- ddpm"]
+    steps = "1 (a step alone gives no image)" if classes else "1000 (no better here, and slower)"
+    parts = [
+        "\n".join(["---", *lines, "---"]),
+        "# A diffusion model of images",
+        "Trained by denoising (Ho, Jain, Abbeel 2020, arXiv 2006.11239); the weights are a running mean.\n"
+        "It can be the teacher of a one-step generator (score identity distillation, arXiv 2404.04057).",
+        f"## Use\n\n```python\n{_SNIPPET.format(call=call)}```\n\ndiffusers is all it needs.\n\n"
+        f"- It is a `{name}`, whose default of `num_inference_steps` is {steps}.",
+        "## Training\n\n" + markdown_table(("setting", "value"), [*card["settings"].items()]),
     ]
     if card["metrics"]:
         results = [(name, f"{value:.4g}") for name, value in card["metrics"].items()]

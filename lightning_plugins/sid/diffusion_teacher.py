@@ -19,13 +19,14 @@ from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.lightning_internals import trainer_of
-from lightning_plugins.core.logging import log_image
+from lightning_plugins.core.logging import log_image, measured_figures
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.core.pictures import image_grid, pictures_are_due
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import shard_networks
+from lightning_plugins.sid.card import teacher_card
 from lightning_plugins.sid.conditions import conditions
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.networks import update_average
@@ -123,6 +124,8 @@ class DiffusionTeacher(LightningModule):
         self.num_train_timesteps = num_train_timesteps
         self.lr, self.warmup, self.weight_decay, self.ema_decay = lr, warmup, weight_decay, ema_decay
         self.seed, self.pictures_every_n_epochs, self.export_to = seed, pictures_every_n_epochs, export_to
+        self._results: dict[str, float] = {}  # of the latest validation and test, for the model card
+        self._steps = 0  # trained, for the same
         self._optimizer, self._scheduler = optimizer, scheduler
 
         self.denoiser = Denoiser(self.build_network(), self.build_scheduler())
@@ -297,6 +300,25 @@ class DiffusionTeacher(LightningModule):
         if self.export_to is not None and not self.trainer.fast_dev_run:
             _checked_folder(self.export_to)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the figures for the model card."""
+        self._keep_progress()
+        checkpoint[_RECORD] = {"results": self._results}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the figures; a checkpoint may be anyone's, or of a version that kept none."""
+        record = checkpoint.get(_RECORD)
+        results = record.get("results") if isinstance(record, Mapping) else None
+        if isinstance(results, Mapping) and all(isinstance(value, int | float) for value in results.values()):
+            self._results = {str(name): float(value) for name, value in results.items()}
+        self._steps = int(checkpoint.get("global_step") or 0)
+
+    def _keep_progress(self) -> None:
+        """What the model card tells of the run under way, if there is one."""
+        if trainer_of(self) is not None:
+            self._results = {**self._results, **measured_figures(self.trainer)}
+            self._steps = self.global_step or self._steps
+
     def on_fit_end(self) -> None:
         """Write the pipeline, if ``export_to`` says where."""
         if self.export_to is not None and not self.trainer.fast_dev_run:
@@ -348,7 +370,7 @@ class DiffusionTeacher(LightningModule):
     # Export.
 
     def export(self, folder: str | Path) -> Path:
-        """Write the running mean as a diffusers pipeline, all or nothing; on several processes all must call it.
+        """Write the running mean as a diffusers pipeline with a model card; on several processes all must call it.
 
         ``DiffusionPipeline.from_pretrained(folder)()`` then draws images: a ``DDPMPipeline``, or for a conditional
         model a ``ConsistencyModelPipeline`` with DDIM, as the former takes no ``class_labels``; give that one
@@ -370,8 +392,13 @@ class DiffusionTeacher(LightningModule):
         if self.global_rank == 0:
             whole = type(network).from_config(network.config)
             whole.load_state_dict({name: value.cpu() for name, value in weights.items()})
+            self._keep_progress()
+            pipeline = self._pipeline(whole.eval())
+            settings = {name: value for name, value in self.hparams.items() if name in _ON_THE_CARD}
+            card = {"settings": {"steps": self._steps, **settings}, "metrics": self._results}
             with new_folder(folder) as partial:
-                self._pipeline(whole.eval()).save_pretrained(partial)
+                pipeline.save_pretrained(partial)
+                (partial / "README.md").write_text(teacher_card(pipeline, card), encoding="utf-8")
         return folder
 
     def _pipeline(self, network: nn.Module) -> Any:
@@ -397,6 +424,9 @@ def _checked_folder(folder: str | Path) -> Path:
     return folder
 
 
+_RECORD = "diffusion_teacher"
+_ON_THE_CARD = ("image_shape", "block_out_channels", "layers_per_block", "attention_levels", "prediction_type")
+_ON_THE_CARD += ("beta_schedule", "num_train_timesteps", "lr", "ema_decay")
 _RULES = {
     "image_shape": must.image_shape,
     "num_classes": must.count,

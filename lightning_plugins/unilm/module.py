@@ -43,6 +43,7 @@ from lightning_plugins.unilm.tokenizing import (
     as_written,
     decode,
     encode_sources,
+    joined_rows,
     left_padded,
     lowercases,
     stream,
@@ -355,13 +356,34 @@ class UniLMSeq2Seq(LightningModule):
         if self.generate_every_n_epochs and "seq2seq" in self.shares:
             self._score_texts(batch)
 
-    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, str]]:
-        """``source``, ``prediction`` and, where the data know it, ``reference`` of each sample."""
-        sources, references, predictions = self._texts(batch)
-        rows = [{"source": s, "prediction": p} for s, p in zip(sources, predictions, strict=True)]
-        if references is None:
-            return rows
-        return [{**row, "reference": reference} for row, reference in zip(rows, references, strict=True)]
+    def predict_step(self, batch: Mapping[str, Any], batch_idx: int) -> list[dict[str, Any]]:
+        """``source``, ``prediction``, ``score`` and, where the data know it, ``reference`` of each sample.
+
+        The score is the mean log-probability of the prediction's tokens, its [SEP] included.
+        """
+        rows, predicted = self._generated(batch)
+        sources = self._sources(batch, rows)
+        references = self._references(batch) or [None] * len(sources)
+        scores = self._log_likelihoods(rows, predicted)
+        columns = zip(sources, decode(self.tokenizer, predicted), scores, references, strict=True)
+        return [
+            {"source": source, "prediction": text}
+            | ({} if score is None else {"score": score})
+            | ({} if reference is None else {"reference": reference})
+            for source, text, score, reference in columns
+        ]
+
+    def _log_likelihoods(self, rows: Mapping[str, Tensor], predicted: Tensor) -> list[float] | list[None]:
+        """Mean log-probability per token of generated ids ``(B, new)``; unknown where one pass cannot give it."""
+        objective = "lm" if self.objective == "lm" else "pseudo"  # a [MASK] for each token, as they are decoded
+        if objective == "pseudo" and not self.network.backbone.free_positions:
+            return [None] * len(predicted)
+        vocabulary = self._vocabulary
+        batch = joined_rows(rows, predicted, self.tokenizer.sep_token_id, vocabulary.pad)
+        build = InputBuilder(objective, {"seq2seq": 1.0}, 0.0, 0.0, vocabulary, self.network.token_types)
+        inputs = build(batch, noisy=False)
+        logs = -F.cross_entropy(widened(self(batch, inputs)), inputs.labels, reduction="none")
+        return [part.mean().item() for part in logs.split((batch["segment_ids"] == 2).sum(1).tolist())]
 
     def _add_nll(self, batch: Mapping[str, Any], batch_idx: int) -> None:
         """Add to the loss, without smoothing; what an objective draws is the same in every epoch."""
@@ -378,16 +400,25 @@ class UniLMSeq2Seq(LightningModule):
     def _texts(self, batch: Mapping[str, Any]) -> tuple[list[str], list[str] | None, list[str]]:
         """Sources, references and generated texts of a batch."""
         batch = text_batch(batch, type(self).__name__)
+        rows, predicted = self._generated(batch)
+        return self._sources(batch, rows), self._references(batch), decode(self.tokenizer, predicted)
+
+    def _generated(self, batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """A batch's sources, padded on the left, and the ids generated for them."""
         if "sample_ids" in batch:
             raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
-        ids, segments, pad = batch["input_ids"], batch["segment_ids"], self.tokenizer.pad_token_id
-        rows = left_padded(ids, segments == 1, pad)
-        predictions = decode(self.tokenizer, self.generate_ids(**rows))
-        sources = batch.get("source") or decode(self.tokenizer, rows["input_ids"])
-        references = batch.get("target")
-        if references is None and (segments == 2).any():
-            references = decode(self.tokenizer, left_padded(ids, segments == 2, pad)["input_ids"])
-        return sources, references, predictions
+        rows = left_padded(batch["input_ids"], batch["segment_ids"] == 1, self.tokenizer.pad_token_id)
+        return rows, self.generate_ids(**rows)
+
+    def _sources(self, batch: Mapping[str, Any], rows: Mapping[str, Tensor]) -> list[str]:
+        return batch.get("source") or decode(self.tokenizer, rows["input_ids"])
+
+    def _references(self, batch: Mapping[str, Any]) -> list[Any] | None:
+        """Targets as texts, one of which may be unknown in prediction; ``None`` where all are."""
+        ids, target = batch["input_ids"], batch["segment_ids"] == 2
+        if "target" in batch or not target.any():
+            return batch.get("target")
+        return decode(self.tokenizer, left_padded(ids, target, self.tokenizer.pad_token_id)["input_ids"])
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new pass. Not at the last one's end, whose inference mode training could not go on with."""

@@ -65,6 +65,29 @@ def left_padded(input_ids: Tensor, wanted: Tensor, pad_token_id: int) -> dict[st
     return {"input_ids": ids[:, -width:], "attention_mask": kept[:, -width:].long()}
 
 
+def joined_rows(
+    sources: Mapping[str, Tensor], targets: Tensor, sep_token_id: int, pad_token_id: int
+) -> dict[str, Tensor]:
+    """Sources padded on the left and what was generated for them, as rows padded on the right.
+
+    Args:
+        sources: ``input_ids`` and ``attention_mask`` ``(B, T)``.
+        targets: ``(B, new)`` ids, each row to its first [SEP] or to the end.
+        sep_token_id: id of [SEP].
+        pad_token_id: id of the padding.
+
+    Returns:
+        ``input_ids`` and ``segment_ids`` of a batch.
+    """
+    ended = (targets == sep_token_id).long().cumsum(1)
+    written = (ended - (targets == sep_token_id).long()) == 0
+    ids = torch.cat([sources["input_ids"], targets], dim=1)
+    segments = torch.cat([sources["attention_mask"].long(), 2 * written.long()], dim=1)
+    order = (segments == 0).long().argsort(dim=1, stable=True)
+    segments = segments.gather(1, order)
+    return {"input_ids": ids.gather(1, order).masked_fill(segments == 0, pad_token_id), "segment_ids": segments}
+
+
 def decode(tokenizer: "PreTrainedTokenizerBase", ids: Tensor) -> list[str]:
     """Generated rows as texts, without special tokens."""
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]

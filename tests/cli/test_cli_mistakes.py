@@ -275,8 +275,18 @@ error: checkpoint 'empty.ckpt' is empty: the run that wrote it was cut off. Use 
 error: 'text.ckpt' is not a Lightning checkpoint, or is damaged.
 """,
     "test --data Digits --ckpt_path last --trainer.default_root_dir /nowhere": """\
-error: --ckpt_path last: no run in '/nowhere' has a last.ckpt.
-A run writes one with --trainer.callbacks+=ModelCheckpoint --trainer.callbacks.save_last=true
+error: --ckpt_path last: no run in '/nowhere' has a checkpoint.
+Give its file, or the folder above lightning_logs: --trainer.default_root_dir FOLDER
+""",
+    "fit --config sid/digits": """\
+error: the teacher 'digits_teacher' is no folder in 'FOLDER'. This command makes it:
+lightning-plugins fit --config sid/digits_teacher
+""",
+    "fit --config sid/mnist": """\
+error: the teacher 'mnist_teacher' is no folder in 'FOLDER'. This command makes it:
+lightning-plugins fit --config sid/digits_teacher --data HFImages --data.path ylecun/mnist --data.image_size 32 \
+--data.val_size 5000 --data.batch_size 128 --model.block_out_channels "[64, 128, 128]" --model.lr 5e-4 \
+--model.export_to mnist_teacher --trainer.accelerator gpu --trainer.max_epochs 50 --trainer.check_val_every_n_epoch 5
 """,
     "copy capsnet/digts .": """\
 error: no shipped config or recipe is called 'capsnet/digts'.
@@ -306,7 +316,8 @@ def told(tmp_path_factory, write_project):
     assert run.returncode == 0, run.stderr
     left = {path.name for path in folder.iterdir()} - {"my_package", *FILES}
     assert not left  # a mistake leaves nothing behind
-    return dict(zip(MISTAKES, json.loads(run.stdout), strict=True))
+    told = json.loads(run.stdout.replace(str(folder), "FOLDER"))
+    return dict(zip(MISTAKES, told, strict=True))
 
 
 @pytest.mark.parametrize("words", MISTAKES)

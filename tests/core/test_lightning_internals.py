@@ -77,6 +77,7 @@ NAMES = {
     "strategy._checkpoint_io": "given_checkpoint_io",
     "checkpoint._save_last_checkpoint": "save_last",
     "checkpoint._monitor_candidates": "save_last",
+    "checkpoint._last_global_step_saved": "last_step_saved",
     "types._Stateful": "has_state",
     "fit_loop._combined_loader": "train_loaders",
     "fit_loop._data_fetcher": "start_at",

@@ -71,7 +71,7 @@ def test_no_validation_on_request(tmp_path):
 
 
 def test_parquet_grey_images(tmp_path):
-    data = HFImages(make_parquet(tmp_path / "set.parquet"), val_size=4, batch_size=8)
+    data = HFImages(make_parquet(tmp_path / "set.parquet"), val_size=4, test_size=0, batch_size=8)
     assert (data.image_shape, data.num_classes) == ((1, 4, 4), 3)
     batch = next(iter(data.train_dataloader()))
     number = (batch["image"][:, 0, 0, 0] * 25.5).round().long()
@@ -140,7 +140,7 @@ def test_images_without_labels(tmp_path):
     folder.mkdir()
     for n in range(6):
         Image.fromarray(np.full((3, 4), 40 * n, dtype=np.uint8)).save(folder / f"{n}.png")
-    data = HFImages(str(folder), label_column="none", val_size=2, batch_size=4)
+    data = HFImages(str(folder), label_column="none", val_size=2, test_size=0, batch_size=4)
     assert (data.image_shape, data.num_classes) == ((1, 3, 4), 1)
     batches = [*data.train_dataloader(), *data.val_dataloader()]
     seen = torch.cat([batch["image"][:, 0, 0, 0] for batch in batches])
@@ -154,7 +154,7 @@ def test_images_without_labels(tmp_path):
     )
     labelled = make_parquet(tmp_path / "set.parquet")
     assert HFImages(labelled).images("train").labels.max() == 2  # and the other is not taken from its cache
-    assert HFImages(labelled, label_column="none").images("train").labels.tolist() == [0] * 11
+    assert HFImages(labelled, label_column="none").images("train").labels.tolist() == [0] * 10
 
 
 def test_a_yes_or_no_attribute_is_a_label(tmp_path):
@@ -162,7 +162,7 @@ def test_a_yes_or_no_attribute_is_a_label(tmp_path):
     import datasets
 
     path = make_parquet(tmp_path / "set.parquet", Smiling=datasets.Value("bool"))
-    data = HFImages(path, label_column="Smiling", val_size=0)
+    data = HFImages(path, label_column="Smiling", val_size=0, test_size=0)
     assert data.num_classes == 2 and data.images("train").labels.tolist() == [0, 1] * 6
 
 
@@ -233,7 +233,7 @@ def test_integers_are_labels_where_there_are_no_class_labels(tmp_path):
         ({"channels": 2}, "channels=2 must be one of 1, 3: 1 is grey, 3 colour."),
         ({"image_size": 0}, "image_size=0 must be 1 or more."),
         ({"crop": 0}, "crop=0 must be 1 or more."),
-        ({"crop": 6}, "An image has 6 x 5 px, less than crop=6."),
+        ({"crop": 6}, "An image has 6 x 5 px, less than crop=6: give a smaller one, or null."),
     ],
 )
 def test_wrong_names_in_one_sentence(tmp_path, arguments, sentence):

@@ -172,6 +172,20 @@ def test_prediction_takes_sources_alone_in_order(tmp_path):
     assert int(batch["segment_ids"].max()) == 1
 
 
+@pytest.mark.parametrize("which", ["test_file", "predict_file"])
+def test_prediction_tells_the_targets_that_there_are(tmp_path, which):
+    rows = [{"source": "one", "target": "two"}, {"source": "three"}, {"source": "four", "target": None}]
+    path = write(tmp_path / "some.jsonl", [json.dumps(row) for row in rows])
+    data = Seq2SeqData(pairs=PAIRS, **{which: path})
+    (batch,) = data.predict_dataloader()
+    assert batch["source"] == ["one", "three", "four"]
+    assert batch["target"] == ["two", None, None]
+    assert data.places("predict") == [f"{path}, line {n}" for n in (1, 2, 3)]
+    if which == "test_file":
+        with pytest.raises(ValueError, match="line 2: target_format asks for the column 'target'"):
+            data.test_dataloader()
+
+
 def test_a_dataset_of_the_hub_as_squad_is_written(tmp_path, monkeypatch):
     import datasets
 

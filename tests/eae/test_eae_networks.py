@@ -123,7 +123,7 @@ def test_they_learn():
         (("conv", (1, 28, 28), 4), "network='conv' must be one of mlp, rae."),
         (("mlp", (28, 28), 4), r"image_shape=\(28, 28\) must be \(C, H, W\), each a whole number of 1 or more"),
         (("mlp", (0, 28, 28), 4), r"image_shape=\(0, 28, 28\) must be"),
-        (("rae", (1, 8, 8), 4), r"28 x 28, 32 x 32 or 64 x 64, got image_shape=\(1, 8, 8\): resize them, or choose"),
+        (("rae", (1, 8, 8), 4), r"28 x 28, 32 x 32 or 64 x 64, got image_shape=\(1, 8, 8\): resize them, such as by"),
         (("rae", (1, 64, 32), 4), r"got image_shape=\(1, 64, 32\)"),
         (("mlp", (1, 8, 8), 4, 0), "width=0 must be 1 or more."),
     ],

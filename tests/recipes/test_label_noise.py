@@ -58,3 +58,10 @@ def test_table_and_picture(tmp_path, capsys):
     assert f"{accuracy.mean():.3f} ± {accuracy.std():.3f}" in line
     with Image.open(picture) as image:
         assert image.size == (1350, 960)
+
+
+def test_one_seed_has_no_deviation(tmp_path, capsys):
+    RECIPE["main"](["--seeds", "1", "--epochs", "1", "--picture", str(tmp_path / "label_noise.png")])
+    out = capsys.readouterr().out
+    assert "nan" not in out and "±" not in out
+    assert all(line.count("|") == 7 for line in out.splitlines())

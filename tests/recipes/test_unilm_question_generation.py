@@ -92,3 +92,27 @@ def test_the_window_holds_the_answer(recipe):
     for answer, first in (("w0", 0), ("w50", 45), ("W50 w51", 45), ("w99", 90), ("nowhere", 0)):
         assert recipe["window"](passage, answer, 10).split() == [f"w{i}" for i in range(first, first + 10)], answer
     assert recipe["window"]("a short one", "one", 10) == "a short one"
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "told"),
+    [
+        ("plain.jsonl", [PLAIN[0], {"q": "?", "answer": "a", "passage": "p"}],
+         "plain.jsonl, line 2 has no column 'question'; it has q, answer, passage."),
+        ("plain.jsonl", [{"question": "?", "answer": "a", "text": "p"}],
+         "plain.jsonl, line 1 has no column 'context'; it has question, answer, text."),
+        ("train.questions.jsonl", [{"story": "s", "sections": [], "question": "?", "answer": "a"}],
+         "train.questions.jsonl, line 1 has no column 'answer1'; it has story, sections, question, answer."),
+        ("train.questions.jsonl", [{"story": "s", "sections": ["2"], "question": "?", "answer1": "a"}],
+         "the story of train.questions.jsonl, line 1 has no column '2'; it has 1."),
+        ("squad.json", [{"version": "1.1"}], "squad.json has no column 'data'; it has version."),
+        ("squad.json", [{"data": [{"paragraphs": [{"text": "p", "qas": []}]}]}],
+         "squad.json: a paragraph has no column 'context'; it has text, qas."),
+    ],
+)  # fmt: skip
+def test_a_missing_column_is_named(recipe, tmp_path, name, rows, told):
+    write_lines(Path(name), rows)
+    Path("train.sections.json").write_text('{"s": {"1": "Once."}}')
+    with pytest.raises(SystemExit) as stop:
+        recipe["main"](["--data", name, "--model", tiny_bert(tmp_path / "bert")])
+    assert str(stop.value) == f"{told} --help tells the formats."

@@ -1,10 +1,13 @@
 """DiffusionTeacher against diffusers' own noise and targets; running mean, resumed runs, the exported folder."""
 
+import re
+
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from trainers import quiet_trainer
+from trainers import quiet_trainer, save
 
 from lightning_plugins.data import Digits
 from lightning_plugins.sid.diffusion_teacher import DiffusionTeacher
@@ -266,3 +269,34 @@ def test_refusals(arguments, words):
 def test_images_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"built for image_shape=\(1, 8, 8\), got images \(3, 8, 8\)"):
         tiny().loss({"image": torch.rand(2, 3, 8, 8)}, seeded())
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_folder_has_a_card_whose_example_runs(tmp_path, monkeypatch, conditional):
+    """What was trained, on how many steps, what it measured: also from a checkpoint, and in its header for the Hub."""
+    model = tiny(conditional=conditional, export_to=str(tmp_path / "folder"))
+    run = trainer(tmp_path, max_epochs=1, limit_train_batches=3)
+    run.fit(model, digits())
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "diffusers"
+    assert "| steps | 3 |" in card
+    assert f"| val/loss | {float(run.callback_metrics['val/loss']):.4g} |" in card
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    again = DiffusionTeacher.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    again.export(tmp_path / "again")
+    assert (tmp_path / "again" / "README.md").read_text(encoding="utf-8") == card
+    monkeypatch.chdir(tmp_path / "folder")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    exec(compile(code.replace("num_inference_steps=50", "num_inference_steps=2"), "README.md", "exec"), {})
+    assert (tmp_path / "folder" / "sample.png").is_file()
+
+
+@pytest.mark.parametrize("record", [None, 3, {"results": 3}, {"results": {"a": "b"}}, {"results": {"a|b": 1.0}}])
+def test_what_a_checkpoint_says_of_results_is_data(tmp_path, record):
+    save(tiny(), tmp_path / "a.ckpt")
+    content = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    torch.save({**content, "diffusion_teacher": record}, tmp_path / "a.ckpt")
+    DiffusionTeacher.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True).export(tmp_path / "folder")
+    card = (tmp_path / "folder" / "README.md").read_text(encoding="utf-8")
+    assert ("| a\\|b | 1 |" in card) == (record == {"results": {"a|b": 1.0}})

@@ -219,13 +219,37 @@ def test_validation_loss_is_a_mean_over_tokens_without_smoothing(module, folder,
     assert datamodule.batch_size == 4
 
 
+@pytest.mark.parametrize("objective", ["lm", "pseudo", "masked"])
+@pytest.mark.parametrize("search", [{}, {"num_beams": 3}])
+def test_the_score_of_a_prediction_is_its_mean_log_probability(module, tokenizer, objective, search):
+    """As generate() itself saw it, token by token; rows end at different places."""
+    wild = {**CONFIG, "initializer_range": 0.5}
+    model = module(config=wild, objective=objective, generation={"max_new_tokens": 6, **search}).eval()
+    with torch.no_grad():
+        model.network.get_output_embeddings().bias[tokenizer.sep_token_id] += 7  # some rows end early
+    batch = batch_of(tokenizer, some_pairs(12))
+    records = model.predict_step(batch, 0)
+    rows, _ = model._generated(batch)
+    kept = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 6, **search}
+    output = model.network.generate(**rows, **kept)
+    beams = getattr(output, "beam_indices", None)
+    logs = model.network.compute_transition_scores(output.sequences, output.logits, beams, normalize_logits=True)
+    new = output.sequences[:, rows["input_ids"].shape[1] :]
+    lengths = set()
+    for record, ids, values in zip(records, new, logs, strict=True):
+        length = [*ids.tolist(), tokenizer.sep_token_id].index(tokenizer.sep_token_id) + 1
+        lengths.add(length)
+        assert record["score"] == pytest.approx(values[:length].mean().item(), rel=1e-5)
+    assert len(lengths) > 1
+
+
 def test_predict_gives_records_and_texts_come_alone_or_in_batches(module, folder, tmp_path):
     model, datamodule = module(), data(folder, test_file=None)
     trainer = trainers.quiet_trainer()
     datamodule.setup("validate")
     records = [record for batch in trainer.predict(model, datamodule.val_dataloader()) for record in batch]
     assert len(records) == 8
-    assert all({"source", "prediction", "reference"} == record.keys() for record in records)
+    assert all({"source", "prediction", "score", "reference"} == record.keys() for record in records)
     sources = [record["source"] for record in records]
     texts = model.generate_text(sources)
     assert texts == [record["prediction"] for record in records]
