@@ -361,6 +361,7 @@ class UniLMSeq2Seq(LightningModule):
 
         The score is the mean log-probability of the prediction's tokens, its [SEP] included.
         """
+        batch = text_batch(batch, type(self).__name__)
         rows, predicted = self._generated(batch)
         sources = self._sources(batch, rows)
         references = self._references(batch) or [None] * len(sources)
