@@ -107,7 +107,7 @@ class ConvNeXt(ViT, family="vision", title="ConvNeXt"):
 class Clip(Language, family="vision", title="CLIP"):
     """Two towers and a temperature: the loss couples all samples of a batch."""
 
-    lr, step = 0.02, 1e-4
+    lr, step, faint = 0.02, 1e-4, True  # of small networks the cosines are all but equal
 
     def network(self):
         from transformers import CLIPConfig, CLIPModel

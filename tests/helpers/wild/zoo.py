@@ -39,13 +39,14 @@ class Wild(LightningModule):
         late: the number of steps after which a module shows what it is; it must be refused before twice as many.
         twice: why differentiating twice is impossible: ``"exact"`` refuses with it, ``"auto"`` goes on by differences.
         doubted: names a custom function of which differences in bf16 show nothing: it is taken as it is, and told.
+        faint: whether the penalty's part drowns in bf16's rounding, so that there the run's whole move is the measure.
         large: whether its cells take long; few are run by default.
         slow: whether none is run by default.
     """
 
     lr = 0.1
     epochs = 2
-    islands = omitted = unlogged = within = large = slow = False
+    islands = omitted = unlogged = within = faint = large = slow = False
     movable = True
     seen: str | None = None
     step: float | None = None
