@@ -61,8 +61,8 @@ class GradientPenalty(Callback):
 
     Cost of a step, plain = 1: finite differences forward about 2, central 3 (one more with ``scope="microbatch"`` under
     accumulation or several ranks); exact 4 to 5, and two to three times the memory. Finite differences keep two copies
-    of the trained parameters (four with ``scope="microbatch"`` and more than one), and for each micro-batch copies of its
-    batch and of the module's state (buffers, and networks that are not trained unless they are far larger than what
+    of the trained parameters (four with ``scope="microbatch"`` and more than one), and for each micro-batch copies of
+    its batch and of the module's state (buffers, and networks that are not trained unless they are far larger than what
     is). Lightning's finders of learning rate and batch size take all callbacks away while they search.
 
     Logs (every ``log_every_n_steps``): ``igr/coefficient``, ``igr/grad_norm_sq``, ``igr/penalty`` (``c`` times the
