@@ -20,7 +20,8 @@ foreach_div = _torch._foreach_div
 foreach_mul_ = _torch._foreach_mul_
 
 _ROW = 2**10  # squares that are summed in their own precision
-_BLOCK = 2**18  # elements that are copied to float64 at a time: 2 MB, about what a core's cache holds
+_SHORT = 2**15  # elements of a tensor up to which its squares are summed in float64
+_BLOCK = 2**16  # elements that are copied to float64 at a time: 512 kB, which a core's cache holds
 _BUCKET = 2**23  # elements that travel together, 32 MB in fp32
 
 
@@ -44,7 +45,7 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 def norm(xs: Sequence[Tensor]) -> Tensor:
     """Euclidean norm over all tensors and shards: a 0-dim float64 tensor on the first tensor's device."""
-    return _global_sum(xs, [_length(x) for x in local(xs)], 2).sqrt()
+    return _global_sum(xs, _lengths(local(xs)), 2).sqrt()
 
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
@@ -53,15 +54,26 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     Sums of the BLAS in fp32 err by up to 7e-4, depending on the processor, the threads and the operands' addresses;
     they take as long.
     """
-    blocks = zip(*(_flat(z).split(_BLOCK) for z in (x, y)), strict=True)
+    x, y = _flat(x), _flat(y)
+    if x.numel() <= _BLOCK:
+        return torch.dot(x.double(), y.double())
+    blocks = zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)
     return torch.stack([torch.dot(a.double(), b.double()) for a, b in blocks]).sum()
 
 
-def _length(x: Tensor) -> Tensor:
-    """Short ones in float64; longer ones by rows, within 1e-6 for fp32, whose lengths are joined in float64."""
-    flat = _flat(x)
-    if flat.numel() <= 8 * _ROW:
-        return torch.linalg.vector_norm(flat, dtype=torch.float64)
+def _lengths(xs: Sequence[Tensor]) -> list[Tensor]:
+    """Short ones in float64, all at once; longer ones by rows."""
+    flats = [_flat(x) for x in xs]
+    short = iter(_torch._foreach_norm(found, 2, torch.float64) if (found := [x for x in flats if _is_short(x)]) else ())
+    return [next(short) if _is_short(flat) else _length(flat) for flat in flats]
+
+
+def _is_short(flat: Tensor) -> bool:
+    return flat.numel() <= _SHORT
+
+
+def _length(flat: Tensor) -> Tensor:
+    """Within 1e-6 for fp32: the lengths of rows, joined in float64."""
     even = flat.numel() - flat.numel() % _ROW
     rows = torch.linalg.vector_norm(_widened(flat[:even].view(-1, _ROW)), dim=1)
     rest = torch.linalg.vector_norm(_widened(flat[even:]))
@@ -79,14 +91,14 @@ def _widened(x: Tensor) -> Tensor:
 
 
 def _global_sum(xs: Sequence[Tensor], parts: Sequence[Tensor], power: int = 1) -> Tensor:
-    """The sum of powers of one number for each tensor; a sum of squares does not overflow fp32."""
+    """The sum of powers of one float64 for each tensor; a sum of squares does not overflow fp32."""
     device = parts[0].device
     kinds: dict[tuple[dist.ProcessGroup, ...], list[Tensor]] = {}
     for x, part in zip(xs, parts, strict=True):
-        kinds.setdefault(_shard_groups(x), []).append(part.detach().to(device))
+        kinds.setdefault(_shard_groups(x), []).append(part if part.device == device else part.to(device))
     total = torch.zeros((), dtype=torch.float64, device=device)
     for groups, numbers in kinds.items():
-        share = (torch.stack([number.double() for number in numbers]) ** power).sum()
+        share = (torch.stack(numbers) ** power).sum()
         for group in groups:
             dist.all_reduce(share, group=group)
         total += share

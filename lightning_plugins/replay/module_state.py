@@ -59,7 +59,8 @@ class ModuleState:
         module: the module whose state is kept, with all that hangs on it.
         trained: parameters that training moves besides those of the trainer's optimizers. Without optimizers it moves
             the module's parameters that require a gradient.
-        frozen: whether to keep parameters that no optimizer owns, and large tensors that are no buffers.
+        frozen: whether to keep parameters that no optimizer moves, large tensors that are no buffers, and the settings
+            of optimizers, as a replay must, which ends within the step.
         attributes: whether to keep more than registered buffers.
         earlier: an earlier state, whose values are shared where they are the same still.
 
@@ -92,14 +93,14 @@ class ModuleState:
         self._attributes, self._frozen = attributes, frozen
         self._sharded = any(isinstance(param, DTensor) for param in self.trained)
         self._tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._namespaces: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._namespaces: list[tuple[dict[str, Any], dict[str, Any], int]] = []
         self._slots: list[tuple[Any, list[tuple[Any, Any]]]] = []
         self._containers: list[tuple[Any, Kind, Any]] = []
         self._arrays: list[tuple[Any, Any]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._found: list[Tensor] = []
         self._buffers: set[int] = set()
-        self._search([module, *(_settings_of(trainer, optimizers) if attributes else [])], optimizers)
+        self._search([module, *(_settings_of(trainer, optimizers) if attributes and frozen else [])], optimizers)
         self._save_tensors({} if earlier is None else earlier.values)
         self._metric_states = [(m, dict(vars(m)), _copies(_states_of(m))) for m in self.metrics if _is_small(m)]
 
@@ -141,7 +142,7 @@ class ModuleState:
                     kept[name] = value
                     if kind_of(type(value)):
                         within.append(value)
-            self._namespaces.append((own, kept))
+            self._namespaces.append((own, kept, len(own)))
         return within
 
     def _look_into(self, thing: Any, kind: Kind) -> Iterable[Any]:
@@ -159,7 +160,7 @@ class ModuleState:
         if kind == "object" and is_busy(within):
             return ()
         if attributes := attributes_of(thing):
-            self._namespaces.append((attributes, dict(attributes)))
+            self._namespaces.append((attributes, dict(attributes), len(attributes)))
         if slots := filled_slots(thing):
             self._slots.append((thing, slots))
         return (value for value in within if kind_of(type(value)))
@@ -189,12 +190,15 @@ class ModuleState:
     def restore(self) -> None:
         """Put everything back but torchmetrics, also what torch wrote without counting, as batch norm does."""
         for table, before in self._tables:
-            if not has_entries(table, "dict", before):
+            if (table or before) and not has_entries(table, "dict", before):
                 set_entries(table, "dict", before)
-        for owner, named in self._namespaces:
-            for name in owner.keys() - named.keys() - _TORCH:
-                del owner[name]
-            owner.update((name, value) for name, value in named.items() if owner.get(name, _TORCH) is not value)
+        for owner, named, size in self._namespaces:
+            for name, value in named.items():
+                if owner.get(name, _TORCH) is not value:
+                    owner[name] = value
+            if len(owner) != size:
+                for name in owner.keys() - named.keys() - _TORCH:
+                    del owner[name]
         for thing, slots in self._slots:
             for place, value in slots:
                 place.__set__(thing, value)

@@ -17,6 +17,7 @@ FRAMES = {"_getframe", "currentframe", "f_back", "f_locals"}
 ALLOWED = {
     "callbacks/non_finite_guard/report.py": {"_forward_cache"},  # torchmetrics'
     "callbacks/non_finite_guard/undo.py": {"_computed", "_forward_cache"},  # torchmetrics'
+    "replay/writes.py": {"_version"},  # of torch's tensors
     "data/loading.py": {"_iterator"},  # of torch's DataLoader
     "cli/app.py": {  # LightningCLI calls these, and what overrides them
         "_add_subcommands",

@@ -46,7 +46,8 @@ class Flooding(Callback):
     Signs are applied before clipping. The loss that the module returned, logs or monitors stays the raw one, and
     nothing waits for its value. With :class:`GradientPenalty` in the same trainer, in any order, the objective is
     ``F + c |grad F|^2`` with ``F`` from above, so ``|L - b| + b + c |grad L|^2`` for the step form. Weight decay of
-    the optimizer never ascends. In manual optimization, and for single samples, use :func:`flood`.
+    the optimizer never ascends. An optimizer with ``maximize=True`` is refused: what it maximises would be kept away
+    from the level. In manual optimization, and for single samples, use :func:`flood`.
 
     Cost: 0.2 to 0.3 ms of CPU time a step, and with several ranks one more message of one number.
 

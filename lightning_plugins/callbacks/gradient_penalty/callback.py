@@ -66,8 +66,10 @@ class GradientPenalty(Callback):
     Cost of a step, plain = 1: finite differences forward about 2, central 3 (one more with ``scope="microbatch"`` under
     accumulation or several ranks; four to seven more in a checked step); exact 4 to 5, and two to three times the
     memory. Finite differences keep two copies of the trained parameters (four with ``scope="microbatch"`` and more than
-    one), and for each micro-batch its batch, the module's buffers and its frozen parameters (these up to 64 MB).
-    Lightning's finders of learning rate and batch size take all callbacks away while they search.
+    one), and for each micro-batch copies of its batch and of the module's state (buffers, and networks that are not
+    trained unless they are far larger than what is). Lightning's finders of learning rate and batch size take all
+    callbacks away while they search. A teacher whose outputs are detached is moved with the student where both share
+    weights: finite differences see that, autograd does not.
 
     Logs (every ``log_every_n_steps``): ``igr/coefficient``, ``igr/grad_norm_sq``, ``igr/penalty`` (``c`` times the
     norm), ``igr/penalty_ratio`` (penalty / loss), ``igr/relative_step``.

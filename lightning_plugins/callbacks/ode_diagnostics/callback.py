@@ -40,7 +40,7 @@ from lightning_plugins.core.lightning_internals import (
     own_state_key,
     skips_backward,
 )
-from lightning_plugins.core.vectors import norm
+from lightning_plugins.core.vectors import local, norm
 from lightning_plugins.replay.recorder import StepRecorder
 from lightning_plugins.replay.twice import why_not_exact
 
@@ -269,8 +269,10 @@ class ODEDiagnostics(Callback):
         rows = start_rows(length, factor, loss, implicit)
         if begun.theta is None:
             return rows
-        move = [p.detach() - theta for p, theta in zip(begun.params, begun.theta, strict=True)]
-        step = Step(begun.gradient, move, norm(begun.theta), factor, turned, descent_sign(self._watch.optimizer))
+        start, move = norm(begun.theta), begun.theta
+        for p, theta in zip(local(begun.params), local(move), strict=True):
+            torch.sub(p, theta, out=theta)  # where it was is needed no more
+        step = Step(begun.gradient, move, start, factor, turned, descent_sign(self._watch.optimizer), length)
         rows |= first_order_rows(step)
         if begun.probes and isinstance(rule, Rule):
             search = (self.sharpness_rtol, self.sharpness_max_products)

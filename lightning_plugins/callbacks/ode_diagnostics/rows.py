@@ -28,6 +28,7 @@ class Step:
         clip_factor: norm of the clipped gradient over that of the raw one; ``None`` if unknown.
         turned: whether clipping changed the gradient's direction too.
         sign: -1 where the optimizer climbs, else 1.
+        gradient_norm: ``|g0|``; ``None`` if it is yet to be computed.
     """
 
     gradient: list[Tensor]
@@ -36,6 +37,7 @@ class Step:
     clip_factor: float | None = None
     turned: bool = False
     sign: float = 1.0
+    gradient_norm: float | None = None
 
 
 def clipping(
@@ -75,7 +77,7 @@ def start_rows(
 def first_order_rows(step: Step) -> dict[str, float]:
     """What the move and the gradient at its start tell, for any optimizer."""
     length, slope = norm(step.move).item(), dot(step.gradient, step.move).item()
-    gradient = norm(step.gradient).item()
+    gradient = norm(step.gradient).item() if step.gradient_norm is None else step.gradient_norm
     rows = {"update_norm": length, "predicted_dloss": slope}
     if start := step.start_norm.item():
         rows["rel_update"] = length / start
