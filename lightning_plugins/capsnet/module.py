@@ -382,7 +382,7 @@ class CapsNet(LightningModule):
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """``prediction`` (see :meth:`predict_labels`), its length as ``score``, all ``lengths``, ``poses``, pictures."""
+        """``prediction`` (see :meth:`predict_labels`), its length as ``score``, all ``lengths``, ``poses``, images."""
         poses = self(batch["image"])
         prediction = self.predict_labels(poses)
         lengths = poses.norm(dim=-1)
