@@ -71,9 +71,7 @@ def window(passage: str, answer: str, words: int) -> str:
 def make_pairs(path: Path, separator: str, words: int) -> list[list[str]]:
     """``[[source, target], ...]``: ``answer [SEP] passage`` and the question, each in one line."""
     rows = ((question, answer, window(passage, answer, words)) for question, answer, passage in read_questions(path))
-    return [
-        [f"{answer.strip()} {separator} {passage}", " ".join(question.split())] for question, answer, passage in rows
-    ]
+    return [[f"{answer.strip()} {separator} {passage}", " ".join(asked.split())] for asked, answer, passage in rows]
 
 
 def write_lines(pairs: list[list[str]], path: Path) -> str:
@@ -87,8 +85,8 @@ def train(
     model: UniLMSeq2Seq, pairs: list[list[str]], val: list[list[str]], args: argparse.Namespace
 ) -> dict[str, float]:
     """Fine-tune on pairs; returns the scores on the others."""
-    quiet = {"logger": False, "enable_checkpointing": False}
-    trainer = Trainer(max_epochs=args.epochs, precision=args.precision, gradient_clip_val=1.0, **quiet)
+    trainer = Trainer(max_epochs=args.epochs, precision=args.precision, gradient_clip_val=1.0,
+                      logger=False, enable_checkpointing=False)  # fmt: skip
     with TemporaryDirectory() as folder:
         data = Seq2SeqData(
             train_file=write_lines(pairs, Path(folder) / "train.jsonl"),
@@ -99,7 +97,7 @@ def train(
             batch_size=args.batch_size,
         )
         trainer.fit(model, datamodule=data)
-        return trainer.validate(model, datamodule=data, verbose=False)[0]
+        return dict(trainer.validate(model, datamodule=data, verbose=False)[0])
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -134,8 +132,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     else:  # not drawn at random, as questions on one passage stand together
         val, pairs = pairs[: len(pairs) // 10], pairs[len(pairs) // 10 :]
     scores = train(model, pairs, val, args)
-    table = [f"| {name} | {value:.4f} |" for name, value in scores.items()]
-    print("| score | value |", "|---|---|", *table, sep="\n")
+    print("| score | value |", "|---|---|", *(f"| {name} | {value:.4f} |" for name, value in scores.items()), sep="\n")
     shown = val[: args.samples]
     for (source, question), asked in zip(shown, model.eval().generate_text([s for s, _ in shown]), strict=True):
         print(f"\n{source}\n  reference: {question}\n  generated: {asked}")

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -259,10 +259,11 @@ class PluginsCLI(LightningCLI):
         return trainer
 
     def _run_record(self) -> RunRecord:
-        config = self.config[self.subcommand]
+        command = self.config.subcommand
+        config = self.config[command]
         data = config.data.class_path if config.get("data") else None
         root = Path(config.trainer.default_root_dir or ".")
-        return RunRecord(self.subcommand, config.model.class_path, data, config.ckpt_path or None, root)
+        return RunRecord(command, config.model.class_path, data, config.ckpt_path or None, root)
 
     # Running
 
@@ -352,7 +353,7 @@ class PluginsCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Run ``Trainer.predict`` and write what it gives into the run's folder."""
         if kwargs.pop("return_predictions", None) is not False:
-            self.trainer.callbacks.append(PredictionWriter())
+            cast(Any, self.trainer).callbacks.append(PredictionWriter())  # Lightning sets it without declaring it
         with warnings.catch_warnings():  # this package's loaders know the rows of a batch, which Lightning asks torch's
             warnings.filterwarnings("ignore", r"Couldn't infer the batch indices .*`KeyLoader`")
             self.trainer.predict(**kwargs, return_predictions=False)

@@ -4,6 +4,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_plugins.core.lightning_internals import last_step_saved, save_last
+from lightning_plugins.core.logging import leaves_no_logs
 
 
 def model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
@@ -17,7 +18,7 @@ def keep_last(trainer: Trainer) -> None:
     Under ``fast_dev_run`` none does: Lightning's writes that file at the end even then.
     """
     checkpoints = model_checkpoints(trainer)
-    if trainer.fast_dev_run:
+    if leaves_no_logs(trainer):
         for checkpoint in checkpoints:
             checkpoint.save_last = False
     elif not any(checkpoint.save_last for checkpoint in checkpoints):
@@ -32,7 +33,7 @@ class SaveLast(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save unless this step is saved already."""
-        if trainer.fast_dev_run:
+        if leaves_no_logs(trainer):
             return
         for checkpoint in model_checkpoints(trainer):
             if checkpoint.save_last is True and last_step_saved(checkpoint) != trainer.global_step:

@@ -32,7 +32,8 @@ class _Run:
     @property
     def age(self) -> float:
         """When it last wrote something, in seconds since the epoch."""
-        return max([*map(_age, self.files), *([self.record.age] if self.record else [])], default=0.0)
+        ages = [*map(_age, self.files), 0.0 if self.record is None else self.record.age]
+        return max(ages)
 
     @property
     def name(self) -> str:

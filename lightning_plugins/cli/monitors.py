@@ -14,6 +14,7 @@ from lightning_plugins.callbacks import ExactResume, NonFiniteGuard, SaveOnSigte
 from lightning_plugins.cli.last_checkpoint import SaveLast, model_checkpoints
 from lightning_plugins.cli.messages import closest, did_you_mean
 from lightning_plugins.core.lightning_internals import last_step_saved, save_last
+from lightning_plugins.core.logging import leaves_no_logs
 
 _LIGHTNINGS = re.compile(r"`ModelCheckpoint\(monitor='(?P<checkpoint>.*?)'\)` could|"
                          r"Early stopping conditioned on metric `(?P<stopping>.*?)` which")  # fmt: skip
@@ -49,7 +50,7 @@ class MonitorCheck(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Without a validation Lightning says nothing of a checkpoint's monitor, and may never look at the other's."""
-        if trainer.enable_validation or trainer.fast_dev_run:
+        if trainer.enable_validation or leaves_no_logs(trainer):
             return
         for callback, name in _monitors(trainer):
             every = callback.every_n_epochs if isinstance(callback, ModelCheckpoint) else 1
@@ -59,7 +60,7 @@ class MonitorCheck(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save the run that is stopped by a monitor at a validation's or an epoch's end, between two steps."""
-        if isinstance(exception, _SlipError) or trainer.fast_dev_run or explain_monitor(exception, trainer) is None:
+        if isinstance(exception, _SlipError) or leaves_no_logs(trainer) or explain_monitor(exception, trainer) is None:
             return
         for checkpoint in model_checkpoints(trainer)[:1]:
             if last_step_saved(checkpoint) != trainer.global_step:
@@ -74,7 +75,7 @@ class MonitorCheck(Callback):
                 raise _SlipError(_told(type(callback).__name__, name, names))
 
 
-def _monitors(trainer: Trainer) -> Iterator[tuple[Callback, str]]:
+def _monitors(trainer: Any) -> Iterator[tuple[Callback, str]]:
     """Callbacks that a missing monitor would stop, or leave without effect."""
     for callback in trainer.callbacks:
         strict = isinstance(callback, EarlyStopping) and callback.strict
@@ -109,7 +110,7 @@ def explain_monitor(error: BaseException, trainer: Trainer) -> str | None:
 # Whether code may come to log a name
 
 
-def _stands_in_code(name: str, trainer: Trainer) -> bool:
+def _stands_in_code(name: str, trainer: Any) -> bool:
     """Whether the last part of a name is a word in the code of the module or of a callback, or that cannot be read."""
     word = re.compile(rf"(?<!\w){re.escape(name.rpartition('/')[2])}(?!\w)")
     parts = [trainer.lightning_module, *(c for c in trainer.callbacks if not isinstance(c, _LOG_NOTHING))]
@@ -124,7 +125,7 @@ def _stands_in_code(name: str, trainer: Trainer) -> bool:
 def _files(module: str) -> list[Path] | None:
     """The source of a module, with all of its package; ``None`` where it cannot be told."""
     top = sys.modules.get(module.split(".")[0])
-    if top is None or not getattr(top, "__file__", None):
+    if top is None or top.__file__ is None:
         return None
     file = Path(top.__file__)
     files = [*file.parent.rglob("*.py")] if file.name == "__init__.py" else [file]

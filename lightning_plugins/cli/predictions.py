@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_plugins.cli.outputs import shorten
 from lightning_plugins.core.checkpoint_io import write_torch_file
-from lightning_plugins.core.logging import log_dir
+from lightning_plugins.core.logging import leaves_no_logs, log_dir
 from lightning_plugins.core.new_file import new_file
 from lightning_plugins.core.replacing import replacing
 from lightning_plugins.data import ImageData, TextData
@@ -69,7 +69,7 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gather the batches of all processes, write them on rank zero, and tell where."""
         batches, self._batches = self._batches, {}
-        if trainer.fast_dev_run:
+        if leaves_no_logs(trainer):
             return
         ranks = _gathered(trainer, batches)
         if not any(ranks):

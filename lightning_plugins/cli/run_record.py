@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_plugins
-from lightning_plugins.core.logging import log_dir
+from lightning_plugins.core.logging import leaves_no_logs, log_dir
 from lightning_plugins.core.new_file import new_file
 from lightning_plugins.core.replacing import is_address
 
@@ -98,7 +98,7 @@ class RunRecord(Callback):
 
     def _write(self, trainer: Trainer) -> None:
         folder = log_dir(trainer)
-        if trainer.fast_dev_run or _REMOTE.match(str(folder)):
+        if leaves_no_logs(trainer) or _REMOTE.match(str(folder)):
             return
         assert self._began is not None  # setup comes first
         content = self._content

@@ -53,7 +53,7 @@ def log_image(trainer: Trainer, tag: str, image: Tensor, step: int) -> None:
     if not trainer.is_global_zero:
         return
     pixels = _to_uint8(tag, image)
-    if _leaves_no_logs(trainer):
+    if leaves_no_logs(trainer):
         return
     path = _file(trainer, "images", tag, step, "png")
     from PIL import Image
@@ -107,7 +107,7 @@ def log_table(trainer: Trainer, tag: str, columns: Sequence[str], rows: Sequence
     for row in rows:
         if len(row) != len(columns):
             raise ValueError(f"Table {tag!r} has {len(columns)} columns, but a row of {len(row)} cells: {list(row)}.")
-    if _leaves_no_logs(trainer):
+    if leaves_no_logs(trainer):
         return
     path = _file(trainer, "tables", tag, step, "csv")
     with new_file(path) as file, io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
@@ -134,12 +134,13 @@ def log_text_table(
         ValueError: a row with more or fewer cells than columns, or a tag that leaves the folder.
     """
     log_table(trainer, tag, columns, rows, step)
-    if trainer.is_global_zero and not _leaves_no_logs(trainer):
+    if trainer.is_global_zero and not leaves_no_logs(trainer):
         with new_file(_file(trainer, "tables", tag, step, "md")) as file:
             file.write((markdown_table(columns, rows) + "\n").encode())
 
 
-def _leaves_no_logs(trainer: Trainer) -> bool:
+def leaves_no_logs(trainer: Trainer) -> bool:
+    """Whether this is a trial (``fast_dev_run``), of which nothing is kept."""
     return bool(cast(Any, trainer).fast_dev_run)  # Lightning sets it without declaring it
 
 

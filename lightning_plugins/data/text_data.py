@@ -1,7 +1,7 @@
 """What all text data modules share: one tokenizer for data and model, limits of length, resumable loaders."""
 
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -187,7 +187,7 @@ class TextData(SplitLoaders):
         """Framed targets; empty for those that are too long."""
         assert texts.targets is not None  # asked for where they are known
         found: list[list[int]] = []
-        for place, ids in zip(texts.places, encode(tokenizer, texts.targets), strict=True):
+        for place, ids in zip(texts.places, encode(tokenizer, cast(list[str], texts.targets)), strict=True):
             _not_empty("target", ids, place)
             if marks.sep in ids:
                 token = tokenizer.sep_token

@@ -2,7 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+<<<<<<< HEAD
 from typing import TYPE_CHECKING, Any, ClassVar
+=======
+from typing import TYPE_CHECKING, Any, cast
+>>>>>>> f-runs
 
 import torch
 import torch.nn.functional as F
@@ -376,12 +380,12 @@ class UniLMSeq2Seq(LightningModule):
 
     def _log_likelihoods(self, rows: Mapping[str, Tensor], predicted: Tensor) -> list[float] | list[None]:
         """Mean log-probability per token of generated ids ``(B, new)``; unknown where one pass cannot give it."""
-        objective = "lm" if self.objective == "lm" else "pseudo"  # a [MASK] for each token, as they are decoded
-        if objective == "pseudo" and not self.network.backbone.free_positions:
+        network, tokenizer, vocabulary = cast(Any, self.network), cast(Any, self.tokenizer), self._vocabulary
+        objective: Objective = "lm" if self.objective == "lm" else "pseudo"  # a [MASK] for each, as they are decoded
+        if objective == "pseudo" and not network.backbone.free_positions:
             return [None] * len(predicted)
-        vocabulary = self._vocabulary
-        batch = joined_rows(rows, predicted, self.tokenizer.sep_token_id, vocabulary.pad)
-        build = InputBuilder(objective, {"seq2seq": 1.0}, 0.0, 0.0, vocabulary, self.network.token_types)
+        batch = joined_rows(rows, predicted, tokenizer.sep_token_id, vocabulary.pad)
+        build = InputBuilder(objective, {"seq2seq": 1.0}, 0.0, 0.0, vocabulary, network.token_types)
         inputs = build(batch, noisy=False)
         logs = -F.cross_entropy(widened(self(batch, inputs)), inputs.labels, reduction="none")
         return [part.mean().item() for part in logs.split((batch["segment_ids"] == 2).sum(1).tolist())]
@@ -408,7 +412,7 @@ class UniLMSeq2Seq(LightningModule):
         """A batch's sources, padded on the left, and the ids generated for them."""
         if "sample_ids" in batch:
             raise ValueError("Texts cannot be generated for packed rows: give validation and test data unpacked.")
-        rows = left_padded(batch["input_ids"], batch["segment_ids"] == 1, self.tokenizer.pad_token_id)
+        rows = left_padded(batch["input_ids"], batch["segment_ids"] == 1, cast(Any, self.tokenizer).pad_token_id)
         return rows, self.generate_ids(**rows)
 
     def _sources(self, batch: Mapping[str, Any], rows: Mapping[str, Tensor]) -> list[str]:
@@ -419,7 +423,7 @@ class UniLMSeq2Seq(LightningModule):
         ids, target = batch["input_ids"], batch["segment_ids"] == 2
         if "target" in batch or not target.any():
             return batch.get("target")
-        return decode(self.tokenizer, left_padded(ids, target, self.tokenizer.pad_token_id)["input_ids"])
+        return decode(self.tokenizer, left_padded(ids, target, cast(Any, self.tokenizer).pad_token_id)["input_ids"])
 
     def on_validation_epoch_start(self) -> None:
         """Begin a new pass. Not at the last one's end, whose inference mode training could not go on with."""
