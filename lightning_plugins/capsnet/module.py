@@ -394,15 +394,9 @@ class CapsNet(LightningModule):
         if batch_idx == 0:
             self._shown = {key: batch[key][:_NUM_SHOWN] for key in ("image", "label", "parts") if key in batch}
 
-<<<<<<< HEAD
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``prediction`` (see :meth:`predict_labels`), its length as ``score``, all ``lengths``, ``poses`` and more."""
-        poses = self(image_batch(batch, type(self).__name__)["image"])
-=======
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """``prediction`` (see :meth:`predict_labels`), its length as ``score``, all ``lengths``, ``poses``, images."""
-        poses = self(batch["image"])
->>>>>>> f-runs
+        poses = self(image_batch(batch, type(self).__name__)["image"])
         prediction = self.predict_labels(poses)
         lengths = poses.norm(dim=-1)
         score = lengths.gather(1, prediction.view(len(poses), -1)).view(prediction.shape)

@@ -2,11 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-<<<<<<< HEAD
-from typing import TYPE_CHECKING, Any, ClassVar
-=======
-from typing import TYPE_CHECKING, Any, cast
->>>>>>> f-runs
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
