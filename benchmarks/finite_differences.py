@@ -391,19 +391,29 @@ def measure(subject: Subject, precisions: Sequence[str], steps: int) -> dict[str
     return found
 
 
-def table(results: dict[str, Any], precision: str) -> None:
-    """Print one precision: kinked architectures first, each at first and trained."""
-    kinds = {kinked: default(precision, kinked) for kinked in (True, False)}
-    old = {kinked: before(precision, kinked) for kinked in kinds}
-    shown = [Rule("forward", 1e-4).name, Rule("forward", length=0.05).name]
-    shown += [Rule("central", length=length).name for length in LENGTHS]
-    print(f"\n{precision}\n\n| | default | before | {' | '.join(shown)} |\n|---|{'---|' * (len(shown) + 2)}")
-    for name, found in results.items():
-        kinked = SUBJECTS[name].kinked
-        for state, rules_of in found[precision].items():
-            own = [kinds[kinked].name, old[kinked].name]
-            cells = ["{:.2f}, {:.2g}".format(*rules_of[rule]) for rule in [*own, *shown]]
-            print(f"| {name}, {state} | {' | '.join(cells)} |")
+def row(found: dict[str, Any], state: str, precision: str, kinked: bool, others: Sequence[str] = ()) -> str:
+    """Cells of one architecture in one state and precision: the default, what it was before, and other rules."""
+    names = [default(precision, kinked).name, before(precision, kinked).name, *others]
+    return " | ".join("{:.2f}, {:.2g}".format(*found[precision][state][name]) for name in names)
+
+
+def tables(results: dict[str, Any]) -> None:
+    """Print fp32 by itself, and what is taken by default in the other precisions."""
+    precisions = list(next(iter(results.values())))
+    for precision in precisions:
+        named = [f"{kind} {default(precision, kinked).name}" for kind, kinked in (("kinks", True), ("smooth", False))]
+        print(f"- default in {precision}: {'; '.join(named)}")
+    others = [Rule("forward", 1e-4).name, Rule("forward", length=0.05).name]
+    others += [Rule("central", length=length).name for length in LENGTHS]
+    groups = [(precisions[:1], others), (precisions[1:], [])]
+    for group, more in groups:
+        heads = [f"{precision}, {name}" for precision in group for name in ("default", "before")] + more
+        if heads:
+            print(f"\n| | {' | '.join(heads)} |\n|---|{'---|' * len(heads)}")
+        for name, found in results.items() if heads else ():
+            for state in ("at first", "trained"):
+                cells = [row(found, state, precision, SUBJECTS[name].kinked, more) for precision in group]
+                print(f"| {name}, {state} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -426,13 +436,8 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()}, one thread"
-    print(f"{versions}; each cell: cosine with the exact product, relative error")
-    for precision in next(iter(results.values())):
-        defaults = [
-            f"{kind} {default(precision, kinked).name}" for kinked, kind in ((True, "kinks"), (False, "smooth"))
-        ]
-        print(f"\nDefault in {precision}: {'; '.join(defaults)}.")
-        table(results, precision)
+    print(f"{versions}; each cell: cosine with the exact product, relative error\n")
+    tables(results)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ def test_relative_step_follows_the_precision_of_the_forward_pass(precision, dtyp
     for difference, smooth in found.items():
         kinked = best_displacement(trainer, module, difference, kinked=True)
         assert kinked.relative >= max(1e-2, smooth.relative)
-        assert kinked.longest >= 0.05 > smooth.longest  # a length, whatever the norm of the parameters
+        assert kinked.longest in (0.05, 0.1)  # a length, whatever the norm of the parameters
 
 
 @pytest.mark.parametrize(
