@@ -26,6 +26,8 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 _LIGHTNING = logging.getLogger("lightning.pytorch")
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
+pytest.register_assert_rewrite("wild.cells")  # here, before doctests import it
+
 # Folders and files of processes and whole runs, which take long and hold few numbers.
 _APART = {"cli", "distributed", "faults", "gates", "recipes", "robustness", "wild"}
 _APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_export.py"}

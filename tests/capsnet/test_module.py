@@ -147,9 +147,11 @@ def test_predict_step_of_one_and_two_labels():
     for num_labels in (1, 2):
         model, batch = small(num_labels=num_labels).eval(), next(iter(loader(num_labels)))
         output = model.predict_step({"image": batch["image"]}, 0)
-        assert set(output) == {"prediction", "lengths", "poses", "reconstruction"}
+        assert set(output) == {"prediction", "score", "lengths", "poses", "reconstruction"}
         top = output["lengths"].topk(num_labels).indices.sort(-1).values
         assert torch.equal(output["prediction"], top[:, 0] if num_labels == 1 else top)
+        score = output["lengths"].gather(1, top)
+        assert torch.equal(output["score"], score[:, 0] if num_labels == 1 else score)
     assert "reconstruction" not in small(reconstruction_weight=0.0).predict_step(batch, 0)
 
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from spoken import errors
 
 from lightning_plugins.cli import main
 
@@ -141,7 +142,7 @@ def test_predict_writes_records_a_line_each(generate, cli, project, capsys):
     assert "Predictions: lightning_logs/version_1/predictions.jsonl\n" in capsys.readouterr().out
     lines = (project / "lightning_logs/version_1/predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 40
-    assert lines[-1] == '{"source": "文 2", "prediction": "a\\nb", "scores": [0.5, null]}'
+    assert lines[-1] == '{"row": 39, "source": "文 2", "prediction": "a\\nb", "scores": [0.5, null]}'
 
 
 def test_options_reach_the_model_and_only_those_given(generate):
@@ -200,7 +201,7 @@ def test_a_checkpoint_made_in_python_needs_its_class(own_module, write_checkpoin
 def test_mistakes(project, capsys, words, told):
     with pytest.raises(SystemExit) as stop:
         main(["generate", *words])
-    error = capsys.readouterr().err
+    error = errors(capsys)
     assert stop.value.code == 2
     assert error.startswith("error: ") and told in error
     assert len(error.splitlines()) <= 5
@@ -211,7 +212,7 @@ def test_a_model_of_another_kind_is_refused(trained, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["generate", f"--ckpt_path={trained}", "--text=x"])
     assert stop.value.code == 2
-    assert capsys.readouterr().err == (
+    assert errors(capsys) == (
         f"error: '{trained}' holds a ToyNet, which writes no text (it has no generate_text and no stream_text).\n"
         f"Its predictions: lightning-plugins predict --ckpt_path {trained} --data CLASS\n"
     )
@@ -222,7 +223,7 @@ def test_weights_that_do_not_fit_text_that_is_none_and_errors_of_ones_own(genera
         generate(stdin=b"good\nb\xffd\n")
     output = capsys.readouterr()
     assert output.out == "GOOD 7 \n"
-    assert output.err == "error: standard input, line 2: byte 2 is not UTF-8.\n"
+    assert output.err.endswith("last.ckpt'.\nerror: standard input, line 2: byte 2 is not UTF-8.\n")
     with pytest.raises(IndexError):  # a bug keeps its traceback
         generate("--text=bad", "--num_beams=2")
     path = "lightning_logs/version_0/checkpoints/last.ckpt"
@@ -245,4 +246,4 @@ def test_a_reader_that_leaves_and_ctrl_c_are_quiet(generate, monkeypatch, capsys
     with pytest.raises(SystemExit) as stop:
         generate("--text=interrupt")
     assert stop.value.code == 130
-    assert capsys.readouterr().err == ""
+    assert errors(capsys) == ""

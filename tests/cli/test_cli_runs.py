@@ -181,7 +181,8 @@ def test_last_in_folders_of_the_users_choice(cli, project):
 
 def test_predictions_are_written_and_their_path_printed(cli, trained, project, capsys):
     cli("predict", "--ckpt_path=last", "--data=my_package.ToyData")
-    assert "Predictions: lightning_logs/version_1/predictions.pt" in capsys.readouterr().out
+    table = "lightning_logs/version_1/predictions.csv"
+    assert f"Predictions: {table}, lightning_logs/version_1/predictions.pt\n" in capsys.readouterr().out
     predictions = load(project / "lightning_logs/version_1/predictions.pt")
     weight, bias = (load(trained)["state_dict"][f"net.{name}"] for name in ("weight", "bias"))
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))

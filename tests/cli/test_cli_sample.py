@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from spoken import errors
 
 from lightning_plugins.cli import main
 
@@ -112,7 +113,7 @@ def test_a_folder_holds_every_image_and_is_never_written_over(save, project, cap
     with pytest.raises(SystemExit):
         sample("--num_samples=9", "--seed=1", "--output=drawn/colour")
     told = "--output 'drawn/colour' holds sample_00001.png already, and nothing is replaced; choose another folder.\n"
-    assert capsys.readouterr().err == f"error: {told}"
+    assert errors(capsys) == f"error: {told}"
     assert sorted((project / "drawn/colour").iterdir()) == files[1:] and files[1].read_bytes() == before
 
 
@@ -171,7 +172,7 @@ def test_mistakes_leave_nothing_behind(save, project, capsys, arguments, words, 
     for output in [], ["--output=new/drawn"]:
         with pytest.raises(SystemExit) as stop:
             sample(*output, *words)
-        error = capsys.readouterr().err
+        error = errors(capsys)
         assert stop.value.code == 2
         assert error.startswith("error: ") and told in error and len(error.splitlines()) <= 5
     after = [path for path in sorted(project.rglob("*")) if "__pycache__" not in path.parts]
@@ -182,7 +183,7 @@ def test_a_model_of_another_kind_is_refused(trained, capsys):
     capsys.readouterr()
     with pytest.raises(SystemExit):
         main(["sample", f"--ckpt_path={trained}"])
-    assert capsys.readouterr().err == (
+    assert errors(capsys) == (
         f"error: '{trained}' holds a ToyNet, which draws no samples (it has no sample).\n"
         f"Its predictions: lightning-plugins predict --ckpt_path {trained} --data CLASS\n"
     )
@@ -204,7 +205,7 @@ def test_a_run_that_is_cut_off_or_finds_no_room_takes_its_files_away(save, proje
     with pytest.raises(SystemExit) as stop:
         sample("--output=page.png")
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: --output 'page.png': No space left on device.\n"
+    assert errors(capsys) == "error: --output 'page.png': No space left on device.\n"
     assert (project / "page.png").read_text() == "mine" and not list(project.rglob(".saving-*"))
 
 
@@ -239,5 +240,5 @@ def test_an_autoencoder_draws_digits_from_each_prior(cli, project, capsys):
     torch.save(content, path)
     with pytest.raises(SystemExit) as stop:
         main([*words, "--prior=gaussian"])
-    error = capsys.readouterr().err
+    error = errors(capsys)
     assert stop.value.code == 2 and error.startswith("error: ") and len(error.splitlines()) == 1

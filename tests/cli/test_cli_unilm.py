@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from spoken import errors
 
 from lightning_plugins import UniLMSeq2Seq
 from lightning_plugins.cli import main
@@ -59,7 +60,7 @@ def test_fit_generate_predict(project, capsys):
 
     with pytest.raises(SystemExit):
         main([*generate, "--max_new_tokens=40", "--text=vier"])
-    assert capsys.readouterr().err.startswith("error: max_new_tokens=40 leaves no room for a source")
+    assert errors(capsys).startswith("error: max_new_tokens=40 leaves no room for a source")
 
     last = project / "lightning_logs/version_0/checkpoints/last.ckpt"
     pieces = UniLMSeq2Seq.load_from_checkpoint(last, weights_only=True).stream_text(
@@ -73,8 +74,12 @@ def test_fit_generate_predict(project, capsys):
     main(["predict", "--ckpt_path=last", *QUIET, *data, "--data.test_file=test.tsv"])
     assert "predictions.jsonl" in capsys.readouterr().out
     lines = (project / "lightning_logs/version_1/predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"source": row, "prediction": row.upper(), "reference": row.upper()} for row in rows
+    records = [json.loads(line) for line in lines]
+    assert all(record.pop("score") < 0 for record in records)  # a mean of log-probabilities
+    assert records == [
+        {"row": i, "place": f"test.tsv, line {i + 2}", "source": row}
+        | {"prediction": row.upper(), "reference": row.upper()}
+        for i, row in enumerate(rows)
     ]
 
 

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau
 from lightning.pytorch.loggers import CSVLogger
@@ -132,7 +133,9 @@ def test_codes_do_not_depend_on_the_batch_in_evaluation(fitted, batch):
     model.eval()
     torch.testing.assert_close(torch.cat([model.encode(image[None]) for image in images]), model.encode(images))
     output = model.predict_step(batch, 0)
-    assert set(output) == {"code", "reconstruction"}
+    assert set(output) == {"code", "reconstruction", "error"}
+    expected = torch.stack([F.mse_loss(*pair) for pair in zip(output["reconstruction"], images, strict=True)])
+    torch.testing.assert_close(output["error"], expected)
     assert torch.equal(output["code"], model.encode(images))
     assert torch.equal(output["reconstruction"], model.decode(output["code"]))
     assert torch.equal(model.reconstruct(images), output["reconstruction"])

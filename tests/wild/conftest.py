@@ -1,9 +1,5 @@
 """A part of the table is for ``make test-wild``: by themselves large modules meet each callback in two settings."""
 
-import pytest
-
-pytest.register_assert_rewrite("wild.cells")
-
 
 def pytest_collection_modifyitems(config, items):
     if not config.option.markexpr:
