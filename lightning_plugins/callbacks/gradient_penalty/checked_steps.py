@@ -107,7 +107,7 @@ def check_repeatable(
     if not error <= min(1e-2, relative_step):  # a larger one would show in the finite difference
         raise RuntimeError(
             f"{name}: running {what} of {type(module).__name__} again on the same batch gives another gradient "
-            f"(relative difference {error:.1e}, {when}). It may edit its batch in place, keep a state that is neither "
-            "a buffer nor a metric, or draw from a generator of its own; or a hook changes gradients after the "
-            f"backward pass. Mend that, or {cure}."
+            f"(relative difference {error:.1e}, {when}). It may keep a state that nobody else sees (in an iterator, a "
+            "file, a variable of a function); or a hook changes gradients after the backward pass. Mend that, or "
+            f"{cure}."
         )

@@ -268,7 +268,7 @@ def test_batches_that_are_edited_and_generators_are_repeated_and_left_alone(kind
 @pytest.mark.parametrize("kind", [Counts, Iterates])
 def test_the_first_step_shows_what_cannot_be_repeated(kind, k):
     module = kind()
-    sentence = f"training_step of {kind.__name__} again on the same batch gives another gradient .* edit its batch in"
+    sentence = f"training_step of {kind.__name__} again on the same batch gives another gradient .* nobody else sees"
     with pytest.raises(RuntimeError, match=sentence):
         fit(module, GradientPenalty(0.1), accumulate_grad_batches=k)
     assert "training_step" not in module.__dict__
