@@ -80,7 +80,10 @@ class _Copier:
     def _tensor(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):
             return tensor
-        return self._with_attributes(tensor, self._remember(tensor, _cloned(tensor)))
+        made = self._remember(tensor, _cloned(tensor))
+        if is_traceable_wrapper_subclass(tensor):  # its parts are its own, as the offsets of a jagged one
+            return made
+        return self._with_attributes(tensor, made)
 
     def _copy_together(self, group: list[Tensor]) -> None:
         start = min(_span(tensor)[0] for tensor in group) // _ALIGNED * _ALIGNED

@@ -131,5 +131,7 @@ def _is_complex_abs(node: Any) -> bool:
     """Whether a node is the backward of ``|z|`` of complex numbers, which bends at zero alone."""
     if not node.name().startswith("Abs"):
         return False
+    if len(node.next_functions) != 1:  # a custom function whose name begins so
+        return False
     ((before, output),) = node.next_functions
     return before is not None and before._input_metadata[output].dtype.is_complex

@@ -173,9 +173,9 @@ class ModuleState:
         others = [t for t in kept if id(t) not in self._buffers]
         if not self._frozen:
             others = [t for t in others if not isinstance(t, nn.Parameter) and t.numel() <= _LARGEST]
-        left = max(_LEAST, _TIMES * sum(p.numel() for p in self.trained))
+        left = max(_LEAST, _TIMES * sum(p.numel() for p in self.trained if not is_lazy(p)))
         if sum(t.numel() for t in others) > left:
-            shapes = {p.shape for p in self.trained}  # a teacher has those of its student
+            shapes = {p.shape for p in self.trained if not is_lazy(p)}  # a teacher has those of its student
             others.sort(key=lambda t: (t.shape not in shapes, t.numel()))
         saved = [t for t in kept if id(t) in self._buffers]
         for tensor in others:

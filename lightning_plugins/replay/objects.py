@@ -1,5 +1,6 @@
 """What Python objects hold that a training_step could change, and which objects are left as they are."""
 
+import argparse
 import array
 import concurrent.futures
 import functools
@@ -9,7 +10,7 @@ import subprocess
 import sys
 import threading
 import types
-from collections import OrderedDict, UserDict, UserList, deque
+from collections import ChainMap, OrderedDict, UserDict, UserList, deque
 from collections.abc import Iterable
 from enum import Enum
 from operator import is_
@@ -62,7 +63,7 @@ _KINDS: tuple[tuple[Any, Kind], ...] = (
     (dict, "dict"), (list, "list"), (tuple, "tuple"), (set, "set"), (frozenset, "set"), (deque, "deque"),
     (bytearray, "bytes"), (array.array, "bytes"),
 )  # fmt: skip
-_FROM_PYTHON = (UserDict, UserList, types.SimpleNamespace)
+_FROM_PYTHON = (UserDict, UserList, ChainMap, types.SimpleNamespace, argparse.Namespace)
 _MADE_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 
+from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.random_state import get_random_state, set_random_state
 from lightning_plugins.replay.batches import copied
 from lightning_plugins.replay.graph import half_precision, has_kinks
@@ -208,10 +209,12 @@ def without_trace(module: nn.Module, device: torch.device, trained: Iterable[Ten
         stack.enter_context(torch.enable_grad())
         stack.callback(set_random_state, random_state, device)
         stack.enter_context(state.restored())
-        stack.enter_context(_grads_aside(state.leaves))
+        stack.enter_context(grads_aside(state.leaves))
         for part in state.modules:
             if isinstance(part, LightningModule):
                 stack.enter_context(_mute(part))
+        if isinstance(module, LightningModule) and (trainer := trainer_of(module)) is not None:
+            stack.callback(setattr, trainer, "should_stop", trainer.should_stop)
         _depth += 1
         try:
             yield
@@ -220,7 +223,8 @@ def without_trace(module: nn.Module, device: torch.device, trained: Iterable[Ten
 
 
 @contextmanager
-def _grads_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+def grads_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Let leaves have no gradients for a while; then they have their former ones, whatever came or went."""
     grads = [leaf.grad for leaf in leaves]
     for leaf in leaves:
         leaf.grad = None

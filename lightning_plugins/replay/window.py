@@ -18,7 +18,7 @@ from lightning_plugins.core.lightning_internals import ddp_option, loss_scale
 from lightning_plugins.core.vectors import foreach_add_, foreach_copy_, local, mean_over_ranks_
 from lightning_plugins.replay.differences import Difference
 from lightning_plugins.replay.graph import operations
-from lightning_plugins.replay.recorder import Call, without_trace
+from lightning_plugins.replay.recorder import Call, grads_aside, without_trace
 from lightning_plugins.replay.twice import first_derivative, look_into, require_same, second_derivative
 
 
@@ -206,7 +206,8 @@ class WindowLoss:
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         with self._all_or_none():
             for call in self._calls:
-                loss = call.replay()
+                with grads_aside(self.params):  # Lightning clears what training_step leaves before the backward pass
+                    loss = call.replay()
                 with self._weighted(factor * call.sign):
                     self._backward(loss * call.sign * self._share * self._scale)
                 total += loss.detach().reshape(()) / len(self._calls)

@@ -7,6 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lightning_plugins.core.vectors import local
@@ -32,7 +33,7 @@ class Marks:
     """
 
     def __init__(self, module: nn.Module, fixed: Sequence[Tensor], trained: Sequence[Tensor] = ()) -> None:
-        self._module, self._fixed, self._trained = module, list(fixed), list(trained)
+        self._module, self._fixed, self._trained = module, list(fixed), [p for p in trained if not is_lazy(p)]
         if not self._fixed and not self._trained:
             return
         looks = _looks[module] = _looks.get(module, 0) + 1

@@ -1,7 +1,7 @@
 """Flooding: training keeps the loss around a level instead of driving it to zero, for any module."""
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -26,6 +26,7 @@ from lightning_plugins.core.vectors import local, mean_over_ranks_
 from lightning_plugins.replay.recorder import StepRecorder
 
 Scope = Literal["step", "microbatch"]
+_CURE = "call flood(losses, level) in training_step"
 
 
 class Flooding(Callback):
@@ -125,7 +126,7 @@ class Flooding(Callback):
         """Refuse what would train something else."""
         if sum(isinstance(callback, Flooding) for callback in trainer.callbacks) > 1:
             raise MisconfigurationException("Only one Flooding in a trainer, their signs would multiply: remove one.")
-        require_automatic_optimization("Flooding", pl_module, "call flood(losses, level) in training_step")
+        require_automatic_optimization("Flooding", pl_module, _CURE)
         require_strategy("Flooding", trainer)
         require_plain_optimizers("Flooding", trainer)
         self._one_gradient = OneGradientPerStep("Flooding(scope='step')")
@@ -153,6 +154,10 @@ class Flooding(Callback):
         if (trainer.current_epoch if self._unit == "epoch" else trainer.global_step) < self._first:
             return -math.inf
         return self.level if self.level_schedule is None else value_at(self.level_schedule, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Refuse a module that has turned to manual optimization since training began."""
+        require_automatic_optimization("Flooding", pl_module, _CURE)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Micro-batches: multiply the gradient at its root."""

@@ -13,11 +13,11 @@ from lightning_plugins.callbacks.flooding.callback import Flooding
 from lightning_plugins.callbacks.gradient_penalty.checked_steps import Check, CheckedSteps, check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.displacement import ChosenDisplacement
 from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, Look, add_by_hooks
-from lightning_plugins.callbacks.gradient_penalty.rules import Engine, Scope, check_arguments, refuse_setup
+from lightning_plugins.callbacks.gradient_penalty.rules import CURE, Engine, Scope, check_arguments, refuse_setup
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, size, weigh_
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient, require_sgd
 from lightning_plugins.callbacks.piecewise import Points, value_at
-from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order
+from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order, require_automatic_optimization
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import is_scaled, loss_scale, skips_backward
 from lightning_plugins.core.optimizers import maximized, parameters_of
@@ -251,6 +251,7 @@ class GradientPenalty(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Keep the batch if its step will be penalised from a replay."""
+        require_automatic_optimization("GradientPenalty", pl_module, CURE)  # it may have changed
         self._now = 0.0 if skips_backward(trainer) else self.coefficient_at(trainer)
         if batch_idx % trainer.accumulate_grad_batches == 0:  # also if the last window was broken off
             self._look = None

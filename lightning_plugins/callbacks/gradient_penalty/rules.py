@@ -27,6 +27,7 @@ Engine = Literal["finite_difference", "exact", "auto"]
 Scope = Literal["step", "microbatch"]
 
 _NAME = "GradientPenalty"
+CURE = "call gradient_penalty_backward(...) in training_step instead of manual_backward"
 _CHOICES = {
     "norm": PenaltyNorm,
     "engine": Engine,
@@ -85,8 +86,7 @@ def refuse_setup(penalty: Arguments, trainer: Trainer, pl_module: LightningModul
     """Raise ``MisconfigurationException`` for a run in which the penalty would be wrong."""
     if sum(isinstance(callback, type(penalty)) for callback in trainer.callbacks) > 1:
         raise MisconfigurationException(f"Only one {_NAME} in a trainer: add their coefficients up in one.")
-    cure = "call gradient_penalty_backward(...) in training_step instead of manual_backward"
-    require_automatic_optimization(_NAME, pl_module, cure)
+    require_automatic_optimization(_NAME, pl_module, CURE)
     require_strategy(_NAME, trainer)
     require_plain_optimizers(_NAME, trainer)
     if is_param_in_hook_signature(pl_module.training_step, "dataloader_iter", explicit=True):
