@@ -9,10 +9,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_plugins.callbacks.checked_steps import Check, CheckedSteps
 from lightning_plugins.callbacks.flooding.callback import Flooding
-from lightning_plugins.callbacks.gradient_penalty.checked_steps import Check, CheckedSteps, check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.displacement import ChosenDisplacement
 from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, Look, add_by_hooks
+from lightning_plugins.callbacks.gradient_penalty.repeatable import check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.rules import CURE, Engine, Scope, check_arguments, refuse_setup
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, size, weigh_
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient, require_sgd
@@ -483,9 +484,8 @@ class GradientPenalty(Callback):
         elif trainer.accumulate_grad_batches == 1 and not largest_over_ranks(
             len(look.functions), trainer.strategy.root_device
         ):
-            self._look, self._proven = None, True
-            descend_(extra := look.extras(params, 1.0), params, maximized(*trainer.optimizers))
-            foreach_add_(gradient, extra)
+            self._look = None
+            self._add_seen(trainer, params, gradient, look, 1.0)
 
     def _add_what_waited(self, trainer: Trainer, pl_module: LightningModule, params: list[Tensor], look: Look) -> None:
         """The penalties of a step that was looked at; none if finite differences are to be taken after all."""
@@ -497,9 +497,19 @@ class GradientPenalty(Callback):
         except RuntimeError as error:
             self._give_up_exact(error)
             return
+        self._add_seen(trainer, params, gradient, look, loss_scale(trainer))
+
+    def _add_seen(
+        self,
+        trainer: Trainer,
+        params: list[Tensor],
+        gradient: list[Tensor],
+        look: Look,
+        scale: Tensor | float,
+    ) -> None:
+        """Add the penalties of backward passes that brought what their graphs show, divided by a scale."""
         self._proven = True
-        extra = look.extras(params, loss_scale(trainer))
-        descend_(extra, params, maximized(*trainer.optimizers))
+        descend_(extra := look.extras(params, scale), params, maximized(*trainer.optimizers))
         if not self._overflowed(trainer, gradient, extra):
             foreach_add_(gradient, extra)
 

@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_plugins.callbacks.gradient_penalty.checked_steps import CheckedSteps, check_repeatable
+from lightning_plugins.callbacks.checked_steps import CheckedSteps
 from lightning_plugins.callbacks.gradient_penalty.exact import ExactPenalty, add_by_hooks
+from lightning_plugins.callbacks.gradient_penalty.repeatable import check_repeatable
 from lightning_plugins.callbacks.gradient_penalty.rules import (
     check_relative_step,
     require_full_precision,

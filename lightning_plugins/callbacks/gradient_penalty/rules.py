@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from lightning_plugins.callbacks.gradient_penalty.checked_steps import Check
+from lightning_plugins.callbacks.checked_steps import Check
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm
 from lightning_plugins.callbacks.piecewise import Points, check_points
 from lightning_plugins.callbacks.run_checks import (

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_plugins.callbacks.checked_steps import CheckedSteps
 from lightning_plugins.callbacks.ode_diagnostics.optimizer_flow import Flow, Rule, read_flow
 from lightning_plugins.callbacks.ode_diagnostics.rows import (
     Step,
@@ -66,14 +67,12 @@ class Probe:
     def __init__(self, trainer: Trainer, module: LightningModule, recorder: StepRecorder, engine: Engine) -> None:
         self.repeats: bool | None = None
         self.products = 0
-        self._probes, self._next_check = 0, 1
-        self._right: list[int] = []  # steps in which a second run was seen to give the same
-        self._told: set[tuple[str, str]] = set()
+        self._checks = CheckedSteps("steps")
+        self._told: set[str] = set()
         self._trainer, self._module, self._recorder = trainer, module, recorder
         self.penalty = next((c for c in trainer.callbacks if isinstance(c, Penalty)), None)
         self._eigenvector: Vector | None = None
         self._asked = False  # in the search under way
-        self._told: set[str] = set()
         self._engine, self._exact = engine, engine != "finite_difference"
 
     def losses(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
@@ -98,10 +97,10 @@ class Probe:
         """
         if self.repeats is False or not self._is_complete():
             return False
-        self._probes += 1
+        due = self._checks.due()
         grads = [param.grad for param in params]
         length = norm(grads).item()
-        if self._probes >= self._next_check and 0 < length < math.inf:
+        if due and 0 < length < math.inf:
             again: Vector = []
             with self._surviving("running the window again"):
                 _, again = self._gradient(self._window(params))
@@ -114,10 +113,10 @@ class Probe:
     def _judge(self, error: float, tolerance: float, step: int) -> None:
         self.repeats = error <= tolerance
         if self.repeats:
-            self._right.append(step)
-            self._next_check = 2 * self._probes
+            self._checks.passed(step - 1)
             return
-        before = f" in step {step}; it was the same in {', '.join(map(str, self._right))}" if self._right else ""
+        right = ", ".join(map(str, self._checks.right))
+        before = f" in step {step}; it was the same in {right}" if right else ""
         rank_zero_warn(
             "ODEDiagnostics: running training_step again on the same batch gives another gradient (relative "
             f"difference {error:.1e}){before}: it keeps a state that a replay does not restore (an iterator, a file, a "
@@ -130,13 +129,15 @@ class Probe:
         try:
             yield
         except Exception as error:
-            kind = type(error).__name__
-            if (what, kind) not in self._told:
-                self._told.add((what, kind))
-                rank_zero_warn(
-                    f"ODEDiagnostics: {what} failed with {kind}: {error} Rows that need it are omitted where it does; "
-                    "training goes on as without."
-                )
+            failed = f"{what} failed with {type(error).__name__}"
+            self._tell_once(
+                failed, f": {failed}: {error} Rows that need it are omitted where it does; training goes on as without."
+            )
+
+    def _tell_once(self, kind: str, text: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            rank_zero_warn(f"ODEDiagnostics{text}")
 
     def _tolerance(self, grads: Sequence[Tensor]) -> float:
         dtypes = {grad.dtype for grad in grads}
@@ -246,9 +247,8 @@ class Probe:
         kinked, half = bool(self._recorder.kinked), self._recorder.half
         gradient = window.gradient()[1]
         found = ask(self._trainer, self._module, window, window.functions, gradient, kinked, half, direction)
-        if found and found not in self._told:
-            self._told.add(found)
-            rank_zero_warn(f"ODEDiagnostics, the sharpness: {found}.")
+        if found:
+            self._tell_once(found, f", the sharpness: {found}.")
 
     def _give_up_exact(self, error: RuntimeError, reason: str) -> None:
         if self._engine == "exact":

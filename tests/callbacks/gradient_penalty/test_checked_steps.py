@@ -208,7 +208,7 @@ def test_a_hook_that_begins_late_is_found_by_the_jump_of_the_penalty(scope):
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize(("begins", "found"), [(0, 1), (1, 2), (3, 4), (7, 8)])
 def test_what_begins_at_a_checked_step_is_found_there(begins, found, k, monkeypatch):
-    monkeypatch.setattr("lightning_plugins.callbacks.gradient_penalty.checked_steps._JUMP", float("inf"))
+    monkeypatch.setattr("lightning_plugins.callbacks.checked_steps._JUMP", float("inf"))
     with pytest.raises(RuntimeError, match=rf"another gradient \(relative difference .*, in step {found}[;)]"):
         fit(CountsLate(None, begins), many(10 * k), GradientPenalty(0.1), accumulate_grad_batches=k)
 

@@ -1,22 +1,17 @@
-"""Which penalised steps are checked, and what is asked of them: does running them again give the same gradient?"""
+"""Which of the steps that are run again are checked, and which were right: for GradientPenalty and ODEDiagnostics."""
 
+import copy
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
-
-import torch
-from lightning.pytorch import LightningModule
-from torch import Tensor
-
-from lightning_plugins.core.vectors import local, norm
 
 Check = Literal["steps", "first_step", "off"]
 
+_STATE = ("_penalised", "_next", "_right", "_strongest")
 _JUMP = 10  # times the strongest penalty so far: noise divided by a displacement, or a loss that has changed
 
 
 class CheckedSteps:
-    """The first, second, fourth, eighth... penalised step, and those whose penalty is far stronger than any before.
+    """The first, second, fourth, eighth... step of those that are run again, and such as are far stronger than others.
 
     Args:
         check: which of them: ``"steps"`` all, ``"first_step"`` the first one, ``"off"`` none.
@@ -43,6 +38,11 @@ class CheckedSteps:
         while self._next <= self._penalised:
             self._next = 2 * self._next if self._repeats else math.inf
 
+    @property
+    def right(self) -> list[int]:
+        """The numbers of those that were checked and right."""
+        return list(self._right)
+
     def jumps(self, strength: float) -> bool:
         """Whether a penalty is so strong that its step should be checked.
 
@@ -67,47 +67,9 @@ class CheckedSteps:
 
     def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
-        names = ("_penalised", "_next", "_right", "_strongest")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a run was."""
-        vars(self).update(state)
-        self._right = list(self._right)
-
-
-def check_repeatable(
-    module: LightningModule,
-    gradient: Sequence[Tensor],
-    again: Sequence[Tensor],
-    relative_step: float,
-    when: str,
-    name: str = "GradientPenalty",
-    what: str = "training_step",
-    cure: str = "use engine='exact' with scope='microbatch', which runs nothing twice, or check='off' if the "
-    "difference is meant",
-) -> None:
-    """Raise if running a step again at the unmoved parameters has given another gradient.
-
-    Args:
-        module: the module that is trained.
-        gradient: its gradient as it was at first, neither zero nor infinite.
-        again: the second run's gradient, which is overwritten.
-        relative_step: the displacement in whose finite difference the error would show.
-        when: in which step, and which were right.
-        name: the name of the callback or function that asks.
-        what: the name of what was run again.
-        cure: what to do besides mending it.
-
-    Raises:
-        RuntimeError: with what may be the cause.
-    """
-    torch._foreach_sub_(local(again), local(gradient))
-    error = (norm(again) / norm(gradient)).item()
-    if not error <= min(1e-2, relative_step):  # a larger one would show in the finite difference
-        raise RuntimeError(
-            f"{name}: running {what} of {type(module).__name__} again on the same batch gives another gradient "
-            f"(relative difference {error:.1e}, {when}). It may keep a state that nobody else sees (in an iterator, a "
-            "file, a variable of a function); or a hook changes gradients after the backward pass. Mend that, or "
-            f"{cure}."
-        )
+        for name in _STATE:
+            setattr(self, name, copy.copy(state[name]))
