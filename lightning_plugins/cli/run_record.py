@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 import lightning_plugins
+from lightning_plugins.cli.last_checkpoint import model_checkpoints
 from lightning_plugins.core.logging import leaves_no_logs, log_dir
 from lightning_plugins.core.new_file import new_file
 from lightning_plugins.core.replacing import is_address
@@ -114,7 +114,7 @@ class RunRecord(Callback):
 
 def _progress(trainer: Trainer, folder: Path) -> dict[str, Any]:
     """How far a fit has come, and its checkpoints: their paths are from the run's folder if they lie below it."""
-    callbacks = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
+    callbacks = model_checkpoints(trainer)
     best = next((c for c in callbacks if c.monitor and c.best_model_path), None)
     last = next((c.last_model_path for c in callbacks if c.last_model_path), None)
     place = next((c.dirpath for c in callbacks if c.dirpath), None)
