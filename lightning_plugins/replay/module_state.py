@@ -30,7 +30,7 @@ from lightning_plugins.replay.objects import (
     set_entries,
     set_state,
 )
-from lightning_plugins.replay.writes import Marks, bits
+from lightning_plugins.replay.writes import Marks, bits, is_opaque
 
 _TORCH = {*nn.Module().__dict__, "log", "log_dict", "training_step"}  # torch's own, and what a replay puts there
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -180,7 +180,7 @@ class ModuleState:
         saved = [t for t in kept if id(t) in self._buffers]
         for tensor in others:
             left -= tensor.numel()
-            (saved if left >= 0 and not _is_opaque(tensor) else self.unsaved).append(tensor)
+            (saved if left >= 0 and not is_opaque(tensor) else self.unsaved).append(tensor)
         with torch.no_grad():
             self._tensors = [(tensor, _memory_of(tensor)) for tensor in saved]
             self.values = {id(t): _value(memory, earlier.get(id(t))) for t, memory in self._tensors}
@@ -276,11 +276,6 @@ def _can_be_written(tensor: Tensor) -> bool:
     return tensor.layout != torch.strided or all(
         stride or size < 2 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     )
-
-
-def _is_opaque(tensor: Tensor) -> bool:
-    """Whether it is made of other tensors, as quantised weights are."""
-    return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
 
 
 def _has_address(tensor: Tensor) -> bool:

@@ -70,10 +70,14 @@ def _memory(tensor: Tensor) -> Tensor:
     return local([tensor.detach()])[0]
 
 
+def is_opaque(tensor: Tensor) -> bool:
+    """Whether it is made of other tensors, as quantised weights are; a shard of a sharded one is plain."""
+    return is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its numbers lie in memory as they are."""
-    opaque = is_traceable_wrapper_subclass(tensor) and not isinstance(tensor, DTensor)
-    return tensor.layout == torch.strided and not (opaque or tensor.is_nested or tensor.is_quantized)
+    return tensor.layout == torch.strided and not (is_opaque(tensor) or tensor.is_nested or tensor.is_quantized)
 
 
 def bits(tensor: Tensor) -> Tensor:
