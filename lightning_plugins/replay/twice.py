@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
 from lightning_plugins.replay.graph import coarsest_precision, custom_functions, operations
+from lightning_plugins.replay.recorder import grads_aside
 
 _CURE = "use engine='finite_difference'"
 # Relative difference that rounding may make between two gradients of one loss: the kernels of a backward pass that
@@ -74,17 +75,11 @@ def second_derivative(
 @contextmanager
 def _no_arrivals(params: Sequence[Tensor]) -> Iterator[None]:
     """Raise if gradients arrive at parameters meanwhile; those that were there stay as they are."""
-    before = [param.grad for param in params]
-    for param in params:
-        param.grad = None
-    try:
+    with grads_aside(params):
         yield
-        arrived = [index for index, param in enumerate(params) if param.grad is not None]
-    finally:
-        for param, grad in zip(params, before, strict=True):
-            param.grad = grad
+        arrived = sum(param.grad is not None for param in params)
     if arrived:
-        raise MissedTermError(f"{_of_parameters(len(arrived))} inside a node of the loss's graph {_INSIDE}; {_CURE}")
+        raise MissedTermError(f"{_of_parameters(arrived)} inside a node of the loss's graph {_INSIDE}; {_CURE}")
 
 
 _INSIDE = "(as reversible layers and reentrant checkpoints do), where no second derivative is seen"
@@ -116,6 +111,7 @@ class Arrivals:
         all_of_them: bool = True,
     ) -> None:
         self._params, self._module, self._precision = list(params), module, precision
+        self._same = rounding_of(self._params, precision)
         self._heard = [index for index, g in enumerate(first) if all_of_them or g is None]
         self._lengths = _lengths(first, self._params)
         self._missing = {index: g.detach() for index, g in enumerate(first) if g is not None and all_of_them}
@@ -127,7 +123,7 @@ class Arrivals:
         """An inner backward pass brings a share of its own; what has come in full is let go."""
         missing, grad = self._missing.pop(index, None), grad.detach()
         missing = -grad if missing is None else missing - grad
-        if torch.linalg.vector_norm(missing) > rounding_of(self._params, self._precision) * self._lengths[index]:
+        if torch.linalg.vector_norm(missing) > self._same * self._lengths[index]:
             self._missing[index] = missing
 
     def close(self) -> None:
@@ -193,7 +189,8 @@ def rounding_of(params: Sequence[Tensor], precision: torch.dtype = torch.float64
         params: the parameters.
         precision: the coarsest in which a part of the loss was computed.
     """
-    return max(_SAME[dtype] for dtype in {precision, *(param.dtype.to_real() for param in params)})
+    dtypes = {precision, *(param.dtype.to_real() for param in params)}
+    return max(_SAME.get(dtype, torch.finfo(dtype).eps) for dtype in dtypes)  # of those with eight bits a unit
 
 
 def _lengths(tensors: Sequence[Tensor | None], params: Sequence[Tensor]) -> Tensor:

@@ -19,6 +19,17 @@ def mlp(*sizes, seed=None):
     return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))[:-1]
 
 
+class Applies(nn.Module):
+    """A ``torch.autograd.Function`` as a part of a network."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function.apply(x)
+
+
 def flat(tensors):
     """One vector, a copy."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors]).clone()

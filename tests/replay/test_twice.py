@@ -7,12 +7,20 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from toys import Squares, mlp
+from toys import Squares, flat, mlp
 from trainers import fit
 
+from lightning_plugins import GradientPenalty
 from lightning_plugins.replay.graph import coarsest_precision, custom_functions
 from lightning_plugins.replay.recorder import StepRecorder
-from lightning_plugins.replay.twice import Arrivals, MissedTermError, explain, first_derivative, second_derivative
+from lightning_plugins.replay.twice import (
+    Arrivals,
+    MissedTermError,
+    explain,
+    first_derivative,
+    rounding_of,
+    second_derivative,
+)
 from lightning_plugins.replay.window import WindowLoss
 
 
@@ -173,6 +181,22 @@ def test_coarsest_precision():
     assert coarsest_precision([x.sum(), x.half().sum()]) == torch.float16
     assert coarsest_precision([(x * 1j).abs().sum()]) == torch.float64
     assert coarsest_precision([x.to(torch.complex64).real.sum()]) == torch.float32
+
+
+class EightBits(nn.Module):
+    def forward(self, x):
+        return x.to(torch.float8_e4m3fn).to(x.dtype)
+
+
+def test_numbers_of_eight_bits_round_by_their_unit():
+    x = inputs()
+    assert coarsest_precision([EightBits()(x).sum()]) == torch.float8_e4m3fn
+    assert rounding_of([x], torch.float8_e4m3fn) == 0.125
+    assert rounding_of([x], torch.float64) < 1e-6
+    module = Squares(nn.Sequential(mlp(4, 4, seed=0), EightBits()))
+    before = flat(module.parameters())
+    fit(module, [torch.ones(2, 4)], GradientPenalty(0.1, engine="exact"))
+    assert not torch.equal(flat(module.parameters()), before)
 
 
 @pytest.mark.parametrize(

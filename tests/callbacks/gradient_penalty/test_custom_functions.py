@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from toys import WatchedClassifier, flat, mlp
+from toys import Applies, WatchedClassifier, flat, mlp
 from trainers import fit
 
 from lightning_plugins import GradientPenalty, ODEDiagnostics, gradient_penalty_backward
@@ -74,18 +74,9 @@ class Turns(torch.autograd.Function):
         return -grad
 
 
-class Call(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function.apply(x)
-
-
 def net(function, activation=nn.Tanh, dtype=torch.float64):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), Call(function), activation(), nn.Linear(6, 3)).to(dtype)
+    return nn.Sequential(nn.Linear(4, 6), Applies(function), activation(), nn.Linear(6, 3)).to(dtype)
 
 
 def batches(n=2, dtype=torch.float64):

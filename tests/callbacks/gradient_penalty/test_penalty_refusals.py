@@ -19,7 +19,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.utils.checkpoint import checkpoint
-from toys import Classifier, mlp
+from toys import Applies, Classifier, mlp
 from trainers import fit
 
 from lightning_plugins.callbacks import GradientPenalty
@@ -99,15 +99,6 @@ class FailsInside(torch.autograd.Function):
             a, b = torch.ones(2, requires_grad=True).unbind()
             torch.autograd.grad(a, b)
         return 2 * grad
-
-
-class Applies(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function.apply(x)
 
 
 def batches():
