@@ -392,27 +392,27 @@ class NormalisesItsWeights(Base):
         return super().loss(batch)
 
 
-def test_a_step_that_writes_to_trained_weights_is_not_run_again():
-    plain = trained(NormalisesItsWeights)
-    sentence = "writes to parameters that are trained.* do so in on_train_batch_start"
+def assert_not_run_again(kind, sentence):
+    """The penalty refuses the step, and the diagnostics leave it as it trains alone."""
+    plain = trained(kind)
     with pytest.raises(RuntimeError, match=sentence):
-        trained(NormalisesItsWeights, GradientPenalty(0.1))
+        trained(kind, GradientPenalty(0.1))
     with pytest.warns(UserWarning, match=f"failed with RuntimeError: training_step {sentence}"):
-        watched = trained(NormalisesItsWeights, ODEDiagnostics(1))
+        watched = trained(kind, ODEDiagnostics(1))
     torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+
+
+def test_a_step_that_writes_to_trained_weights_is_not_run_again():
+    sentence = "writes to parameters that are trained.* do so in on_train_batch_start"
+    assert_not_run_again(NormalisesItsWeights, sentence)
 
 
 @pytest.mark.parametrize("kind", [TeacherInAList, AveragesItself, HasShadows, QueuesInATuple])
 def test_what_is_too_large_to_be_saved_is_watched(kind, monkeypatch):
     monkeypatch.setattr("lightning_plugins.replay.module_state._LEAST", 1)
     monkeypatch.setattr("lightning_plugins.replay.module_state._TIMES", 0)
-    plain = trained(kind)
     sentence = "writes to parameters that are not trained, too many to be put back.*on_train_batch_end"
-    with pytest.raises(RuntimeError, match=sentence):
-        trained(kind, GradientPenalty(0.1))
-    with pytest.warns(UserWarning, match=f"failed with RuntimeError: training_step {sentence}"):
-        watched = trained(kind, ODEDiagnostics(1))
-    torch.testing.assert_close(watched, plain, rtol=0, atol=0)
+    assert_not_run_again(kind, sentence)
 
 
 def test_the_manual_penalty_keeps_state_alike():

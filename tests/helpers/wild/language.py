@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from wild.zoo import Wild
+from wild.zoo import Networked
 
 VOCABULARY, TOKENS, ROWS = 20, 6, 2
 EAGER = {"attn_implementation": "eager"}
@@ -17,17 +17,10 @@ def tokens(*shape):
     return torch.randint(3, VOCABULARY, shape)
 
 
-class Language(Wild):
+class Language(Networked):
     """A network of transformers that computes its own loss from the batch."""
 
     islands = large = True
-
-    def __init__(self):
-        super().__init__()
-        self.net = self.network()
-
-    def network(self):
-        raise NotImplementedError
 
     @classmethod
     def batch(cls):
@@ -132,23 +125,19 @@ class LlamaAdapters(Llama, family="language", title="Llama with LoRA"):
 class CheckpointedAdapters(LlamaAdapters, family="language", title="Llama with LoRA, checkpoints"):
     """Layers computed once more in the backward pass, without reentering autograd."""
 
+    reenters = False
+
     def network(self):
         net = super().network()
         net.enable_input_require_grads()
-        net.gradient_checkpointing_enable({"use_reentrant": False})
+        net.gradient_checkpointing_enable({"use_reentrant": self.reenters})
         return net
 
 
-class ReentrantAdapters(LlamaAdapters, family="language", title="Llama with LoRA, reentrant checkpoints"):
+class ReentrantAdapters(CheckpointedAdapters, family="language", title="Llama with LoRA, reentrant checkpoints"):
     """autograd.grad does not see what a reentrant checkpoint hides, nor says so."""
 
-    twice = "checkpoint"
-
-    def network(self):
-        net = super().network()
-        net.enable_input_require_grads()
-        net.gradient_checkpointing_enable({"use_reentrant": True})
-        return net
+    twice, reenters = "checkpoint", True
 
 
 class Mixtral(Language, family="language", title="Mixtral"):

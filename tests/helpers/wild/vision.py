@@ -5,20 +5,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from wild.language import EAGER, VOCABULARY, Language, tokens
-from wild.zoo import Wild
+from wild.zoo import Networked, Wild
 
 IMAGES, CLASSES = (3, 1, 8, 8), 3
 
 
-class Images(Wild):
+class Images(Networked):
     """Cross-entropy of ``net`` on labelled images."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = self.network()
-
-    def network(self):
-        raise NotImplementedError
 
     @classmethod
     def batch(cls):

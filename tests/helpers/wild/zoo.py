@@ -96,6 +96,18 @@ class Wild(LightningModule):
         return found
 
 
+class Networked(Wild):
+    """All that is trained is one network."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = self.network()
+
+    def network(self):
+        """Make it."""
+        raise NotImplementedError
+
+
 def packed(value):
     """A value as tensors, numbers, lists and dicts, all copies."""
     if isinstance(value, Tensor):
