@@ -19,13 +19,12 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core.pretrained import reason_of
 from lightning_plugins.data.images import ImageData, LabelledImages, Pixels
 from lightning_plugins.data.loading import VAL_SIZE, random_split, stratified_split
-from lightning_plugins.data.picture_folders import find_pictures
+from lightning_plugins.data.picture_folders import VALIDATION, find_pictures
 
 if TYPE_CHECKING:
     import datasets
     from PIL.Image import Image
 
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _NO_LABELS = "none"
 _LABELS = {"bool", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}  # types of labels
 _SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk() writes
@@ -93,7 +92,7 @@ def _saved(place: str, train_split: str) -> "datasets.DatasetDict":
 
 def find_validation(splits: Container[Any]) -> str | None:
     """The split that goes by one of the usual names of validation."""
-    return next((name for name in _VALIDATION_NAMES if name in splits), None)
+    return next((name for name in VALIDATION if name in splits), None)
 
 
 class HFImages(ImageData):

@@ -9,9 +9,11 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
+VALIDATION = ("validation", "valid", "val", "dev")
+"""What a split for validation is called."""
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(VALIDATION, "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _ENDINGS = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".tga"}
