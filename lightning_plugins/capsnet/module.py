@@ -28,7 +28,7 @@ from lightning_plugins.capsnet.networks import (
 from lightning_plugins.capsnet.routing import GradientKind, RoutingKind
 from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core import arguments as must
-from lightning_plugins.core.batches import image_batch
+from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -356,6 +356,7 @@ class CapsNet(LightningModule):
         batch = image_batch(batch, type(self).__name__, labels=True)
         if batch_idx == 0:
             self._check_labels(batch["label"])
+            warn_of_range(batch["image"], type(self).__name__)
         poses = self(batch["image"])
         terms = self.loss(batch, poses)
         loss = torch.stack([*terms.values()]).sum()

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 PAIRS = '{"image": (B, C, H, W) floats in [0, 1], "label": (B,) int64} or (images, labels)'
@@ -38,6 +39,28 @@ def image_batch(batch: Any, owner: str, labels: bool = False) -> Mapping[str, An
     if not _is_whole(label):
         raise ValueError(f"{owner} takes labels (B,) int64, one or more for each image, got {_told(label)}.")
     return found if label.dtype == torch.int64 else {**found, "label": label.long()}
+
+
+def warn_of_range(image: Tensor, owner: str) -> None:
+    """Say it where values lie far outside [0, 1], as raw bytes and normalised images do; waits for the device.
+
+    Half a unit beyond either end is let pass: resampling overshoots, and augmentations add noise.
+
+    Args:
+        image: the images of a batch.
+        owner: who reads it, for the sentence.
+    """
+    if not image.numel():
+        return
+    least, most = (end.item() for end in image.detach().aminmax())
+    if least < -_BEYOND or most > 1 + _BEYOND:
+        cure = "divide by 255" if most > 2 and least >= 0 else "leave out the normalisation"
+        rank_zero_warn(
+            f"{owner} takes images in [0, 1], but the first batch has values from {least:.4g} to {most:.4g}: {cure}."
+        )
+
+
+_BEYOND = 0.5
 
 
 def text_batch(batch: Any, owner: str) -> Mapping[str, Any]:

@@ -183,6 +183,11 @@ class HFImages(ImageData):
         channels = self.channels or (1 if first.mode in ("1", "L") else 3)
         side = self.image_size or self.crop
         width, height = (side, side) if side else first.size
+        if self.image_size and self.crop is None and first.size != (width, height):
+            rank_zero_info(
+                f"HFImages: image_size={side} makes {side} x {side} pixels of each image; the first one of "
+                f"{self.path!r} has {first.width} x {first.height}."
+            )
         return channels, height, width
 
     @cached_property

@@ -100,9 +100,11 @@ class KeyBatches(Batches):
         if self.train:
             least, what = self.batch_size * self.world_size, "one training batch"
         if self.num_samples < least:
+            where = f" on {self.world_size} processes" if self.world_size > 1 else ""
+            cure = "a smaller batch_size" + (" or fewer devices" if self.world_size > 1 else "")
             raise ValueError(
-                f"{self.num_samples} images are too few for {what}: batch_size={self.batch_size} on {self.world_size} "
-                f"process(es) needs at least {least}. Use a smaller batch_size or fewer devices."
+                f"{self.num_samples} images are too few for {what}: batch_size={self.batch_size}{where} needs at least "
+                f"{least}. Use {cure}."
             )
 
     @property

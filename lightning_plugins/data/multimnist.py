@@ -41,9 +41,12 @@ class MultiMNIST(ImageData):
         batch_size: pairs in a batch of one process.
         num_workers: processes that prepare batches.
         seed: seed of the order, the partners and places, and the split of the source.
+        image_size: side in pixels of the square that each single digit is resized to, before the border is added.
+            Default: as they are, which is 28 for those in the package; idx files are never resized.
 
     Raises:
-        ValueError: a negative number, ``pairs_per_image`` below 1, or images of a single class.
+        ValueError: a negative number, ``pairs_per_image`` below 1, images of a single class, or ``image_size`` for idx
+            files or beside ``base``.
 
     Source: Sabour, Frosst and Hinton 2017, section 6.
 
@@ -68,17 +71,21 @@ class MultiMNIST(ImageData):
         batch_size: int = 128,
         num_workers: int = 0,
         seed: int = 0,
+        image_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, shift)
         must.check(
             locals(),
+            image_size=must.optional(must.count),
             source=must.path,
             base=must.optional(must.instance(ImageData, "a data module of images")),
             pad=must.whole(0),
             pairs_per_image=must.count,
         )
         self.pad, self.pairs_per_image = pad, pairs_per_image
-        self.base = _open(source, seed) if base is None else base
+        if base is not None and image_size is not None:
+            raise ValueError(f"image_size={image_size} beside base: give it to the {type(base).__name__}.")
+        self.base = _open(source, seed, image_size) if base is None else base
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -187,10 +194,12 @@ def box_overlap(parts: Tensor) -> Tensor:
     return shared / areas.amin(1)
 
 
-def _open(source: str, seed: int) -> ImageData:
+def _open(source: str, seed: int, image_size: int | None) -> ImageData:
     if source == "digits":
-        return Digits(seed=seed)
+        return Digits(seed=seed, **({} if image_size is None else {"image_size": image_size}))
     folder = Path(source).expanduser()
     if folder.is_dir() and any(folder.glob("*-idx?-ubyte*")):
+        if image_size is not None:
+            raise ValueError(f"image_size={image_size}, but source={source!r} holds idx files, which stay as they are.")
         return IdxImages(source, seed=seed)
-    return HFImages(source, seed=seed)
+    return HFImages(source, seed=seed, image_size=image_size)

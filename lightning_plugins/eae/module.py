@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import ExponentialLR
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
-from lightning_plugins.core.batches import image_batch
+from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
@@ -379,8 +379,10 @@ class EAE(LightningModule):
         """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
         self._batch_idx = batch_idx
         batch, label = self._read(batch)
-        if batch_idx == 0 and label is not None:  # once an epoch, as it waits for the device
-            self._check_labels(label, len(batch["image"]))
+        if batch_idx == 0:  # once an epoch, as it waits for the device
+            warn_of_range(batch["image"], type(self).__name__)
+            if label is not None:
+                self._check_labels(label, len(batch["image"]))
         codes = self.codes(batch["image"], label)
         if batch_idx == 0 and codes.labels is not None:
             check_class_sizes(codes.labels, self.k)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
-from lightning_plugins.core.batches import image_batch
+from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -257,6 +257,8 @@ class DiffusionTeacher(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log the sum."""
         batch = image_batch(batch, type(self).__name__, labels=self.conditional)
+        if batch_idx == 0:
+            warn_of_range(batch["image"], type(self).__name__)
         terms = self.loss(batch, self._generator(1 + self.current_epoch, batch_idx))
         loss = torch.stack([*terms.values()]).sum()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))

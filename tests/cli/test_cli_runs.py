@@ -228,7 +228,7 @@ def refused(cli, capsys, *words):
 
 def test_what_the_package_finds_wrong_in_a_run_is_a_sentence(cli, project, capsys):
     line = refused(cli, capsys, "fit", *CAPSNET, "--data.batch_size=2000")
-    assert line.startswith("error: 1259 images are too few for one training batch: batch_size=2000 on 1 process(es)")
+    assert line.startswith("error: 1259 images are too few for one training batch: batch_size=2000 needs at least 2000")
 
 
 def test_missing_test_images_are_told_before_training(cli, project, capsys):

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from trainers import quiet_trainer
 
 from lightning_plugins import EAE, CapsNet, DiffusionTeacher, Digits, GenerativeEvaluation, SiD, UniLMSeq2Seq
-from lightning_plugins.core.batches import image_batch, text_batch
+from lightning_plugins.core.batches import image_batch, text_batch, warn_of_range
 
 X, Y = torch.rand(3, 1, 8, 8), torch.tensor([0, 2, 1])
 QUIET = {"pictures_every_n_epochs": 0}
@@ -152,3 +152,29 @@ def test_every_step_of_a_text_model_refuses_what_it_cannot_read(stage):
 def test_a_text_batch_is_passed_on():
     batch = {"input_ids": IDS, "segment_ids": IDS}
     assert text_batch(batch, "UniLM") is batch
+
+
+EVEN = torch.linspace(0, 1, 64).view(1, 1, 8, 8)
+RANGES = [
+    (EVEN * 255, "values from 0 to 255: divide by 255"),
+    ((EVEN - 0.1307) / 0.3081, r"values from -0.4242 to 2.82\d: leave out the normalisation"),
+    (2 * EVEN - 1, "values from -1 to 1: leave out the normalisation"),
+]
+TRAINED = [name for name in MODELS if not name.startswith("SiD")]
+
+
+@pytest.mark.parametrize(("image", "told"), RANGES)
+@pytest.mark.parametrize("name", TRAINED)
+def test_values_far_outside_the_range_are_told_once(name, image, told):
+    model = MODELS[name][0]()
+    labels = torch.tensor([0, 1] * 4)
+    loader = DataLoader(TensorDataset(image.repeat(8, 1, 1, 1), labels), batch_size=4)
+    owner = type(model).__name__
+    with pytest.warns(UserWarning, match=rf"{owner} takes images in \[0, 1\], but .*{told}") as warned:
+        quiet_trainer(max_epochs=1, limit_val_batches=0).fit(model, loader, loader)
+    assert sum("takes images in" in str(warning.message) for warning in warned) == 1
+
+
+@pytest.mark.parametrize("image", [EVEN, EVEN * 1.6 - 0.3, EVEN[:0]])
+def test_overshoots_and_empty_batches_are_let_pass(image):
+    warn_of_range(image, "EAE")

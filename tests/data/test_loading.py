@@ -55,9 +55,11 @@ def test_too_few_images_in_one_sentence():
     with pytest.raises(ValueError) as error:
         KeyBatches(50, 32, train=True, world_size=2)
     assert str(error.value) == (
-        "50 images are too few for one training batch: batch_size=32 on 2 process(es) needs at least 64. "
+        "50 images are too few for one training batch: batch_size=32 on 2 processes needs at least 64. "
         "Use a smaller batch_size or fewer devices."
     )
+    with pytest.raises(ValueError, match=r"batch_size=64 needs at least 64\. Use a smaller batch_size\.$"):
+        KeyBatches(50, 64, train=True)
 
 
 @pytest.mark.parametrize("size", [0, 30, 0.25])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from lightning_plugins.data import Digits, ImageData, LabelledImages, MultiMNIST, box_overlap
 from lightning_plugins.data.multimnist import PairedImages
@@ -114,9 +115,27 @@ def test_one_class_is_refused():
         ({"pad": -1}, "pad=-1 must be 0 or more."),
         ({"pairs_per_image": 0}, "pairs_per_image=0 must be 1 or more."),
         ({"shift": -1}, "shift=-1 must be 0 or more."),
+        ({"image_size": 8, "base": Squares()}, "image_size=8 beside base: give it to the Squares."),
     ],
 )
 def test_bad_pair_arguments_in_one_sentence(argument, sentence):
     with pytest.raises(ValueError) as error:
         MultiMNIST(**argument)
     assert str(error.value) == sentence
+
+
+def test_single_digits_are_resized(tmp_path, monkeypatch):
+    """Pictures of two sizes, which need it; digits of the package; files that stay as they are."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for n, size in enumerate([(6, 9), (8, 8)] * 10):
+        (folder := tmp_path / "pictures" / str(n // 10)).mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, 200).save(folder / f"{n}.png")
+    mixed = MultiMNIST(str(tmp_path / "pictures"))
+    with pytest.raises(ValueError, match=r"Images differ in size: .*; give image_size"):
+        mixed.prepare_data()
+    assert MultiMNIST(str(tmp_path / "pictures"), image_size=10).images("train").pixels.shape[1:] == (1, 10, 10)
+    assert MultiMNIST(image_size=8, pad=1).image_shape == (1, 10, 10)
+    (tmp_path / "idx").mkdir()
+    (tmp_path / "idx" / "train-images-idx3-ubyte").touch()
+    with pytest.raises(ValueError, match=r"image_size=8, but source=.* holds idx files, which stay as they are"):
+        MultiMNIST(str(tmp_path / "idx"), image_size=8)

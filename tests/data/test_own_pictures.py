@@ -277,3 +277,14 @@ def test_mixed_sizes_modes_and_turned_photographs(tmp_path):
     assert pixels[:, 0].mean() > 150 > 100 > pixels[:, -1].mean()  # the middle of it, the right way up
     with pytest.raises(ValueError, match=r"Images differ in size: .* px; give image_size"):
         HFImages(str(root), val_size=0, test_size=0).images("train")
+
+
+def test_a_size_that_is_not_the_pictures_is_told(tmp_path, caplog):
+    """A config's image_size stays when the data are replaced on the command line."""
+    path = pets(tmp_path / "pets")
+    with caplog.at_level("INFO", logger="lightning"):
+        assert HFImages(path, image_size=2).image_shape == (3, 2, 2)
+        assert f"image_size=2 makes 2 x 2 pixels of each image; the first one of {path!r} has 5 x 4." in caplog.text
+        caplog.clear()
+        assert HFImages(path).image_shape == (3, 4, 5)
+    assert "makes" not in caplog.text

@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -59,7 +60,8 @@ class GenerativeEvaluation(Callback):
     depend on the number of processes. A ``sample`` that takes ``generator=`` is given one, for any other the global
     random numbers are set around the call. Training is left as it was: the random states of Python, NumPy and torch are
     put back, and the extractor is no part of the module. Nothing happens in the sanity check, and a resumed run goes
-    on without a state. Under ``fast_dev_run`` two samples are drawn and nothing is measured.
+    on without a state. Under ``fast_dev_run`` two samples are drawn and nothing is measured. A figure that too few
+    images do not give, as ``birthday`` of less than 101 real ones, is left out with a warning.
 
     Beside ``every_n_epochs=n``, give ``ModelCheckpoint(monitor="val/frechet_distance", every_n_epochs=n)`` the same
     cadence, since Lightning keeps the last figure in between; and ``EarlyStopping(..., strict=False)`` n times the
@@ -126,7 +128,7 @@ class GenerativeEvaluation(Callback):
         self.metrics, self.feature, self.reference = tuple(metrics), feature, reference
         self.sample_options = dict(sample_options or {})
         self._extractor: FeatureExtractor | None = None
-        self._judges: dict[str, Metric] = {}
+        self._judges: dict[str, Metric] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the module before anything runs."""
@@ -144,7 +146,7 @@ class GenerativeEvaluation(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the real images; the next run may have others."""
-        self._extractor, self._judges = None, {}
+        self._extractor, self._judges = None, None
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, on the cadence."""
@@ -164,10 +166,10 @@ class GenerativeEvaluation(Callback):
             self._draw_few(trainer, pl_module, device, state)
             return
         try:
-            if not self._judges:
+            if self._judges is None:
                 self._judges = self._with_real_images(trainer, device)
             images = self._draw(trainer, pl_module, device)
-            figures = {name: value for metric in self._judges.values() for name, value in _figures(metric).items()}
+            figures = self._compute()
             self._show(trainer, images, stage, device)
         finally:
             set_random_state(state, device)
@@ -177,6 +179,17 @@ class GenerativeEvaluation(Callback):
         pl_module.log_dict(logged, sync_dist=True)  # equal on all ranks; Lightning asks for the mean
         rows = [["num_samples", self.num_samples], *([name, f"{v.item():.6g}"] for name, v in figures.items())]
         log_table(trainer, f"{stage}/generative", ["figure", "value"], rows, trainer.global_step)
+
+    def _compute(self) -> dict[str, Tensor]:
+        """All figures; one that cannot be had of so few images is left out from here on, and told."""
+        figures = {}
+        for name, metric in list(self._judges.items()):
+            try:
+                figures |= _figures(metric)
+            except ValueError as error:  # on all processes alike: it is of all their images
+                rank_zero_warn(f"GenerativeEvaluation leaves out metrics={name!r}: {error}")
+                del self._judges[name]
+        return figures
 
     def _draw_few(
         self, trainer: Trainer, pl_module: LightningModule, device: torch.device, state: dict[str, Any]

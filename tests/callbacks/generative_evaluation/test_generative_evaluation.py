@@ -359,3 +359,12 @@ def test_two_processes_have_the_figures_of_all_their_images(tmp_path):
         for key in {key.removeprefix("val/") for key in found[0]["values"]} - {"kernel_distance"}:
             assert found[0]["values"][f"val/{key}"] == pytest.approx(expected[key].item(), rel=1e-4), key
     assert len(list((tmp_path / "keys").rglob("*.png"))) == 2
+
+
+def test_a_figure_that_few_images_do_not_give_is_left_out_and_told(tmp_path):
+    """Eighty real images: no pair of 3,160 at 1e-4. Training goes on, and the other figures are logged each time."""
+    run = trainer(evaluation(), max_epochs=2, num_sanity_val_steps=0, limit_train_batches=1)
+    with pytest.warns(UserWarning, match=r"leaves out metrics='birthday': .*give at least 101") as warned:
+        run.fit(Painter(), digits(num_train=80))
+    assert sum("leaves out" in str(warning.message) for warning in warned) == 1
+    assert {name for name in NAMES if f"val/{name}" in run.callback_metrics} == {*NAMES} - {"support_size"}
