@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim import Adam, Optimizer
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MultilabelExactMatch
@@ -38,7 +37,7 @@ from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
-from lightning_plugins.core.sharding import shard_parts
+from lightning_plugins.core.sharding import gather_for, shard_parts
 
 
 @read_as_data
@@ -220,9 +219,9 @@ class CapsNet(LightningModule):
         """
         widen(self, trainer_of(self))
         if shard_parts(self, self.features, self.capsules, self.decoder):
-            register_fsdp_forward_method(self, "routing_trace")
+            gather_for(self, "routing_trace")
             if hasattr(self.capsules, "trace"):
-                register_fsdp_forward_method(self.capsules, "trace")
+                gather_for(self.capsules, "trace")
 
     @torch.no_grad()
     def _capsule_shape(self) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Sharding over the data-parallel processes (FSDP2): a module's parts, networks one by one, when gradients meet."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -8,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -72,6 +73,17 @@ def shard_parts(module: LightningModule, *parts: nn.Module | None) -> bool:
             fully_shard(part, mesh=mesh)
     fully_shard(module, mesh=mesh)  # parameters outside the parts, such as a subclass's
     return True
+
+
+def gather_for(module: nn.Module, *names: str) -> None:
+    """Methods beside ``forward`` that run the parameters of a sharded module itself; their signature stays as it is.
+
+    torch's own wrapper binds the method twice, so that ``inspect`` tells the second argument for the first.
+    """
+    for name in names:
+        signature = inspect.signature(getattr(type(module), name))
+        register_fsdp_forward_method(module, name)
+        getattr(module, name).__func__.__signature__ = signature
 
 
 def data_parallel_mesh(module: LightningModule) -> DeviceMesh:

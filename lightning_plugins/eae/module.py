@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.optim import Adam
 from torch.optim.lr_scheduler import ExponentialLR
 
@@ -25,7 +24,7 @@ from lightning_plugins.core.lr_schedules import optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
-from lightning_plugins.core.sharding import shard_parts
+from lightning_plugins.core.sharding import gather_for, shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import latent_diagnostics
@@ -194,8 +193,7 @@ class EAE(LightningModule):
         """
         widen(self, trainer_of(self))
         if shard_parts(self, self.encoder, self.decoder):
-            for name in ("encode", "codes", "decode", "sample", "interpolate", "reconstruct"):
-                register_fsdp_forward_method(self, name)
+            gather_for(self, "encode", "codes", "decode", "sample", "interpolate", "reconstruct")
 
     def _build_metrics(self) -> nn.ModuleDict:
         """What is summed up of a stage's images."""

@@ -13,7 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.batches import text_batch
@@ -27,7 +27,7 @@ from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, opt
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
-from lightning_plugins.core.sharding import shard_parts
+from lightning_plugins.core.sharding import gather_for, shard_parts
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
@@ -527,8 +527,7 @@ class UniLMSeq2Seq(LightningModule):
         names = {name for name in network._no_split_modules or () if "Embedding" not in name}
         layers = [part for part in network.modules() if type(part).__name__ in names]
         if shard_parts(self, *layers) and "loss" not in vars(self):
-            for name in ("loss", "generate_ids"):  # what runs the network, besides forward
-                register_fsdp_forward_method(self, name)
+            gather_for(self, "loss", "generate_ids")  # what runs the network, besides forward
 
     def _refuse_early_copy(self) -> None:
         averages = any(isinstance(callback, StochasticWeightAveraging) for callback in self.trainer.callbacks)
