@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from lightning.pytorch import Trainer
+from pages import blocks, commands
 
 from lightning_plugins.cli import main
 
@@ -16,6 +17,7 @@ PAGES = {
     path.name: path.read_text(encoding="utf-8") for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 }
 README = PAGES["README.md"]
+LAUNCHED = "several_gpus.md"  # its lines start processes: tests/distributed/test_launch_lines.py
 SHORT = {
     "limit_train_batches": 1,
     "limit_val_batches": 1,
@@ -31,22 +33,12 @@ FORMS = {
     "venv": r"(python3? -m venv \.venv|\. \.venv/bin/activate|source \.venv/bin/activate)",
     "pip": r"(python -m )?pip install (-c \S*constraints\.txt )?(--\S+ \S+ )*(-e )?\S+",
     "recipe": r"python \w+\.py",
+    # run by tests/distributed/test_launch_lines.py
+    "torchrun": r"torchrun --\S+ .*-m lightning_plugins fit .*",
+    "srun": r"srun lightning-plugins fit .*",
     "uv": r"uvx? .*(lightning-plugins|pytest|pip install|sync).*",
     "tensorboard": r"tensorboard --logdir \S+",
 }
-
-
-def blocks(text):
-    """Fenced blocks as ``(language, first line's number, content)``."""
-    found = re.finditer(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [(match[1], text.count("\n", 0, match.start()) + 2, match[2]) for match in found]
-
-
-def commands(content):
-    """The commands of a shell block: continued lines joined, comments and prompts dropped, ``&&`` split."""
-    joined = content.replace("\\\n", " ")
-    lines = [re.sub(r"(^|\s)#.*", "", line).strip().removeprefix("$ ") for line in joined.splitlines()]
-    return [" ".join(part.split()) for line in lines if line for part in line.split("&&")]
 
 
 OURS = re.compile(r"(lightning-plugins|python3? -m lightning_plugins) ")
@@ -60,6 +52,7 @@ SHELL = [
 STEPS = [
     (page, line, language, text)
     for page in PAGES
+    if page != LAUNCHED
     for line, language, text in sorted(
         [(line, "bash", command) for of, line, command in SHELL if of == page and OURS.match(command + " ")]
         + [(line, "python", content) for of, language, line, content in BLOCKS if of == page and language == "python"],
