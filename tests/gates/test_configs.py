@@ -49,6 +49,9 @@ def test_header(name):
     assert re.search(r"\d", fields["minutes"]), "minutes is a number"
     assert re.search(r"\d", fields["expected"]), "the expected result is a number"
     assert f"lightning-plugins fit --config {name}" in fields["command"]
+    if "GPU" in fields["hardware"] + fields["minutes"]:
+        several = r"--trainer\.devices \d+ --trainer\.strategy ddp|--trainer\.strategy ddp\S* --trainer\.devices \d+"
+        assert re.search(several, fields["hardware"]), "a line for several GPUs"
 
 
 def idx_folder(folder, size=28, count=40):
