@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo lint types test test-fast cov test-settings test-faults test-wild test-chains test-mutants test-oldest clean
+.PHONY: help demo lint types test test-fast cov test-settings test-faults test-wild test-support test-chains test-mutants test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-settings   the suite on other instructions, threads, orders and numbers, hours (SETTINGS_ARGS='-m numerics')"
 	@echo "make test-faults   kill, signal and starve runs of every module, and let them go on: six minutes"
 	@echo "make test-wild   all our callbacks on modules of every kind, in every setting, and write the table of docs/wild.md"
+	@echo "make test-support   every model in every mode of several processes, the lines that start them, and docs/support.md"
 	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
 	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
 	@echo "                   that are slow or start several processes"
@@ -60,6 +61,13 @@ test-wild: $(VENV)/installed-test
 		WILD_RESULTS=$$results $(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "slow or not slow" \
 			--ignore tests/wild/test_wild_table.py tests/wild $(PYTEST_ARGS) && \
 		PYTHONPATH=tests/helpers $(VENV)/bin/python -m wild.table $$results
+
+# The table is written when every cell is as it should be.
+test-support: $(VENV)/installed-test
+	results=$$(mktemp) && trap 'rm -f "$$results"' EXIT && \
+		SUPPORT_RESULTS=$$results $(VENV)/bin/python -m pytest -m "slow or not slow" tests/distributed/test_support.py \
+			tests/distributed/test_launch_lines.py $(PYTEST_ARGS) -k "not page" && \
+		PYTHONPATH=tests/helpers $(VENV)/bin/python -m support.table $$results
 
 test-oldest: $(OLDEST)/installed-test
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not ddp" $(PYTEST_ARGS)
