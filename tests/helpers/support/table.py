@@ -13,8 +13,8 @@ from support.cells import MODES, PARTS, STEPS
 PAGE = Path(__file__).parents[3] / "docs/support.md"
 TEXT = """# Models in the modes of several processes
 
-Each model is trained for {steps} steps in each mode, and once by one process with the same precision and the same samples
-in a step. A cell is the largest distance between the two runs' weights, over all processes, in units of the farthest
+Each model is trained for {steps} steps in each mode, and once by one process with the same precision and samples in a
+step. A cell is the largest distance between the two runs' weights, over all processes, in units of the farthest
 that training moved a weight, rounded up to a power of ten; `=` is equal bit for bit; `no` and a number is a refusal
 before the first step, whose sentence stands below; an empty cell is a mode that the model does not have.
 
