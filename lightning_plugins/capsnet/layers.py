@@ -215,6 +215,9 @@ class SelfAttentionRouting(nn.Module):
         dim: dimensions K of an output capsule; 16 in the paper.
         num_inputs: number N of input capsules; 16 in the paper.
 
+    ``W`` starts as the authors' code has it, by Keras' He normal for a kernel (J, N, D, K): its variance is
+    :math:`2 / (J N D)`, so that poses are short at first, about 0.02 on images.
+
     Raises:
         ValueError: an argument is out of range.
 
@@ -225,7 +228,7 @@ class SelfAttentionRouting(nn.Module):
         super().__init__()
         must.check(locals(), **dict.fromkeys(("in_dim", "num_capsules", "dim", "num_inputs"), must.count))
         self.weight = nn.Parameter(torch.empty(num_inputs, in_dim, num_capsules, dim))
-        nn.init.normal_(self.weight, std=math.sqrt(2 / in_dim))  # He, as the convolutions
+        keras_normal_(self.weight, 2 / (num_inputs * num_capsules * in_dim))
         self.prior = nn.Parameter(torch.zeros(num_inputs, num_capsules))
 
     def _couple(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,6 +250,21 @@ class SelfAttentionRouting(nn.Module):
             votes, couplings = self._couple(u.to(self.weight.dtype))
             entropy = torch.special.entr(couplings).sum(-1).mean(-1) / math.log(poses.shape[1])
         return RoutingTrace(couplings[None], poses[None], kmeans_objective(votes, poses)[None], entropy[None])
+
+
+def keras_normal_(weight: Tensor, variance: float) -> None:
+    """Fill with Keras' normal numbers: cut at two deviations, and widened so that the variance is as asked.
+
+    Args:
+        weight: any shape; filled in place.
+        variance: of what is drawn.
+    """
+    std = math.sqrt(variance) / _CUT_DEVIATION
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+# of a standard normal variable cut at two: var = 1 - 4 pdf(2) / (cdf(2) - cdf(-2))
+_CUT_DEVIATION = math.sqrt(1 - 4 * math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(2)))
 
 
 def exponential_squash(s: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_plugins.capsnet.networks import (
     PresetName,
     SabourFeatures,
     SuFeatures,
+    initialize_as_efficient,
     initialize_as_official,
     resolve_preset,
 )
@@ -209,7 +210,10 @@ class CapsNet(LightningModule):
 
     def build_decoder(self) -> nn.Module:
         """The network from poses ``(B, J, K)`` and labels to images; built only when reconstruction is trained."""
-        return CapsuleDecoder(self.num_classes, self.preset.capsule_dim, self.image_shape, self.decoder_hidden)
+        decoder = CapsuleDecoder(self.num_classes, self.preset.capsule_dim, self.image_shape, self.decoder_hidden)
+        if self.preset.network == "efficient":
+            initialize_as_efficient(decoder)
+        return decoder
 
     def configure_model(self) -> None:
         """Shard the parts under ``ModelParallelStrategy`` (FSDP2); no effect otherwise.

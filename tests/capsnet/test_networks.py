@@ -47,6 +47,36 @@ def test_official_start():
     assert len(biases) == 6 and all((b == 0.1).all() for b in biases)
 
 
+def test_efficient_start():
+    """Keras' He and Glorot normals, whose variances are those of uncut ones; the depthwise layer is Glorot uniform."""
+    torch.manual_seed(0)
+    model = CapsNet("efficient")
+    convolutions = [m for m in model.features.layers.modules() if isinstance(m, torch.nn.Conv2d)]
+    fans = [25 * 1, 9 * 32, 9 * 64, 9 * 64]
+    starts = [(conv.weight, 2 / fan) for conv, fan in zip(convolutions, fans, strict=True)]
+    starts += [(model.capsules.weight, 2 / (10 * 16 * 8))]
+    dense = [layer for layer in model.decoder.layers if isinstance(layer, torch.nn.Linear)]
+    starts += [(layer.weight, 2 / fan) for layer, fan in zip(dense[:2], (160, 512), strict=True)]
+    starts += [(dense[2].weight, 2 / (1024 + 784))]
+    for weight, variance in starts:
+        error = 4 / weight.numel() ** 0.5  # of an estimated deviation: at most 0.71 / root n
+        assert weight.std().item() == pytest.approx(variance**0.5, rel=error)
+        assert weight.abs().max() <= 2 / 0.8796 * variance**0.5
+    limit = (6 / (81 + 81 * 128)) ** 0.5
+    primary = model.features.primary.weight
+    assert primary.abs().max() <= limit and primary.std().item() == pytest.approx(limit / 3**0.5, rel=0.04)
+    assert not any(
+        p.any() for name, p in model.named_parameters() if name.endswith(("bias", "prior")) and "1." not in name
+    )
+
+
+def test_efficient_poses_are_short_at_first():
+    """0.5 as a deviation of the transforms, which are 10 x 16 x 8 and not 8 alone in Keras, made them 0.7 long."""
+    torch.manual_seed(0)
+    poses = CapsNet("efficient")(torch.rand(8, 1, 28, 28))
+    assert 1e-3 < poses.norm(dim=-1).mean() < 0.1
+
+
 def test_official_loss_is_a_twentieth_and_the_same_reconstruction():
     torch.manual_seed(0)
     batch = {"image": torch.rand(4, 1, 28, 28), "label": torch.tensor([0, 1, 2, 3])}
@@ -58,8 +88,9 @@ def test_official_loss_is_a_twentieth_and_the_same_reconstruction():
     torch.testing.assert_close(b["reconstruction"], a["reconstruction"])
 
 
-def test_official_rate_has_a_floor():
-    model = CapsNet("sabour2017_official", lr_decay_steps=1, lr_decay=0.1)
+@pytest.mark.parametrize(("preset", "rate", "floor"), [("sabour2017_official", 1e-3, 1e-6), ("efficient", 5e-4, 5e-5)])
+def test_official_rate_has_a_floor(preset, rate, floor):
+    model = CapsNet(preset, lr_decay_steps=1, lr_decay=0.1)
     config = model.configure_optimizers()
     optimizer, decay = config["optimizer"], config["lr_scheduler"]["scheduler"]
     rates = []
@@ -67,7 +98,7 @@ def test_official_rate_has_a_floor():
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         decay.step()
-    assert rates == pytest.approx([1e-3, 1e-4, 1e-5, 1e-6, 1e-6, 1e-6])
+    assert rates == pytest.approx([max(rate * 0.1**n, floor) for n in range(6)])
 
 
 @pytest.mark.parametrize(
