@@ -34,7 +34,8 @@ class GenerationScores(MetricCollection):
 
       .. math:: \mathrm{chrF} = \frac{(1 + \beta^2) \, P R}{\beta^2 P + R}, \quad \beta = 2,
 
-      with the precision P and the recall R averaged over the orders that both sides have.
+      with the precision P and the recall R averaged over the orders that both sides have; where a reference is
+      shorter than an order, the prediction's n-grams of that order do not count.
     - ``exact_match``: share of predictions equal to their reference, word by word.
 
     A WordPiece tokenizer writes spaces around most punctuation (``file - like``), which costs BLEU and exact match:
@@ -163,7 +164,8 @@ class _ChrF(Metric):
             columns = []
             for n in range(1, _CHRF_ORDER + 1):
                 predicted, wanted = self._count(prediction, n), self._count(reference, n)
-                columns.append([(predicted & wanted).total(), predicted.total(), wanted.total()])
+                guessed = predicted.total() if wanted else 0  # as SacreBLEU: no reference could have them
+                columns.append([(predicted & wanted).total(), guessed, wanted.total()])
             self.ngrams = self.ngrams + tensor(columns, device=self.device).T
 
     def _count(self, text: str, n: int) -> Counter[str]:

@@ -2,10 +2,12 @@
 
 # ruff: noqa: RUF001 (full-width commas and curly quotes are what is tested)
 
+import random
 from math import exp
 
 import pytest
 import torch
+from sacrebleu.metrics import CHRF
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import SacreBLEUScore
 
@@ -73,6 +75,24 @@ def test_chrf_by_hand_and_as_sacrebleus_readme_has_it():
     predictions = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
     closest = ["The dog bit the man.", "No one was surprised.", "The man had bitten the dog."]  # of two each
     assert 100 * scores(predictions, closest)["chrf"] == pytest.approx(59.73, abs=0.005)
+
+
+ODD = ["a", "ab", "the cat", "猫", "猫坐在垫子上", "naïve café", "x y z", "", "yes!", "日本語 text", "Ünïcode", "ha " * 9]
+
+
+@pytest.mark.parametrize("lowercase", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_chrf_is_sacrebleus_on_odd_pairs(seed, lowercase):
+    """References shorter than six characters among them, whose missing orders do not count."""
+    generator = random.Random(seed)
+    predictions, references = ([generator.choice(ODD) + generator.choice(ODD) for _ in range(40)] for _ in range(2))
+    references = [reference or "?" for reference in references]
+    stock = CHRF(lowercase=lowercase)
+    expected = stock.corpus_score(predictions, [references]).score / 100
+    assert scores(predictions, references, lowercase=lowercase)["chrf"] == pytest.approx(expected, abs=1e-6)
+    for prediction, reference in zip(predictions, references, strict=True):
+        expected = stock.corpus_score([prediction], [[reference]]).score / 100
+        assert scores([prediction], [reference], lowercase=lowercase)["chrf"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_empty_predictions_count_as_wrong():
