@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_plugins.capsnet.routing import GradientKind, RoutingKind, check_options, squash
+from lightning_plugins.capsnet.routing import GradientKind, RoutingKind, check_options, squash, without_autocast
 from lightning_plugins.capsnet.streamed_routing import route
 from lightning_plugins.capsnet.trace import RoutingTrace, kmeans_objective, routing_trace
 from lightning_plugins.core import arguments as must
@@ -96,7 +96,7 @@ def group_channels(x: Tensor, num_types: int) -> Tensor:
     B, C, H, W = x.shape
     if C % num_types:
         raise ValueError(f"group_channels cannot split {C} channels into num_types={num_types} equal capsules.")
-    return x.reshape(B, num_types, C // num_types, H, W).permute(0, 1, 3, 4, 2).reshape(B, -1, C // num_types)
+    return x.reshape(B, num_types, C // num_types, H, W).permute(0, 1, 3, 4, 2).flatten(1, 3)
 
 
 class RoutingCapsules(nn.Module):
@@ -238,7 +238,7 @@ class SelfAttentionRouting(nn.Module):
 
     def forward(self, u: Tensor) -> Tensor:
         """Route capsules ``(B, N, D)`` to poses ``(B, J, K)``."""
-        with torch.autocast(u.device.type, enabled=False):
+        with without_autocast(u):
             votes, couplings = self._couple(u.to(self.weight.dtype))
             return exponential_squash(torch.einsum("bnjk,bnj->bjk", votes, couplings + self.prior))
 
@@ -246,7 +246,7 @@ class SelfAttentionRouting(nn.Module):
     def trace(self, u: Tensor) -> RoutingTrace:
         """The couplings of the single pass, with poses, objective and entropy, as one iteration."""
         poses = self(u)
-        with torch.autocast(u.device.type, enabled=False):
+        with without_autocast(u):
             votes, couplings = self._couple(u.to(self.weight.dtype))
             entropy = torch.special.entr(couplings).sum(-1).mean(-1) / math.log(poses.shape[1])
         return RoutingTrace(couplings[None], poses[None], kmeans_objective(votes, poses)[None], entropy[None])

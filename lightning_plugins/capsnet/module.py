@@ -25,7 +25,8 @@ from lightning_plugins.capsnet.networks import (
     initialize_as_official,
     resolve_preset,
 )
-from lightning_plugins.capsnet.routing import GradientKind, RoutingKind
+from lightning_plugins.capsnet.routing import GradientKind, RoutingKind, compute_dtype
+from lightning_plugins.capsnet.routing import lengths as pose_lengths
 from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.batches import image_batch, warn_of_range
@@ -253,7 +254,7 @@ class CapsNet(LightningModule):
 
     def predict_labels(self, poses: Tensor) -> Tensor:
         """The longest capsule's class ``(B,)``, or the L longest ones' in ascending order ``(B, L)``."""
-        lengths = poses.norm(dim=-1)
+        lengths = pose_lengths(poses)
         if self.num_labels == 1:
             return lengths.argmax(-1)
         return lengths.topk(self.num_labels).indices.sort(-1).values
@@ -286,7 +287,7 @@ class CapsNet(LightningModule):
         poses: Tensor = self(image)
         values = plots.perturbation_values() if values is None else values
         B, J, K = poses.shape
-        labels = poses.norm(dim=-1).argmax(-1) if labels is None else labels
+        labels = pose_lengths(poses).argmax(-1) if labels is None else labels
         deltas = torch.eye(K, dtype=poses.dtype, device=poses.device)[:, None] * values.to(poses)[:, None]  # (K, V, K)
         moved = poses[:, None, None] + deltas[None, :, :, None]  # (B, K, V, J, K); the decoder masks the others
         rows = labels.repeat_interleave(K * len(values))
@@ -341,7 +342,7 @@ class CapsNet(LightningModule):
                 f"num_labels={self.num_labels} but the batch has labels of shape {tuple(labels.shape)} for "
                 f"{len(poses)} images; set num_labels to the labels per image."
             )
-        return margin_loss(poses.float().norm(dim=-1), labels, downweight=self.preset.downweight)
+        return margin_loss(pose_lengths(poses), labels, downweight=self.preset.downweight)
 
     def _reconstruction_sse(self, poses: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """Squared error summed over an image (and over its parts), averaged over the batch."""
@@ -353,7 +354,8 @@ class CapsNet(LightningModule):
         if not self.training:
             predictions = self.predict_labels(poses)
             labels = predictions if self.num_labels == 1 else align_labels(predictions, labels)
-        return (self._need_decoder()(poses, labels).float() - target.float()).square().sum() / len(poses)
+        error = self._need_decoder()(poses, labels) - target
+        return error.to(compute_dtype(error)).square().sum() / len(poses)
 
     def _step(self, batch: Any, batch_idx: int, stage: str) -> Tensor:
         batch = image_batch(batch, type(self).__name__, labels=True)
@@ -402,7 +404,7 @@ class CapsNet(LightningModule):
         """``prediction`` (see :meth:`predict_labels`), its length as ``score``, all ``lengths``, ``poses``, images."""
         poses = self(image_batch(batch, type(self).__name__)["image"])
         prediction = self.predict_labels(poses)
-        lengths = poses.norm(dim=-1)
+        lengths = pose_lengths(poses)
         score = lengths.gather(1, prediction.view(len(poses), -1)).view(prediction.shape)
         output = {"prediction": prediction, "score": score, "lengths": lengths, "poses": poses}
         if self.decoder is not None:

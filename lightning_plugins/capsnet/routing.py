@@ -22,6 +22,7 @@ votes and couplings are large.
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -181,7 +182,7 @@ def route_votes(
         raise ValueError(f"votes must have shape (B, N, J, K), not {tuple(votes.shape)}; see compute_votes.")
     check_extras(votes.shape, bias, mask)
     result_dtype = dtype_of_result(votes)
-    with torch.autocast(votes.device.type, enabled=False):
+    with without_autocast(votes):
         votes = votes.to(compute_dtype(votes))
         bias = bias if bias is None else bias.to(votes.dtype)
         if mask is not None:
@@ -199,16 +200,24 @@ def unit(s: Tensor) -> Tensor:
     return (t / n).masked_fill(zero, 0)
 
 
+def lengths(v: Tensor) -> Tensor:
+    """Lengths ``(...)`` of vectors ``(..., K)`` in float32 or wider, whose gradient is finite however short they are."""
+    _, n, zero, largest = by_largest(v.to(compute_dtype(v)))
+    return (n * largest).masked_fill(zero, 0).squeeze(-1)
+
+
 def bounded(s: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return t = s/q, |t|, c/q^2, q = max(1, |s|_inf), and where s is zero: squash(s; c) = squash(t; c/q^2).
 
-    No square overflows then. q counts as a constant: its true derivative cancels. Zero vectors are replaced by ones,
-    as the norm's second derivative is NaN at zero.
+    No square overflows then, nor underflows, as |t| is taken of t by its largest entry. These scales count as
+    constants: their true derivatives cancel. Zero vectors are replaced by ones, as the norm's second derivative is NaN
+    at zero.
     """
     largest = s.detach().abs().amax(-1, keepdim=True)
     zero, q = largest == 0, largest.clamp_min(1)
     t = (s / q).masked_fill(zero, 1)
-    return t, torch.linalg.vector_norm(t, dim=-1, keepdim=True), scale / q / q, q, zero
+    m = torch.where(zero, 1, largest / q).clamp_min(torch.finfo(s.dtype).tiny)
+    return t, m * torch.linalg.vector_norm(t / m, dim=-1, keepdim=True), scale / q / q, q, zero
 
 
 def by_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -222,6 +231,12 @@ def by_largest(s: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 # Types, and what is refused.
 
 
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Arithmetic in the tensors' own types; the device ``meta`` knows no other."""
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype for arithmetic: the tensors' promoted one, at least float32."""
     dtype = torch.float32
@@ -232,7 +247,8 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 def dtype_of_result(*tensors: Tensor) -> torch.dtype:
     """Float32 or wider under autocast, else the tensors' promoted dtype."""
-    if torch.is_autocast_enabled(tensors[0].device.type):
+    kind = tensors[0].device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
         return compute_dtype(*tensors)
     return functools.reduce(torch.promote_types, (t.dtype for t in tensors))
 

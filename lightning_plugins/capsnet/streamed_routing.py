@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from lightning_plugins.capsnet.routing import (
     GradientKind,
@@ -34,6 +35,7 @@ from lightning_plugins.capsnet.routing import (
     next_centres,
     squash,
     vote_sums,
+    without_autocast,
 )
 
 
@@ -62,7 +64,8 @@ def route(
     * ``kmeans_squash``: ``a = v_{r-1}`` (kexue.fm/archives/4819);
     * ``uniform``: nothing; couplings stay uniform whatever the iterations.
 
-    Arithmetic is float32 or wider, also under autocast.
+    Arithmetic is float32 or wider, also under autocast. Under ``torch.func``, forward-mode differentiation and
+    ``torch.export`` the votes are stored, and memory is that of :func:`~lightning_plugins.capsnet.route_votes`.
 
     Args:
         u: ``(B, N, D)`` input capsules.
@@ -89,15 +92,31 @@ def route(
     check_shapes(u, W)
     check_extras((*u.shape[:2], *W.shape[-2:]), bias, mask)
     result_dtype = dtype_of_result(u, W)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         dtype = compute_dtype(u, W)
         u, W, bias = u.to(dtype), W.to(dtype), bias if bias is None else bias.to(dtype)
         if mask is not None:  # the votes of a zero vector are zero: it pulls nowhere
             u = u.masked_fill(~mask[:, :, None], 0)
-        sums = coupled_sums(
-            u.contiguous(), W.contiguous(), bias, routing, iterations, squash_scale, leaky, gradient == "last"
-        )
+        options = routing, iterations, squash_scale, leaky, gradient == "last"
+        if _wants_plain_operations(u, W, bias):
+            sums = vote_sums(compute_votes(u, W), bias, *options)
+        else:
+            sums = coupled_sums(u.contiguous(), W.contiguous(), bias, *options)
         return squash(sums[-1], squash_scale).to(result_dtype)
+
+
+def _wants_plain_operations(*tensors: Tensor | None) -> bool:
+    """Whether the operator, which has one derivative and is no part of ONNX, would not do: votes are stored then.
+
+    In forward-mode differentiation, which passes over an operator without a word, within ``torch.func``'s transforms,
+    and in ``torch.export``, on which ONNX is built.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_exporting()
+    given = [tensor for tensor in tensors if tensor is not None]
+    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)) or any(
+        forward_ad.unpack_dual(tensor).tangent is not None for tensor in given
+    )
 
 
 # The operator: the sums of all iterations, block by block.
@@ -134,7 +153,7 @@ def coupled_sums(
     Returns:
         ``(R, B, J, K)``. With ``last``, gradients that arrive at all but the last of these are ignored.
     """
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         s = _uniform_sum(u, W, leaky)
         sums, centres = [s if bias is None else s + bias], None
         for _ in range(iterations - 1):
@@ -201,8 +220,8 @@ def _coupled_sums_backward(
     last: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients ``(u, W, bias)``, the inputs streamed once per iteration, from the last to the first."""
-    with torch.autocast(u.device.type, enabled=False):
-        du, dW, dbias = torch.zeros_like(u), torch.zeros_like(W), torch.zeros_like(sums[0, 0])
+    with without_autocast(u):
+        du, dW, dbias = torch.zeros_like(u), torch.zeros_like(W), sums.new_zeros(sums.shape[2:])
         centres: list[Tensor] = []  # of all iterations but the uniform first one
         for s in sums[:-1]:
             centres.append(next_centres(centres[-1] if centres else None, s, routing, squash_scale))
@@ -249,7 +268,7 @@ def _differentiable_vjp(grad: Tensor, u: Tensor, W: Tensor, bias: Tensor | None,
     u, W, bias = u.view_as(u), W.view_as(W), None if bias is None else bias.view_as(bias)
     inputs = u, W, bias
     wanted = [t for t in inputs if t is not None and t.requires_grad]  # u has no gradient behind frozen layers
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         sums = torch.stack(vote_sums(compute_votes(u, W), bias, *options))
         grads = iter(torch.autograd.grad(sums, wanted, grad, create_graph=True))
     return tuple(next(grads) if t is not None and t.requires_grad else None for t in inputs)
@@ -282,7 +301,7 @@ def _uniform_sum_vjp(ds: Tensor, u: Tensor, W: Tensor, leaky: bool, du: Tensor, 
     if W.dim() == 3:
         du += (ds @ W.view(-1, J * K).T)[:, None]
     else:
-        du.view(len(u), -1).addmm_(ds, W.view(-1, J * K).T)
+        du.flatten(1).addmm_(ds, W.view(-1, J * K).T)
 
 
 def _coupled_sum_vjp(
@@ -344,7 +363,7 @@ _GPU_BLOCK = 2**24
 
 def _block_size(u: Tensor, numbers: int) -> int:
     """Inputs in a block, of which each takes ``numbers`` per sample."""
-    return min(u.shape[1], max(1, (_CPU_BLOCK if u.is_cpu else _GPU_BLOCK) // (len(u) * numbers)))
+    return min(u.shape[1], max(1, (_CPU_BLOCK if u.is_cpu else _GPU_BLOCK) // (max(1, len(u)) * numbers)))
 
 
 def _blocks(u: Tensor, W: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:

@@ -18,6 +18,7 @@ from lightning_plugins.capsnet.routing import (
     unit,
     vote_couplings,
     vote_sums,
+    without_autocast,
 )
 from lightning_plugins.core import arguments as must
 
@@ -72,7 +73,7 @@ def routing_trace(
     """
     steps = check_options(routing, iterations, "full", squash_scale, leaky)
     check_shapes(u, W)
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u):
         dtype = compute_dtype(u, W)
         votes = compute_votes(u.to(dtype), W.to(dtype))
         check_extras(votes.shape, bias, mask)

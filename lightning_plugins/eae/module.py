@@ -209,14 +209,14 @@ class EAE(LightningModule):
     def encode(self, image: Tensor) -> Tensor:
         """Codes ``(B, d)``: a VAE's are the means; in evaluation each depends on its image alone."""
         self._check_image(image)
-        h = self.encoder(image.to(self.dtype))[:, : self.latent_dim]
+        h = self.encoder(image.to(self._dtype_of(self.encoder)))[:, : self.latent_dim]
         return h if self.batch_norm is None else self.batch_norm(h)
 
     def decode(self, z: Tensor, label: Tensor | None = None) -> Tensor:
         """Images ``(B, C, H, W)`` in [0, 1] of codes ``(B, d)`` and, if conditional, classes ``(B,)``."""
         if z.ndim != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"Codes must be (B, latent_dim={self.latent_dim}), got {tuple(z.shape)}.")
-        z = z.to(self.dtype)  # batch norm widens half precision
+        z = z.to(self._dtype_of(self.decoder))  # batch norm widens half precision
         if self.conditional:
             if label is None:
                 raise ValueError("This EAE is conditional: its decoder needs a class for each code, label=(B,) int64.")
@@ -224,6 +224,10 @@ class EAE(LightningModule):
         elif label is not None:
             raise ValueError("A class was given, but this EAE is not conditional: train one with conditional=True.")
         return self.decoder(z)
+
+    def _dtype_of(self, network: nn.Module) -> torch.dtype:
+        """The type of its weights: Lightning's own ``dtype`` does not know of ``module.bfloat16()``."""
+        return next((weight.dtype for weight in network.parameters()), self.dtype)
 
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """The images as the codes know them; ``forward`` by its name."""
@@ -237,7 +241,7 @@ class EAE(LightningModule):
             label: ``(B,)`` classes, read where the entropy is that within classes.
         """
         self._check_image(image)
-        h = self.encoder(image.to(self.dtype))
+        h = self.encoder(image.to(self._dtype_of(self.encoder)))
         h = h.to(torch.promote_types(h.dtype, torch.float32))
         labels = self._labels_of_all(label) if self._within_classes else None
         if self.batch_norm is not None:
