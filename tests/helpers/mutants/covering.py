@@ -127,11 +127,12 @@ class Tracer:
     def pytest_runtest_protocol(self, item, nextitem):
         """Trace a test with what is set up for it."""
         self.now, start = self.lines[item.nodeid], time.process_time()
+        before = sys.gettrace()  # of `make cov`, when these hooks are tested
         sys.settrace(self._call)
         try:
             return (yield)
         finally:
-            sys.settrace(None)
+            sys.settrace(before)
             self.seconds[item.nodeid] = time.process_time() - start
             for name in getattr(item, "fixturenames", ()):
                 for file, lines in self.shared[item.nodeid.split("::")[0], name].items():
