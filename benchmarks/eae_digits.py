@@ -55,6 +55,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "RAE-L2": {"objective": "rae_l2"},
     **{f"VAE {beta}": {"objective": "vae", "weight": beta} for beta in BETAS},
     "WAE 10": {"objective": "wae", "weight": 10},
+    "WAE 200": {"objective": "wae", "weight": 200},  # the authors'
     "SIGReg 0.3": {"objective": "sigreg", "weight": 0.3},
     "MMD 30": {"objective": "mmd", "weight": 30},
     "EAE 0.3": {"objective": "eae", "weight": 0.3},

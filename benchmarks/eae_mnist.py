@@ -49,6 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "MMD 100": {"objective": "mmd", "weight": 100},
     "conditional EAE 3": {"objective": "eae", "weight": 3, "conditional": True},
     "WAE 10": {"objective": "wae", "weight": 10},
+    "WAE 200": {"objective": "wae", "weight": 200},  # the authors'
     "RAE-L2": {"objective": "rae_l2"},
 }
 BATCH, LR, LR_LEFT, NUM_SAMPLES = 256, 2e-3, 0.05, 5_000

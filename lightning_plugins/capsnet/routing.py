@@ -201,7 +201,7 @@ def unit(s: Tensor) -> Tensor:
 
 
 def lengths(v: Tensor) -> Tensor:
-    """Lengths ``(...)`` of vectors ``(..., K)`` in float32 or wider, whose gradient is finite however short they are."""
+    """Lengths ``(...)`` of vectors ``(..., K)`` in float32 or wider; the gradient is finite however short they are."""
     _, n, zero, largest = by_largest(v.to(compute_dtype(v)))
     return (n * largest).masked_fill(zero, 0).squeeze(-1)
 

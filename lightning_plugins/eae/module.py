@@ -30,7 +30,7 @@ from lightning_plugins.eae.batch_norm import LatentBatchNorm
 from lightning_plugins.eae.diagnostics import latent_diagnostics
 from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, gaussian_reference_entropy, several
 from lightning_plugins.eae.kept_codes import KeptCodes
-from lightning_plugins.eae.networks import Network, build_decoder, build_encoder
+from lightning_plugins.eae.networks import Network, build_decoder, build_encoder, decayed_weights
 from lightning_plugins.eae.objectives import (
     Codes,
     ObjectiveName,
@@ -86,8 +86,9 @@ class EAE(LightningModule):
             autoencoder, "wae" that of Tolstikhin et al. 2018 by MMD; "sigreg" and "mmd" take these distances from
             N(0, I) after batch norm.
         weight: factor, 0 or more, on the term beside the reconstruction error, in error per nat for "eae" and "vae".
-            By default 3 for "eae" (the best on MNIST), 0.0128 for "rae_l2", 1 for "vae", 10 for "wae" and "sigreg",
-            100 for "mmd". With 0 "eae" is "ae_bn", and "rae_l2" still decays its decoder.
+            By default 3 for "eae" (the best on MNIST), 0.0128 for "rae_l2", 1 for "vae", 200 for "wae" (its code has
+            10 beside 0.05 times the squared error), 10 for "sigreg", 100 for "mmd". With 0 "eae" is "ae_bn", and
+            "rae_l2" still decays its decoder.
         k: which nearest neighbour the entropy's estimate takes, or a list of several whose estimates are averaged; 1
             as the paper's supplement advises.
         weight_warmup_steps: optimiser steps in which the weight grows linearly from 0 to its value; 0 for none.
@@ -515,10 +516,10 @@ class EAE(LightningModule):
         """Adam whose rate decays after each epoch, unless ``optimizer`` or ``scheduler`` is given."""
         groups: Any = self.parameters()
         if decay := self.objective.decoder_decay:
-            decoder = set(self.decoder.parameters())
+            decayed = decayed_weights(self.decoder)
             groups = [
-                {"params": [p for p in self.parameters() if p not in decoder]},
-                {"params": [*self.decoder.parameters()], "weight_decay": decay},
+                {"params": [p for p in self.parameters() if not any(p is weight for weight in decayed)]},
+                {"params": decayed, "weight_decay": decay},
             ]
         schedule = None if self.lr_decay == 1 else lambda adam: ExponentialLR(adam, self.lr_decay)
         return optimizer_or_own(groups, lambda g: Adam(g, self.lr), schedule, self._optimizer, self._scheduler)

@@ -109,6 +109,17 @@ def build_decoder(network: Network, image_shape: Sequence[int], num_inputs: int,
     return nn.Sequential(*layers, nn.Sigmoid())
 
 
+def decayed_weights(decoder: nn.Module) -> list[nn.Parameter]:
+    """What RAE-L2 decays: kernels of transposed convolutions, as its code; without any, of linear layers; no bias."""
+    for kind in (nn.ConvTranspose2d, nn.Linear):
+        weights = [
+            layer.weight for layer in decoder.modules() if isinstance(layer, kind) and layer.weight.requires_grad
+        ]
+        if weights:
+            return list(dict.fromkeys(weights))  # a shared one is decayed once
+    return [weight for weight in decoder.parameters() if weight.requires_grad]
+
+
 def _mlp(num_inputs: int, width: int, num_outputs: int) -> list[nn.Module]:
     first, second, last = nn.Linear(num_inputs, width), nn.Linear(width, width), nn.Linear(width, num_outputs)
     return [first, nn.ReLU(), second, nn.ReLU(), last]

@@ -40,7 +40,7 @@ class Codes(NamedTuple):
 class Objective:
     r"""One model: whether codes are batch-normalised, the term beside the reconstruction, and its usual weight.
 
-    ``decoder_decay`` is the coefficient of :math:`\|\theta\|^2 / 2` of the decoder's weights.
+    ``decoder_decay`` is the coefficient of :math:`\|\theta\|^2 / 2` of the decoder's kernels.
     """
 
     batch_norm: bool
@@ -62,7 +62,7 @@ OBJECTIVES: dict[str, Objective] = {
     # The RAE code's MNIST: 1e-4 mean(z^2) and 1e-7 |w|^2 beside the mean squared error of 1,024 pixels, d = 16.
     "rae_l2": Objective(False, "norm", 1.28e-2, decoder_decay=2.05e-4),
     "vae": Objective(False, "divergence", 1.0),
-    "wae": Objective(False, "mmd", 10.0),
+    "wae": Objective(False, "mmd", 200.0),  # the code minimises 0.05 times the squared error and 10 times MMD
     "sigreg": Objective(True, "sigreg", 10.0),
     "mmd": Objective(True, "mmd", 100.0),
 }

@@ -89,15 +89,17 @@ def test_each_process_draws_a_vaes_noise_of_its_own(small, batch):
     assert torch.equal(*numbers)
 
 
-def test_rae_decays_the_decoder_alone(small, batch):
-    """A step is that on the squared error, codes' norms and weights' norms written out."""
+@pytest.mark.parametrize(("network", "kernels"), [("mlp", (0, 2, 4)), ("rae", (3, 6, 9))])
+def test_rae_decays_the_decoders_kernels_alone(small, batch, network, kernels):
+    """A step is that on the squared error, codes' norms and kernels' norms written out; no bias, norm or first layer."""
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
-    model, plain = (small(objective="rae_l2", weight=0.1, optimizer=sgd).double() for _ in range(2))
-    batch["image"] = batch["image"].double()
+    options = {"image_shape": (1, 32, 32), "width": 4, "network": "rae"} if network == "rae" else {}
+    model, plain = (small(objective="rae_l2", weight=0.1, optimizer=sgd, **options).double() for _ in range(2))
+    batch["image"] = torch.rand(8, *model.image_shape, dtype=torch.float64)
     sum(model.loss(batch).values()).backward()
     model.configure_optimizers().step()
     z = plain.encoder(batch["image"])
-    weights = sum(p.square().sum() for p in plain.decoder.parameters())
+    weights = sum(plain.decoder[layer].weight.square().sum() for layer in kernels)
     loss = squared_errors(plain, z, batch) + 0.1 * z.square().sum(1) / 2
     (loss.mean() + 2.05e-4 * weights / 2).backward()
     sgd(plain.parameters()).step()

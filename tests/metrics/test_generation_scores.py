@@ -77,7 +77,20 @@ def test_chrf_by_hand_and_as_sacrebleus_readme_has_it():
     assert 100 * scores(predictions, closest)["chrf"] == pytest.approx(59.73, abs=0.005)
 
 
-ODD = ["a", "ab", "the cat", "猫", "猫坐在垫子上", "naïve café", "x y z", "", "yes!", "日本語 text", "Ünïcode", "ha " * 9]
+ODD = [
+    "a",
+    "ab",
+    "the cat",
+    "猫",
+    "猫坐在垫子上",
+    "naïve café",
+    "x y z",
+    "",
+    "yes!",
+    "日本語 text",
+    "Ünïcode",
+    "ha " * 9,
+]
 
 
 @pytest.mark.parametrize("lowercase", [False, True])
