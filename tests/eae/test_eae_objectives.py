@@ -91,7 +91,7 @@ def test_each_process_draws_a_vaes_noise_of_its_own(small, batch):
 
 @pytest.mark.parametrize(("network", "kernels"), [("mlp", (0, 2, 4)), ("rae", (3, 6, 9))])
 def test_rae_decays_the_decoders_kernels_alone(small, batch, network, kernels):
-    """A step is that on the squared error, codes' norms and kernels' norms written out; no bias, norm or first layer."""
+    """A step is that on the squared error, codes' norms and kernels' norms written out; no bias or norm."""
     sgd = functools.partial(torch.optim.SGD, lr=0.1)
     options = {"image_shape": (1, 32, 32), "width": 4, "network": "rae"} if network == "rae" else {}
     model, plain = (small(objective="rae_l2", weight=0.1, optimizer=sgd, **options).double() for _ in range(2))
