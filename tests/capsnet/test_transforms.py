@@ -1,12 +1,10 @@
-"""Routing under torch's transforms: forward mode, torch.func, export, ONNX, whole-graph compilation, odd tensors.
+"""Routing under torch's transforms: forward mode, torch.func, whole-graph compilation, odd tensors.
 
 References are central differences and the stored form under plain autograd, both in float64.
 """
 
 import math
-import warnings
 
-import onnxruntime
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -149,29 +147,3 @@ def test_one_graph_each_time(preset, options):
         images = torch.rand(2, 1, 28, 28)
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(images)
         torch.testing.assert_close(found, model(images))
-
-
-@pytest.mark.parametrize(
-    ("preset", "options"),
-    [pytest.param(*case, marks=[] if number in (0, 2) else [pytest.mark.slow]) for number, case in enumerate(ROUTED)],
-)
-def test_onnx_says_the_same(preset, options, tmp_path):
-    """For any number of images."""
-    torch.manual_seed(0)
-    model = CapsNet(preset, **(NETWORKS[preset] | options)).eval()
-    assert_onnx_equal(model, torch.rand(2, 1, 28, 28), torch.rand(5, 1, 28, 28), tmp_path / "capsnet.onnx")
-
-
-def assert_onnx_equal(model, example, other, path):
-    """A file written by the way of docs/capsnet.md, run by onnxruntime."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's own, of its exporter
-        program = torch.onnx.export(
-            model, (example,), dynamo=True, dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), verbose=False
-        )
-    program.save(path)
-    session = onnxruntime.InferenceSession(path)
-    for images in (example, other):
-        (found, *_) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(images), rtol=1e-5, atol=1e-5)
