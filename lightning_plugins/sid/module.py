@@ -30,7 +30,7 @@ from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.conditions import EqualBatches, as_dict, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_progress
-from lightning_plugins.sid.export import export_student
+from lightning_plugins.sid.export import export_student, refuse_sharded
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.manual_optimization import (
@@ -225,7 +225,7 @@ class SiD(LightningModule):
         """Build the networks; shard them and the teacher under ``ModelParallelStrategy`` (FSDP2).
 
         Raises:
-            ValueError: FSDP2 with ``lora_rank``, or with tensor parallelism.
+            ValueError: a network whose class knows no activation checkpointing, or FSDP2 with tensor parallelism.
         """
         if trainer_of(self) is None:  # a checkpoint is being read, which says itself what to build
             return
@@ -237,8 +237,6 @@ class SiD(LightningModule):
         if self.activation_checkpointing:  # gradients by the images flow through the teacher, too
             for denoiser in (nets.generator, nets.fake_score, self.teacher.denoiser):
                 checkpoint_activations(denoiser.network)
-        if self.lora_rank is not None and self.device_mesh is not None:
-            raise ValueError(f"lora_rank={self.lora_rank} shares the teacher's weights, which FSDP2 cannot shard.")
         if self.device_mesh is not None:
             shard_networks(self, nets.generator, nets.fake_score, nets.student, self.teacher.denoiser)
 
@@ -252,7 +250,9 @@ class SiD(LightningModule):
             "updates": self._updates,
             "results": self._results,
         }
-        if self.lora_rank is not None:  # the rest is the teacher's
+        if (
+            self.lora_rank is not None and self.device_mesh is None
+        ):  # the rest is the teacher's; FSDP2 loads all or none
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
 
@@ -278,13 +278,15 @@ class SiD(LightningModule):
                 f"sigma_init={self.networks.sigma_init} is not the noise level that the checkpoint's generator was "
                 f"trained at, {level:.6g}: leave it as it was."
             )
-        if adapters and not {name for name in self.state_dict() if "lora_" in name} <= checkpoint["state_dict"].keys():
+        state = checkpoint.get("state_dict")  # a sharded checkpoint's weights are in other files, and loaded by now
+        if not adapters or state is None:
+            return
+        if not {name for name in self.state_dict() if "lora_" in name} <= state.keys():
             raise ValueError(
                 f"lora_rank={self.lora_rank}: the checkpoint does not hold this module's adapters, and the teacher "
                 "itself would be the student. Leave lora_rank as it was in training."
             )
-        if adapters:  # the file leaves the teacher's weights out
-            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+        checkpoint["state_dict"] = {**self.state_dict(), **state}  # the file leaves the teacher's weights out
 
     # Samples.
 
@@ -599,6 +601,7 @@ class SiD(LightningModule):
         """
         nets = self.networks
         student = nets.built(nets.student)
+        refuse_sharded(student.network)
         network = student.network if self.lora_rank is None else merged(student.network)
         needs_parts = self.lora_rank is not None or not nets.description["in_pixels"]
         card = {

@@ -28,7 +28,7 @@ from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, opt
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
-from lightning_plugins.core.sharding import shard_parts
+from lightning_plugins.core.sharding import blocks, shard_parts
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
@@ -532,9 +532,7 @@ class UniLMSeq2Seq(LightningModule):
         widen(self, trainer_of(self))
         if self.activation_checkpointing:
             checkpoint_activations(network, network.backbone.stock)
-        names = {name for name in network._no_split_modules or () if "Embedding" not in name}
-        layers = [part for part in network.modules() if type(part).__name__ in names]
-        if shard_parts(self, *layers) and "loss" not in vars(self):
+        if shard_parts(self, *blocks(network)) and "loss" not in vars(self):
             for name in ("loss", "generate_ids"):  # what runs the network, besides forward
                 register_fsdp_forward_method(self, name)
 

@@ -1,4 +1,4 @@
-"""activation_checkpointing in SiD and DiffusionTeacher: less is kept, and gradients are the same through all networks."""
+"""Activation checkpointing in SiD and DiffusionTeacher: less is kept, gradients are the same through all networks."""
 
 import pytest
 import torch
