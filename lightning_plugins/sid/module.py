@@ -250,9 +250,7 @@ class SiD(LightningModule):
             "updates": self._updates,
             "results": self._results,
         }
-        if (
-            self.lora_rank is not None and self.device_mesh is None
-        ):  # the rest is the teacher's; FSDP2 loads all or none
+        if self.lora_rank is not None and self.device_mesh is None:  # the rest is the teacher's; FSDP2 loads all
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
 

@@ -1,4 +1,4 @@
-"""FSDP2 block by block: what the units are, and two processes train what one trains, with adapters and recomputation."""
+"""FSDP2 block by block: what the units are, and two processes train what one does, with adapters and recomputation."""
 
 from types import SimpleNamespace
 
