@@ -10,6 +10,7 @@ time is told; on a GPU, where the most memory that was allocated is told too, of
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -144,7 +145,7 @@ def measure(args: argparse.Namespace, part: str, on: bool, folder: Path, steps: 
     if cuda:
         figures["allocated_bytes"] = torch.cuda.max_memory_allocated()
     if len(marks) > 2:
-        figures["seconds"] = statistics.median(b - a for a, b in zip(marks[1:-1], marks[2:], strict=True))
+        figures["seconds"] = statistics.median(b - a for a, b in itertools.pairwise(marks[1:]))
     figures["parameters"] = sum(parameter.numel() for parameter in network_of(module).parameters())
     return figures
 

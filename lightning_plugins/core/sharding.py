@@ -128,9 +128,10 @@ def _options(module: LightningModule) -> dict[str, Any]:
     in bfloat16 under ``bf16-mixed`` would halve the traffic, but autocast leaves norms in float32, which take no
     narrower weights on a CPU; and FSDP2's cast of all inputs would round timesteps, and masks to -inf.
     """
+    mesh = data_parallel_mesh(module)
     low = str(module.trainer.precision) in ("bf16-true", "16-true")
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
-    return {"mesh": data_parallel_mesh(module), "mp_policy": policy, "reshard_after_forward": True}
+    return {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
 
 
 def _shared_places(networks: tuple[nn.Module, ...]) -> list[list[tuple[nn.Module, str]]]:

@@ -74,7 +74,7 @@ class DiffusionTeacher(LightningModule):
             after n steps. 0.999 for some thousand steps, 0.9999 for some hundred thousand.
         seed: seed of all noise, with the epoch, the batch and the process.
         activation_checkpointing: keep only the inputs of the network's blocks in training and compute the blocks again
-            in the backward pass: much less memory for about a third more time, and the same gradients.
+            in the backward pass: much less memory at the cost of a second forward pass, and the same gradients.
         pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
         export_to: folder that the pipeline is written to at the end of training; none by default, nor under
             fast_dev_run. A relative one is below the current folder.

@@ -110,7 +110,8 @@ class SiD(LightningModule):
             then needed, and the generator learns from that, half and half. SiDA sets alpha to 1.
         lora_rank: train low-rank adapters of this rank in place of the networks (needs the extra lora).
         activation_checkpointing: keep only the inputs of the blocks of generator, fake score and teacher and compute
-            the blocks again in the backward pass: much less memory for about a third more time, and the same gradients.
+            the blocks again in the backward pass: much less memory at the cost of a second forward pass through each,
+            and the same gradients.
         clip_output: clamp generated images as the teacher's scheduler does (its clip_sample), in training too, so that
             the student learns what a pipeline emits. By default only if the teacher's scheduler does.
         teacher_steps: steps of the teacher's samples in pictures.
@@ -236,7 +237,7 @@ class SiD(LightningModule):
         widen(self, trainer_of(self))
         if self.activation_checkpointing:  # gradients by the images flow through the teacher, too
             for denoiser in (nets.generator, nets.fake_score, self.teacher.denoiser):
-                checkpoint_activations(denoiser.network)
+                checkpoint_activations(nets.built(denoiser).network)
         if self.device_mesh is not None:
             shard_networks(self, nets.generator, nets.fake_score, nets.student, self.teacher.denoiser)
 

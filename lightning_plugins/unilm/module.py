@@ -134,7 +134,7 @@ class UniLMSeq2Seq(LightningModule):
         attn_implementation: how transformers computes attention: sdpa, eager, or on a GPU flex_attention. Default: the
             fastest that the family has.
         activation_checkpointing: keep only each layer's input in training and compute the layer again in the backward
-            pass: much less memory for about a third more time, and the same gradients.
+            pass: much less memory at the cost of a second forward pass, and the same gradients.
         optimizer: optimizer in place of AdamW; it has settings of its own, and giving lr, weight_decay or warmup_steps
             beside it is refused.
         scheduler: learning-rate scheduler in place of warm-up and decay, stepped once per epoch.
@@ -531,7 +531,7 @@ class UniLMSeq2Seq(LightningModule):
         network = self.network
         widen(self, trainer_of(self))
         if self.activation_checkpointing:
-            checkpoint_activations(network, network.backbone.stock)
+            checkpoint_activations(network, cast(Any, network).backbone.stock)
         if shard_parts(self, *blocks(network)) and "loss" not in vars(self):
             for name in ("loss", "generate_ids"):  # what runs the network, besides forward
                 register_fsdp_forward_method(self, name)

@@ -74,7 +74,7 @@ CASES = {
     "sid-recomputed": (WideSiD, {**PLAIN, **RECOMPUTED}, {}),
     "sid-lora": (WideSiD, LORA, {}),
     "sid-lora-recomputed": (WideSiD, {**LORA, **RECOMPUTED}, {}),
-    "sid-lora-single": (Joined, LORA, {}),
+    "sid-lora-single": (Joined, {**LORA, **two_sgd(2e-3, 2e-3)}, {}),
     "sid-bf16": (Joined, PLAIN, BF16),
     "teacher": (Teacher, TEACHER, {}),
     "teacher-recomputed": (Teacher, {**TEACHER, **RECOMPUTED}, {}),
