@@ -3,13 +3,19 @@
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, cast
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -32,9 +38,10 @@ def gradient_sync(module: LightningModule, now: bool) -> Iterator[None]:
 
 
 def shard_networks(module: LightningModule, *networks: nn.Module) -> None:
-    """Shard networks over the data-parallel processes (FSDP2), each by itself; call it in ``configure_model``.
+    """Shard networks block by block over the data-parallel processes (FSDP2); call it in ``configure_model``.
 
     Not the module around them: FSDP2 then wants every call to come through it, but here each network is called alone.
+    Frozen parameters that several of the networks share, as those under adapters, stay shared.
 
     Args:
         module: under ``ModelParallelStrategy``.
@@ -43,11 +50,16 @@ def shard_networks(module: LightningModule, *networks: nn.Module) -> None:
     Raises:
         ValueError: the strategy asks for tensor parallelism.
     """
-    mesh = data_parallel_mesh(module)
+    options = _options(module)
+    places = _shared_places(networks)
     for network in networks:
         if not isinstance(network, FSDPModule):
-            # True, since by default the outermost stays whole after a call without a backward pass, such as sampling.
-            fully_shard(network, mesh=mesh, reshard_after_forward=True)
+            for layer in blocks(network):
+                fully_shard(layer, **options)
+            fully_shard(network, **options)
+    for (first, own), *others in places:
+        for part, name in others:  # else each network would hold a shard of its own
+            setattr(part, name, getattr(first, own))
 
 
 def shard_parts(module: LightningModule, *parts: nn.Module | None) -> bool:
@@ -67,11 +79,11 @@ def shard_parts(module: LightningModule, *parts: nn.Module | None) -> bool:
         return True
     if module.device_mesh is None:
         return False
-    mesh = data_parallel_mesh(module)
+    options = _options(module)
     for part in parts:
         if part is not None:
-            fully_shard(part, mesh=mesh)
-    fully_shard(module, mesh=mesh)  # parameters outside the parts, such as a subclass's
+            fully_shard(part, **options)
+    fully_shard(module, **options)  # parameters outside the parts, such as a subclass's
     return True
 
 
@@ -84,6 +96,72 @@ def gather_for(module: nn.Module, *names: str) -> None:
         signature = inspect.signature(getattr(type(module), name))
         register_fsdp_forward_method(module, name)
         getattr(module, name).__func__.__signature__ = signature
+
+
+def blocks(network: nn.Module) -> list[nn.Module]:
+    """The layers of a network of transformers or diffusers: what gathers its weights at a time, and frees them again.
+
+    They are the entries of its outermost module lists, and a U-Net's middle. Any other network has none: nobody knows
+    which of its parts are called as a whole.
+
+    Args:
+        network: the network, or a module around it.
+    """
+    found: list[nn.Module] = []
+    for part in network.modules():
+        if hasattr(part, "_no_split_modules"):  # of the base classes of both libraries
+            _add_layers(part, found)
+            return found
+    return found
+
+
+def _add_layers(part: nn.Module, found: list[nn.Module]) -> None:
+    for name, child in part.named_children():
+        if isinstance(child, nn.ModuleList):
+            found += [layer for k, layer in enumerate(child) if layer is not None and not _is_used_outside(layer, k)]
+        elif name == "mid_block":
+            found.append(child)
+        else:
+            _add_layers(child, found)
+
+
+def _is_used_outside(layer: nn.Module, place: int) -> bool:
+    """Whether a layer's weights are needed beyond its calls, so that they stay with the network's rest.
+
+    transformers calls SqueezeBERT's layers by ``forward()``, past the hooks that gather weights; the output of a DiT
+    embeds the class by the first layer's own embedding, long after that layer's call.
+    """
+    embeds = place == 0 and isinstance(getattr(getattr(layer, "norm1", None), "emb", None), nn.Module)
+    return embeds or type(layer).__name__ == "SqueezeBertModule"
+
+
+def _options(module: LightningModule) -> dict[str, Any]:
+    """How everything is sharded.
+
+    Weights are freed after each call: by default the outermost ones stay whole after a call without a backward pass,
+    such as validation, and ``module.zero_grad()`` then clears gradients of the whole ones alone.
+
+    Gradients are averaged in float32 where weights are narrower; all else is autocast's, as in one process. Gathering
+    in bfloat16 under ``bf16-mixed`` would halve the traffic, but autocast leaves norms in float32, which take no
+    narrower weights on a CPU; and FSDP2's cast of all inputs would round timesteps, and masks to -inf.
+    """
+    mesh = data_parallel_mesh(module)
+    low = str(module.trainer.precision) in ("bf16-true", "16-true")
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32) if low else MixedPrecisionPolicy()
+    return {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+
+
+def _shared_places(networks: tuple[nn.Module, ...]) -> list[list[tuple[nn.Module, str]]]:
+    """Where each frozen parameter of several networks stands: the modules that hold it, and its name there."""
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for network in networks:
+        if isinstance(network, FSDPModule):
+            continue
+        for part in network.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                if not parameter.requires_grad:
+                    places.setdefault(parameter, []).append((part, name))
+    return [held for held in places.values() if len(held) > 1]
 
 
 def data_parallel_mesh(module: LightningModule) -> DeviceMesh:

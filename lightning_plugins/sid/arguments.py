@@ -32,6 +32,7 @@ _RULES = {
     "condition_dropout": must.share,
     "adversarial": must.flag,
     "lora_rank": must.optional(must.count),
+    "activation_checkpointing": must.flag,
     "clip_output": must.optional(must.flag),
     "teacher_steps": must.count,
     "num_pictures": must.whole(0, why="0 is for none"),

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
+from lightning_plugins.core.activation_checkpointing import checkpoint_activations
 from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
@@ -72,6 +73,8 @@ class DiffusionTeacher(LightningModule):
         ema_decay: share of the running mean that stays in a step; in the first ones it is smaller, (1 + n) / (10 + n)
             after n steps. 0.999 for some thousand steps, 0.9999 for some hundred thousand.
         seed: seed of all noise, with the epoch, the batch and the process.
+        activation_checkpointing: keep only the inputs of the network's blocks in training and compute the blocks again
+            in the backward pass: much less memory at the cost of a second forward pass, and the same gradients.
         pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
         export_to: folder that the pipeline is written to at the end of training; none by default, nor under
             fast_dev_run. A relative one is below the current folder.
@@ -108,6 +111,7 @@ class DiffusionTeacher(LightningModule):
         weight_decay: float = 0.01,
         ema_decay: float = 0.999,
         seed: int = 0,
+        activation_checkpointing: bool = False,
         pictures_every_n_epochs: int = 1,
         export_to: str | None = None,
         optimizer: OptimizerCallable | None = None,
@@ -124,6 +128,7 @@ class DiffusionTeacher(LightningModule):
         self.num_train_timesteps = num_train_timesteps
         self.lr, self.warmup, self.weight_decay, self.ema_decay = lr, warmup, weight_decay, ema_decay
         self.seed, self.pictures_every_n_epochs, self.export_to = seed, pictures_every_n_epochs, export_to
+        self.activation_checkpointing = activation_checkpointing
         self._results: dict[str, float] = {}  # of the latest validation and test, for the model card
         self._steps = 0  # trained, for the same
         self._optimizer, self._scheduler = optimizer, scheduler
@@ -171,6 +176,8 @@ class DiffusionTeacher(LightningModule):
     def configure_model(self) -> None:
         """Shard the networks under ``ModelParallelStrategy`` (FSDP2); no effect otherwise."""
         widen(self, trainer_of(self))
+        if self.activation_checkpointing:  # not when it is made: diffusers' switch cannot be pickled to new processes
+            checkpoint_activations(self.denoiser.network)
         if self.device_mesh is not None:
             shard_networks(self, self.denoiser, self.average)
 
@@ -444,6 +451,7 @@ _RULES = {
     "weight_decay": must.non_negative,
     "ema_decay": must.number(0, below=1, why="the share that stays in a step"),
     "seed": must.seed,
+    "activation_checkpointing": must.flag,
     "pictures_every_n_epochs": must.whole(0, why="0 is for none"),
     "export_to": must.optional(must.path),
     "optimizer": must.optional(must.function),

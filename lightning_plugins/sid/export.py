@@ -74,7 +74,7 @@ def export_student(
         ValueError: diffusers has no pipeline that samples this student exactly.
     """
     folder = Path(folder).resolve()
-    _refuse_sharded(denoiser.network)
+    refuse_sharded(denoiser.network)
     name = _pipeline_name(denoiser.network, teacher)
     _refuse_other_results(name, denoiser, clips, teacher)
     scheduler = _one_step_scheduler(denoiser, sigma_init, clips)
@@ -187,7 +187,12 @@ def _pipeline(name: str, network: nn.Module, scheduler: "SchedulerMixin", teache
     return diffusers.StableDiffusionPipeline(unet=network, scheduler=scheduler, **parts, **none)
 
 
-def _refuse_sharded(network: nn.Module) -> None:
+def refuse_sharded(network: nn.Module) -> None:
+    """Refuse a network of which this process holds a part alone.
+
+    Raises:
+        ValueError: it is sharded (FSDP2).
+    """
     if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
         raise ValueError(
             "The student's weights are sharded over processes: load its checkpoint in one process, and export there."

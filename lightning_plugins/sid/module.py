@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
 from lightning_plugins.core import random_numbers
+from lightning_plugins.core.activation_checkpointing import checkpoint_activations
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
@@ -29,7 +30,7 @@ from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.conditions import EqualBatches, as_dict, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_progress
-from lightning_plugins.sid.export import export_student
+from lightning_plugins.sid.export import export_student, refuse_sharded
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.manual_optimization import (
@@ -108,6 +109,9 @@ class SiD(LightningModule):
         adversarial: train as SiDA does: the fake score's encoder also tells generated images from the data's, which are
             then needed, and the generator learns from that, half and half. SiDA sets alpha to 1.
         lora_rank: train low-rank adapters of this rank in place of the networks (needs the extra lora).
+        activation_checkpointing: keep only the inputs of the blocks of generator, fake score and teacher and compute
+            the blocks again in the backward pass: much less memory at the cost of a second forward pass through each,
+            and the same gradients.
         clip_output: clamp generated images as the teacher's scheduler does (its clip_sample), in training too, so that
             the student learns what a pipeline emits. By default only if the teacher's scheduler does.
         teacher_steps: steps of the teacher's samples in pictures.
@@ -158,6 +162,7 @@ class SiD(LightningModule):
         condition_dropout: float = 0.0,
         adversarial: bool = False,
         lora_rank: int | None = None,
+        activation_checkpointing: bool = False,
         clip_output: bool | None = None,
         teacher_steps: int = 50,
         num_pictures: int = 32,
@@ -182,7 +187,7 @@ class SiD(LightningModule):
         self.guidance = guidance
         self.fake_guidance = guidance if fake_guidance is None else fake_guidance
         self.condition_dropout, self.adversarial = condition_dropout, adversarial
-        self.lora_rank = lora_rank
+        self.lora_rank, self.activation_checkpointing = lora_rank, activation_checkpointing
         self.teacher_steps, self.num_pictures, self.updates_per_epoch = teacher_steps, num_pictures, updates_per_epoch
         self.seed = seed
         self._optimizer, self._fake_optimizer = optimizer, fake_optimizer
@@ -221,7 +226,7 @@ class SiD(LightningModule):
         """Build the networks; shard them and the teacher under ``ModelParallelStrategy`` (FSDP2).
 
         Raises:
-            ValueError: FSDP2 with ``lora_rank``, or with tensor parallelism.
+            ValueError: a network whose class knows no activation checkpointing, or FSDP2 with tensor parallelism.
         """
         if trainer_of(self) is None:  # a checkpoint is being read, which says itself what to build
             return
@@ -230,8 +235,9 @@ class SiD(LightningModule):
             with torch.device("cpu"):  # the trainer makes new tensors on its device, and moves the networks there later
                 nets.build(self.build_network)
         widen(self, trainer_of(self))
-        if self.lora_rank is not None and self.device_mesh is not None:
-            raise ValueError(f"lora_rank={self.lora_rank} shares the teacher's weights, which FSDP2 cannot shard.")
+        if self.activation_checkpointing:  # gradients by the images flow through the teacher, too
+            for denoiser in (nets.generator, nets.fake_score, self.teacher.denoiser):
+                checkpoint_activations(nets.built(denoiser).network)
         if self.device_mesh is not None:
             shard_networks(self, nets.generator, nets.fake_score, nets.student, self.teacher.denoiser)
 
@@ -245,7 +251,7 @@ class SiD(LightningModule):
             "updates": self._updates,
             "results": self._results,
         }
-        if self.lora_rank is not None:  # the rest is the teacher's
+        if self.lora_rank is not None and self.device_mesh is None:  # the rest is the teacher's; FSDP2 loads all
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {name: value for name, value in state.items() if "lora_" in name}
 
@@ -271,13 +277,15 @@ class SiD(LightningModule):
                 f"sigma_init={self.networks.sigma_init} is not the noise level that the checkpoint's generator was "
                 f"trained at, {level:.6g}: leave it as it was."
             )
-        if adapters and not {name for name in self.state_dict() if "lora_" in name} <= checkpoint["state_dict"].keys():
+        state = checkpoint.get("state_dict")  # a sharded checkpoint's weights are in other files, and loaded by now
+        if not adapters or state is None:
+            return
+        if not {name for name in self.state_dict() if "lora_" in name} <= state.keys():
             raise ValueError(
                 f"lora_rank={self.lora_rank}: the checkpoint does not hold this module's adapters, and the teacher "
                 "itself would be the student. Leave lora_rank as it was in training."
             )
-        if adapters:  # the file leaves the teacher's weights out
-            checkpoint["state_dict"] = {**self.state_dict(), **checkpoint["state_dict"]}
+        checkpoint["state_dict"] = {**self.state_dict(), **state}  # the file leaves the teacher's weights out
 
     # Samples.
 
@@ -592,6 +600,7 @@ class SiD(LightningModule):
         """
         nets = self.networks
         student = nets.built(nets.student)
+        refuse_sharded(student.network)
         network = student.network if self.lora_rank is None else merged(student.network)
         needs_parts = self.lora_rank is not None or not nets.description["in_pixels"]
         card = {

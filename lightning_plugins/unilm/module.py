@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.activation_checkpointing import checkpoint_activations
 from lightning_plugins.core.batches import text_batch
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
@@ -27,7 +28,7 @@ from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, opt
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
-from lightning_plugins.core.sharding import gather_for, shard_parts
+from lightning_plugins.core.sharding import blocks, gather_for, shard_parts
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
@@ -72,6 +73,7 @@ _RULES = {
     "keep_tokens": must.optional(must.each(must.text, of="a list of tokens")),
     "max_positions": must.optional(must.count),
     "attn_implementation": must.optional(must.word),
+    "activation_checkpointing": must.flag,
     "optimizer": must.optional(must.function),
     "scheduler": must.optional(must.function),
 }
@@ -131,6 +133,8 @@ class UniLMSeq2Seq(LightningModule):
             been extended by repeating them (s2s-ft). Default: as many as it was trained with.
         attn_implementation: how transformers computes attention: sdpa, eager, or on a GPU flex_attention. Default: the
             fastest that the family has.
+        activation_checkpointing: keep only each layer's input in training and compute the layer again in the backward
+            pass: much less memory at the cost of a second forward pass, and the same gradients.
         optimizer: optimizer in place of AdamW; it has settings of its own, and giving lr, weight_decay or warmup_steps
             beside it is refused.
         scheduler: learning-rate scheduler in place of warm-up and decay, stepped once per epoch.
@@ -181,6 +185,7 @@ class UniLMSeq2Seq(LightningModule):
         keep_tokens: list[str] | None = None,
         max_positions: int | None = None,
         attn_implementation: str | None = None,
+        activation_checkpointing: bool = False,
         optimizer: OptimizerCallable | None = None,
         scheduler: LRSchedulerCallable | None = None,
     ) -> None:
@@ -212,6 +217,7 @@ class UniLMSeq2Seq(LightningModule):
         self.generation = {"max_new_tokens": 64, **check_generation(generation)}
         self.generate_every_n_epochs, self.num_generate = generate_every_n_epochs, num_generate
         self.keep_tokens, self.max_positions, self.attn_implementation = keep_tokens, max_positions, attn_implementation
+        self.activation_checkpointing = activation_checkpointing
         self._optimizer, self._scheduler = optimizer, scheduler
         self.net: nn.Module | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
@@ -524,9 +530,9 @@ class UniLMSeq2Seq(LightningModule):
             self._refuse_early_copy()
         network = self.network
         widen(self, trainer_of(self))
-        names = {name for name in network._no_split_modules or () if "Embedding" not in name}
-        layers = [part for part in network.modules() if type(part).__name__ in names]
-        if shard_parts(self, *layers) and "loss" not in vars(self):
+        if self.activation_checkpointing:
+            checkpoint_activations(network, cast(Any, network).backbone.stock)
+        if shard_parts(self, *blocks(network)) and "loss" not in vars(self):
             gather_for(self, "loss", "generate_ids")  # what runs the network, besides forward
 
     def _refuse_early_copy(self) -> None:
