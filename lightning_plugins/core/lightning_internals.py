@@ -22,6 +22,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer,
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
@@ -43,6 +44,14 @@ def is_compiled(module: LightningModule) -> bool:
     When ``_compiler_ctx`` goes: read ``from_compiled`` in Lightning's ``utilities/compile.py`` for where it is kept.
     """
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+def starts_processes(trainer: Trainer) -> bool:
+    """Whether ``fit`` and the like run in processes that they start from Python (``ddp_spawn``, ``ddp_fork``).
+
+    When ``_MultiProcessingLauncher`` goes: read ``DDPStrategy._configure_launcher`` for what the start methods get.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
 def ddp_option(strategy: DDPStrategy, name: str) -> Any:

@@ -21,6 +21,7 @@ from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import checkpoint_to_load, should_update_logs, trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
@@ -186,6 +187,7 @@ class UniLMSeq2Seq(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
+        bring_home_whole(self)
         must.check(locals(), **_RULES)
         refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         if (model_name_or_path is None) == (config is None):
