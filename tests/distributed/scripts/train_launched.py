@@ -58,7 +58,7 @@ def teacher():
 
 def unilm():
     """The tokenizer is the data's, trained in the other processes."""
-    return UniLMSeq2Seq(config=BERT, optimizer=SGD, generation={"max_new_tokens": 4}), pairs()
+    return UniLMSeq2Seq(config=BERT, optimizer=SGD, generation={"min_new_tokens": 3, "max_new_tokens": 4}), pairs()
 
 
 def sid():
@@ -99,8 +99,8 @@ def run(part, folder, strategy):
     if trainer.is_global_zero:
         torch.save(found, folder / f"{part}.pt")
     if strategy != "ddp":
-        tested = trainer.test(module, data, verbose=False)
-        alone = quiet_trainer(devices=1, **options).test(module, data, verbose=False)
+        tested = trainer.validate(module, data, verbose=False)
+        alone = quiet_trainer(devices=1, **options).validate(module, data, verbose=False)
         torch.save([tested, alone], folder / f"{part}-tested.pt")
 
 
