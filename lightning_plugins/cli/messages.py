@@ -56,6 +56,17 @@ def raised_here(error: Exception) -> bool:
     return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
 
 
+def said_by_process(text: str) -> str:
+    """The sentence with which this package's code stopped a process of the run, from that process's traceback.
+
+    It is empty for an error of other code, whose traceback is needed, and for one that is no ValueError or the like.
+    """
+    files = re.findall(r'^ *File "(.+)", line \d+', text, re.MULTILINE)
+    told = re.search(r"^(?:\w+\.)*(ValueError|OSError|MisconfigurationException): (.+)\Z", text, re.MULTILINE | re.DOTALL)
+    ours = files and files[-1].startswith(str(Path(lightning_plugins.__file__).parent))
+    return told[2].strip() if told and (ours or told[1] == "MisconfigurationException") else ""
+
+
 def outside_cause(error: BaseException) -> str:
     """One sentence for a disk that takes no more or a process of the run that was killed; empty for any other error.
 

@@ -61,6 +61,10 @@ def trainer():
 NAMES = {
     "module._trainer": "trainer_of",
     "module._compiler_ctx": "is_compiled",
+    "launchers._MultiProcessingLauncher": "starts_processes",
+    "trainer._accelerator_connector": "environment",
+    "trainer._signal_connector": "handler_before, stop_as_by_sigterm",
+    "trainer._signal_connector._original_handlers": "handler_before",
     "ddp._ddp_kwargs": "ddp_option",
     "ddp._ddp_comm_hook": "compresses_gradients",
     "fit_loop._skip_backward": "skips_backward",
