@@ -53,6 +53,8 @@ class RandomState(ExactResume):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of all processes, as plain data and tensors."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.world_size > 1 and not torch.distributed.is_initialized():
+            return  # after a fit by ddp_spawn or ddp_fork: the states of the run went with its processes
         state = self._to_restore or self._at_end or self._before_validation or _states(trainer)
         states = [state] * trainer.world_size
         if trainer.world_size > 1:

@@ -65,8 +65,8 @@ class SaveOnSigterm(Callback):
         requeue = cluster.requeue_signal if isinstance(cluster, SLURMEnvironment) and cluster.auto_requeue else None
         if requeue is not None and requeue.name in self.signals:
             raise MisconfigurationException(
-                f"SaveOnSigterm: signals={[*self.signals]}, but at {requeue.name} Lightning saves and queues this SLURM "
-                f"job again: leave it out, or give the trainer plugins=SLURMEnvironment(auto_requeue=False)."
+                f"SaveOnSigterm: signals={[*self.signals]}, but at {requeue.name} Lightning saves and queues this "
+                "SLURM job again: leave it out, or give the trainer plugins=SLURMEnvironment(auto_requeue=False)."
             )
         self._received, self._group = 0, None
 

@@ -313,8 +313,8 @@ class PluginsCLI(LightningCLI):
             path = self.config[subcommand].ckpt_path
             raise checkpoint.explain_mismatch(error, path, type(self.model).__name__) from error
         except ProcessRaisedException as error:
-            if sentence := said_by_process(str(error)):
-                raise UsageError(sentence) from error
+            if said := said_by_process(str(error)):
+                raise said from error
             raise
         except ProcessExitedException as error:
             if error.exit_code <= 128:

@@ -56,15 +56,21 @@ def raised_here(error: Exception) -> bool:
     return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
 
 
-def said_by_process(text: str) -> str:
-    """The sentence with which this package's code stopped a process of the run, from that process's traceback.
+_TOLD = r"^(?:\w+\.)*(ValueError|File\w+Error|OSError|FloatingPointError|MisconfigurationException): (.+)\Z"
 
-    It is empty for an error of other code, whose traceback is needed, and for one that is no ValueError or the like.
+
+def said_by_process(text: str) -> UsageError | None:
+    """What this package's code or Lightning's rules said in a process of the run, from that process's traceback.
+
+    ``None`` for any other error, whose traceback is needed.
     """
     files = re.findall(r'^ *File "(.+)", line \d+', text, re.MULTILINE)
-    told = re.search(r"^(?:\w+\.)*(ValueError|OSError|MisconfigurationException): (.+)\Z", text, re.MULTILINE | re.DOTALL)
+    told = re.search(_TOLD, text, re.MULTILINE | re.DOTALL)
     ours = files and files[-1].startswith(str(Path(lightning_plugins.__file__).parent))
-    return told[2].strip() if told and (ours or told[1] == "MisconfigurationException") else ""
+    if told is None or not (ours or told[1] == "MisconfigurationException"):
+        return None
+    kind = RunStoppedError if told[1] == "FloatingPointError" else UsageError  # the former is no mistake of the words
+    return kind(told[2].strip())
 
 
 def outside_cause(error: BaseException) -> str:

@@ -9,9 +9,7 @@ import torch.distributed
 from torch import Tensor
 
 
-def largest_over_ranks(
-    number: int, device: torch.device, group: torch.distributed.ProcessGroup | None = None
-) -> int:
+def largest_over_ranks(number: int, device: torch.device, group: torch.distributed.ProcessGroup | None = None) -> int:
     """The largest of all processes' numbers, so that all decide alike."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return number

@@ -86,7 +86,7 @@ def test_the_trained_module_comes_back_whole(launched, ddp, strategy, part):
     for name, value in saved.items():  # what the processes wrote themselves; EAE fits its prior after that
         assert name.startswith("prior.") or torch.equal(found["weights"][name], value), name
     if part == "unilm":
-        assert found["sample"] == expected["sample"] and all(found["sample"])
+        assert found["sample"] == found["again"] == expected["sample"] and all(found["sample"])
     else:
         assert torch.equal(found["sample"], expected["sample"])
 

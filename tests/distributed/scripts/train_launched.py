@@ -1,7 +1,7 @@
 """Train each part by a strategy on two processes, and save what the process that called ``fit`` has afterwards.
 
-``python train_launched.py FOLDER STRATEGY PART...`` for strategies that start processes from Python; under torchrun with
-ddp, whose rank zero writes. Digits and words are so few that a part takes a second.
+``python train_launched.py FOLDER STRATEGY PART...`` for strategies that start processes from Python; under torchrun
+with ddp, whose rank zero writes. Digits and words are so few that a part takes a second.
 """
 
 import sys
@@ -69,9 +69,7 @@ def teacher():
 
 def unilm():
     """The tokenizer is the data's, trained in the other processes."""
-    data = Seq2SeqData(
-        pairs=PAIRS, val_size=8, vocab_size=60, max_source_length=16, max_target_length=16, batch_size=4
-    )
+    data = Seq2SeqData(pairs=PAIRS, val_size=8, vocab_size=60, max_source_length=16, max_target_length=16, batch_size=4)
     return UniLMSeq2Seq(config=BERT, optimizer=SGD, generation={"max_new_tokens": 6, "min_new_tokens": 4}), data, []
 
 
@@ -113,6 +111,10 @@ def run(part, folder, strategy):
         found["validated"] = alone[0]
     if launched and part in ("unilm", "teacher", "sid"):
         module.export(folder / f"{part}-export")
+    if launched and part == "unilm":
+        trainer.save_checkpoint(folder / "unilm-saved.ckpt")  # without random states, which resuming says
+        again = UniLMSeq2Seq.load_from_checkpoint(folder / "unilm-saved.ckpt", optimizer=SGD).double()
+        found["again"] = sample(again)
     if trainer.is_global_zero:
         torch.save(found, folder / f"{part}.pt")
 
