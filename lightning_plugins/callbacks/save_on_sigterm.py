@@ -7,7 +7,7 @@ from types import FrameType
 from typing import Any
 
 import torch.distributed
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -57,7 +57,7 @@ class SaveOnSigterm(Callback):
         must.check(locals(), signals=must.each(must.one_of(_NAMES), of="names of signals"))
         self.signals = tuple(signals)
         self._received = 0
-        self._group: torch.distributed.ProcessGroup | None = None
+        self._group: Any = None  # a process group once training has begun
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what is Lightning's."""
