@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_plugins.callbacks.exact_resume import ExactResume
 from lightning_plugins.core.lightning_internals import around_validation, train_loaders
-from lightning_plugins.core.random_state import get_random_state, set_random_state
+from lightning_plugins.core.random_state import get_random_state, set_random_state, state_for_rank
 
 _KEY, _LOADERS = "random_state", "loaders"
 
@@ -30,9 +30,8 @@ class RandomState(ExactResume):
     - Numbers that a module draws in ``on_train_start`` come after the restoring, so that they move those of an epoch
       resumed in its middle: draw them from a ``torch.Generator`` of their own.
     - A torch ``DataLoader`` goes on at an epoch's end as if nothing had happened, also one with a ``generator``.
-
-    Raises:
-        ValueError: on resuming with another number of processes.
+    - On another number of processes the run draws other numbers than it would have, and that is said: each process
+      goes on with its state if there was one, a new one gets a state derived from all of them, and no two the same.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -54,6 +53,8 @@ class RandomState(ExactResume):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Store the states of all processes, as plain data and tensors."""
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.world_size > 1 and not torch.distributed.is_initialized():
+            return  # after a fit by ddp_spawn or ddp_fork: the states of the run went with its processes
         state = self._to_restore or self._at_end or self._before_validation or _states(trainer)
         states = [state] * trainer.world_size
         if trainer.world_size > 1:
@@ -69,12 +70,16 @@ class RandomState(ExactResume):
         if states is None:
             rank_zero_warn("The checkpoint was written without RandomState: random numbers start afresh.")
             return
-        if len(states) != trainer.world_size:
-            raise ValueError(
-                f"RandomState: the checkpoint holds the random states of {len(states)} process(es), this run has "
-                f"{trainer.world_size}. Resume with {len(states)}, or leave RandomState out to draw other numbers."
-            )
-        self._to_restore = states[trainer.global_rank]
+        if len(states) == trainer.world_size:
+            self._to_restore = states[trainer.global_rank]
+            return
+        rank_zero_warn(
+            f"RandomState: the checkpoint holds the random states of {len(states)} process(es) and this run has "
+            f"{trainer.world_size}, so that it does not draw what the interrupted one would have: processes go on with "
+            "their states where there are any, and no two draw the same."
+        )
+        self._to_restore = state_for_rank(states, trainer.global_rank, trainer.strategy.root_device)
+        self._to_restore.setdefault(_LOADERS, states[0].get(_LOADERS, ()))  # one order of the samples for all
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore."""

@@ -33,6 +33,7 @@ from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_own
@@ -152,6 +153,7 @@ class CapsNet(LightningModule):
         arguments = locals()
         super().__init__()
         save_plain_hyperparameters(self)
+        bring_home_whole(self)
         must.check(
             arguments,
             image_shape=must.image_shape,

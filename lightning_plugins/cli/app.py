@@ -1,5 +1,6 @@
 """LightningCLI in subclass mode, with links from data to model, checkpoints that describe themselves, and outputs."""
 
+import signal
 import sys
 import time
 import traceback
@@ -14,6 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch import __version__ as lightning_version
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
 import lightning_plugins
 from lightning_plugins.callbacks import ExactResume, NonFiniteGuard, SaveOnSigterm
@@ -24,7 +26,7 @@ from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
 from lightning_plugins.cli.last_checkpoint import SaveLast, keep_last, model_checkpoints
 from lightning_plugins.cli.last_run import find_last
-from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here
+from lightning_plugins.cli.messages import RunStoppedError, UsageError, outside_cause, raised_here, said_by_process
 from lightning_plugins.cli.monitors import MonitorCheck, explain_monitor
 from lightning_plugins.cli.outputs import picture_lines, shorten
 from lightning_plugins.cli.parser import ConfigFile, Help, Parser, TrainerHelp, reading
@@ -37,6 +39,7 @@ from lightning_plugins.cli.short_help import CONFIG, TEST_AFTER_FIT, TRAINER_HEL
 from lightning_plugins.core.checkpoint_io import keep_checkpoints_whole
 from lightning_plugins.core.distributed import close_process_group_at_exit
 from lightning_plugins.core.hyperparameters import LINKED
+from lightning_plugins.core.lightning_internals import starts_processes
 from lightning_plugins.core.logging import log_dir
 from lightning_plugins.core.named_parts import nothing_imported_for
 from lightning_plugins.data import ImageData, TextData
@@ -75,7 +78,7 @@ class PluginsCLI(LightningCLI):
                 "allow_abbrev": False,
                 "dump_header": [f"lightning_plugins=={lightning_plugins.__version__} lightning=={lightning_version}"],
             },
-            trainer_defaults={"callbacks": [SaveOnSigterm(), ExactResume()]},
+            trainer_defaults={"callbacks": [ExactResume()]},
             save_config_kwargs={"overwrite": True},  # without a logger all runs share one folder
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -245,12 +248,13 @@ class PluginsCLI(LightningCLI):
             raise error from error.__cause__  # without the parser's wrapping
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer: with a NonFiniteGuard unless the config has one, and with checkpoints that survive."""
+        """Build the trainer: with what the config does not have itself, and with checkpoints that survive."""
         given = self.config_init[self.subcommand].trainer.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
         callbacks = [*self.trainer_defaults["callbacks"], SaveLast(), MonitorCheck(), self._run_record()]
-        if not any(isinstance(callback, NonFiniteGuard) for callback in given):
-            callbacks.insert(0, NonFiniteGuard())
+        for ours in (SaveOnSigterm, NonFiniteGuard):  # the guard is the first
+            if not any(isinstance(callback, ours) for callback in given):
+                callbacks.insert(0, ours())
         self.trainer_defaults = {**self.trainer_defaults, "callbacks": callbacks}
         trainer = super().instantiate_trainer(**kwargs)
         keep_checkpoints_whole(trainer)  # unless the user named how they are written
@@ -308,9 +312,17 @@ class PluginsCLI(LightningCLI):
                 raise
             path = self.config[subcommand].ckpt_path
             raise checkpoint.explain_mismatch(error, path, type(self.model).__name__) from error
+        except ProcessRaisedException as error:
+            if said := said_by_process(str(error)):
+                raise said from error
+            raise
+        except ProcessExitedException as error:
+            if error.exit_code <= 128:
+                raise
+            self._stop(error.exit_code)
         except SystemExit as stop:
             if isinstance(stop, SIGTERMException):
-                self._stop(128 + 15)
+                self._stop(int(stop.code or 128 + signal.SIGTERM))
             if isinstance(stop.__context__, KeyboardInterrupt):
                 self._stop(128 + 2)
             raise
@@ -333,14 +345,29 @@ class PluginsCLI(LightningCLI):
             raise UsageError(sentence, self._how_to_go_on("the right monitor")) from error
 
     def _how_to_go_on(self, by: str = "the same command") -> str:
+        if starts_processes(self.trainer):  # which knew what they have written
+            return f"Go on with {by} and --ckpt_path last"
         written = [c.last_model_path or c.best_model_path for c in model_checkpoints(self.trainer)]
         found = [path for path in written if path and Path(path).exists()]
         return f"Go on with {by} and --ckpt_path {shorten(found[0])}" if found else ""
 
     def before_fit(self) -> None:
-        """Look for the test data before hours of training, if they are wanted after it."""
+        """Look for the test data before hours of training, if they are wanted after it; pass signals on."""
+        if starts_processes(self.trainer):
+            self._pass_signals_on()
         if self.config.fit.test_after_fit and isinstance(self.datamodule, (ImageData, TextData)):
             self.datamodule.require("test")
+
+    def _pass_signals_on(self) -> None:
+        """A signal for this process is one for those that it starts, which save and stop."""
+        launcher: Any = self.trainer.strategy.launcher
+
+        def pass_on(number: int, frame: Any) -> None:
+            launcher.kill(number)
+
+        for callback in cast(Any, self.trainer).callbacks:
+            for name in callback.signals if isinstance(callback, SaveOnSigterm) else ():
+                signal.signal(signal.Signals[name], pass_on)
 
     def after_fit(self) -> None:
         """Test the trained model if the user asked for it."""

@@ -56,6 +56,23 @@ def raised_here(error: Exception) -> bool:
     return last.filename.startswith(str(Path(lightning_plugins.__file__).parent))
 
 
+_TOLD = r"^(?:\w+\.)*(ValueError|File\w+Error|OSError|FloatingPointError|MisconfigurationException): (.+)\Z"
+
+
+def said_by_process(text: str) -> UsageError | None:
+    """What this package's code or Lightning's rules said in a process of the run, from that process's traceback.
+
+    ``None`` for any other error, whose traceback is needed.
+    """
+    files = re.findall(r'^ *File "(.+)", line \d+', text, re.MULTILINE)
+    told = re.search(_TOLD, text, re.MULTILINE | re.DOTALL)
+    ours = files and files[-1].startswith(str(Path(lightning_plugins.__file__).parent))
+    if told is None or not (ours or told[1] == "MisconfigurationException"):
+        return None
+    kind = RunStoppedError if told[1] == "FloatingPointError" else UsageError  # the former is no mistake of the words
+    return kind(told[2].strip())
+
+
 def outside_cause(error: BaseException) -> str:
     """One sentence for a disk that takes no more or a process of the run that was killed; empty for any other error.
 

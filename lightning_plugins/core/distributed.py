@@ -9,12 +9,12 @@ import torch.distributed
 from torch import Tensor
 
 
-def largest_over_ranks(number: int, device: torch.device) -> int:
+def largest_over_ranks(number: int, device: torch.device, group: torch.distributed.ProcessGroup | None = None) -> int:
     """The largest of all processes' numbers, so that all decide alike."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return number
     largest = torch.tensor(number, device=device)
-    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
     return int(largest)
 
 

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.types import _Stateful
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -22,6 +23,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer,
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.optim import Optimizer
@@ -43,6 +45,40 @@ def is_compiled(module: LightningModule) -> bool:
     When ``_compiler_ctx`` goes: read ``from_compiled`` in Lightning's ``utilities/compile.py`` for where it is kept.
     """
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+def starts_processes(trainer: Trainer) -> bool:
+    """Whether ``fit`` and the like run in processes that they start from Python (``ddp_spawn``, ``ddp_fork``).
+
+    When ``_MultiProcessingLauncher`` goes: read ``DDPStrategy._configure_launcher`` for what the start methods get.
+    """
+    return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+
+
+def environment(trainer: Trainer) -> ClusterEnvironment | None:
+    """Where the run's processes come from: a cluster's scheduler, torchrun, Lightning itself.
+
+    When ``_accelerator_connector`` goes: ``trainer.strategy.cluster_environment``, which not every strategy has.
+    """
+    return trainer._accelerator_connector.cluster_environment
+
+
+def handler_before(trainer: Trainer, number: int) -> Any:
+    """What handled a signal before Lightning did; ``None`` if it was no function.
+
+    When ``_signal_connector`` or ``_original_handlers`` goes: read ``register_signal_handlers`` of Lightning's
+    ``signal_connector.py`` for what it puts back in the end.
+    """
+    handler = trainer._signal_connector._original_handlers.get(number)
+    return handler if callable(handler) else None
+
+
+def stop_as_by_sigterm(trainer: Trainer) -> None:
+    """Let the loops leave at their next turn as for SIGTERM; with several processes all must be told in the same step.
+
+    When ``_signal_connector`` goes: raise ``SIGTERMException`` where the loops would.
+    """
+    trainer._signal_connector.received_sigterm = True
 
 
 def ddp_option(strategy: DDPStrategy, name: str) -> Any:

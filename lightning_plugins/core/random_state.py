@@ -1,6 +1,8 @@
 """The random states of a process: Python, NumPy, torch and its GPU."""
 
+import hashlib
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,3 +44,36 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def state_for_rank(states: Sequence[dict[str, Any]], rank: int, device: torch.device) -> dict[str, Any]:
+    """A process's random state out of those of other than its number of processes: no two processes get the same.
+
+    A process that there was goes on with its own state, unless an earlier one had the same; any other gets one that is
+    derived from all states and its rank.
+
+    Args:
+        states: of the processes that there were, by rank, from :func:`get_random_state`.
+        rank: the process.
+        device: the process's device.
+    """
+    if rank < len(states) and not any(torch.equal(states[rank]["torch"], s["torch"]) for s in states[:rank]):
+        return states[rank]
+    digest = hashlib.sha256(rank.to_bytes(8, "little"))
+    for state in states:
+        digest.update(state["torch"].cpu().numpy().tobytes())
+    return _seeded_state(int.from_bytes(digest.digest()[:8], "little") >> 1, device)
+
+
+def _seeded_state(seed: int, device: torch.device) -> dict[str, Any]:
+    """The random state that a seed gives; this process's own is left as it was."""
+    import numpy as np
+
+    before = get_random_state(device)
+    try:
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)
+        return get_random_state(device)
+    finally:
+        set_random_state(before, device)

@@ -18,6 +18,7 @@ from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import optimizer_or_own
@@ -152,6 +153,7 @@ class EAE(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
+        bring_home_whole(self)
         _check_arguments(locals())
         refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         self.objective = resolve_objective(objective, weight)

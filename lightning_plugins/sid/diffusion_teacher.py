@@ -19,6 +19,7 @@ from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import trainer_of
 from lightning_plugins.core.logging import log_image, measured_figures
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
@@ -119,6 +120,7 @@ class DiffusionTeacher(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
+        bring_home_whole(self)
         _check_arguments(locals())
         refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         self.image_shape, self.num_classes, self.conditional = tuple(image_shape), num_classes, conditional

@@ -18,6 +18,7 @@ from lightning_plugins.core.activation_checkpointing import checkpoint_activatio
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import count_no_step, loss_scale, trainer_of
 from lightning_plugins.core.logging import log_figures, measured_figures
 from lightning_plugins.core.modes import evaluating
@@ -173,6 +174,7 @@ class SiD(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
+        bring_home_whole(self)
         check_arguments(locals())
         refuse_replaced(self, self.replaced_by, optimizer=optimizer, fake_optimizer=fake_optimizer)
         self.automatic_optimization = False

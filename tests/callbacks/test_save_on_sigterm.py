@@ -6,9 +6,10 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from toys import ImageClassifier
 from trainers import fit
 
@@ -40,11 +41,11 @@ class Noisy(ImageClassifier):
             os.kill(os.getpid(), self.number)
 
 
-def trained(folder, model, ckpt_path=None, accumulate=1, **checkpoint):
+def trained(folder, model, ckpt_path=None, accumulate=1, signals=("SIGTERM",), **checkpoint):
     seed_everything(1, verbose=False)
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    callbacks = [RandomState(), SaveOnSigterm(), ModelCheckpoint(folder, **checkpoint)]
+    callbacks = [RandomState(), SaveOnSigterm(signals), ModelCheckpoint(folder, **checkpoint)]
     options = {"default_root_dir": folder, "num_sanity_val_steps": 0, "accumulate_grad_batches": accumulate}
     data = Digits(image_size=8, batch_size=200, shift=1, seed=5)
     fit(model, data, *callbacks, ckpt_path=ckpt_path, max_epochs=3, **options)
@@ -118,3 +119,43 @@ def test_no_checkpoint_of_another_name_is_touched(tmp_path):
     with pytest.raises(SIGTERMException):  # another run in the same folder
         trained(tmp_path, Noisy(2), filename="best")
     assert files(tmp_path) == {"best.ckpt": 3 * PER_EPOCH, "last.ckpt": 3, "last-v1.ckpt": 2}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_the_status_tells_the_signal(tmp_path, whole, number):
+    signals = ["SIGTERM", "SIGUSR1"]
+    with pytest.raises(SIGTERMException) as stop:
+        trained(tmp_path, Noisy(4, number=number), signals=signals)
+    assert stop.value.code == 128 + number
+    assert files(tmp_path)["last.ckpt"] == 4
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL  # as it was
+    assert_resumes(tmp_path, whole[1], 4, signals=signals)
+
+
+def test_a_handler_of_the_user_is_called_too(tmp_path):
+    called = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: called.append(number))
+    try:
+        with pytest.raises(SIGTERMException):
+            trained(tmp_path, Noisy(2, number=signal.SIGUSR2), signals=["SIGUSR2"])
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert called == [signal.SIGUSR2]
+
+
+def test_no_signal_of_another_name():
+    with pytest.raises(ValueError, match=r"signals=\['SIGKILL'\] must be names of signals, each one of SIGTERM, "):
+        SaveOnSigterm(["SIGKILL"])
+
+
+def test_the_signal_of_slurm_stays_lightnings(monkeypatch):
+    for name, value in {"NTASKS": "1", "JOB_NAME": "job", "JOB_ID": "1", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    callbacks = [SaveOnSigterm(["SIGTERM", "SIGUSR1"])]
+    refused = r"signals=\['SIGTERM', 'SIGUSR1'\], but at SIGUSR1 Lightning saves and queues this SLURM job again"
+    data, few = Digits(image_size=8, batch_size=200), {"max_steps": 1, "limit_val_batches": 0}
+    with pytest.raises(MisconfigurationException, match=refused):
+        fit(Noisy(), data, *callbacks, plugins=SLURMEnvironment(auto_requeue=True), **few)
+    run = fit(Noisy(), data, *callbacks, plugins=SLURMEnvironment(auto_requeue=False), **few)
+    assert run.global_step == 1

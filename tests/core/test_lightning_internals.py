@@ -13,7 +13,7 @@ from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
 from lightning.pytorch.loops.evaluation_loop import RestartStage
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, launchers
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.compile import from_compiled
 
@@ -61,6 +61,10 @@ def trainer():
 NAMES = {
     "module._trainer": "trainer_of",
     "module._compiler_ctx": "is_compiled",
+    "launchers._MultiProcessingLauncher": "starts_processes",
+    "trainer._accelerator_connector": "environment",
+    "trainer._signal_connector": "handler_before, stop_as_by_sigterm",
+    "trainer._signal_connector._original_handlers": "handler_before",
     "ddp._ddp_kwargs": "ddp_option",
     "ddp._ddp_comm_hook": "compresses_gradients",
     "fit_loop._skip_backward": "skips_backward",
@@ -101,6 +105,7 @@ def test_a_private_name(trainer, path):
     owners |= {"strategy": trainer.strategy, "ddp": DDPStrategy(), "checkpoint": ModelCheckpoint()}
     owners |= {"callback": Callback(), "lightning_optimizer": LightningOptimizer(trainer.optimizers[0])}
     owners |= {"optimizer": optimizer, "hparams_mixin": hparams_mixin, "cloud_io": cloud_io, "types": types}
+    owners["launchers"] = launchers
     first, *names = path.split(".")
     owner = owners[first]
     for name in names:
@@ -129,6 +134,11 @@ def test_a_key_by_which_a_file_says_what_it_holds(name):
 
 
 # What the names mean
+
+
+@pytest.mark.parametrize(("strategy", "starts"), [("ddp_spawn", True), ("ddp_fork", True), ("ddp", False)])
+def test_which_strategies_start_processes(strategy, starts):
+    assert internals.starts_processes(Trainer(accelerator="cpu", devices=2, strategy=strategy, logger=False)) is starts
 
 
 class Asks(BoringModel):

@@ -1,4 +1,4 @@
-"""One of two processes is killed: the other does not wait for ever, and both go on from the last checkpoint."""
+"""One of two processes is killed or told to stop: the other does not wait for ever, and both go on exactly."""
 
 import os
 import signal
@@ -50,5 +50,33 @@ def test_a_lost_process(project, monkeypatch, rank, status):
     assert fault_runs.last(logs / "version_0/checkpoints")["global_step"] == 6
     ended, said = run(root, "--ckpt_path=last")
     assert ended == 0, said
+    assert_whole(logs / "version_1/checkpoints")
+
+
+def assert_whole(folder):
     whole = fault_runs.last("whole/lightning_logs/version_0/checkpoints")
-    assert fault_runs.same_end(fault_runs.last(logs / "version_1/checkpoints"), whole)
+    assert fault_runs.same_end(fault_runs.last(folder), whole)
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("ddp", 1), ("ddp_fork", 1)])
+def test_one_process_is_told_to_stop(project, monkeypatch, strategy, rank):
+    """Both save the step of the signal and stop with its status, whichever of them was told."""
+    monkeypatch.chdir(project)
+    root = f"told-{strategy}-{rank}"
+    words = [*fault_runs.fault(7, "SIGTERM"), f"--trainer.callbacks.rank={rank}", f"--trainer.strategy={strategy}"]
+    ended, said = run(root, *words)
+    assert ended == 143, said
+    assert "Interrupted. Go on with the same command and --ckpt_path " in said and "Traceback" not in said, said
+    logs = Path(root) / "lightning_logs"
+    assert fault_runs.last(logs / "version_0/checkpoints")["global_step"] == 7
+    ended, said = run(root, "--ckpt_path=last")
+    assert ended == 0, said
+    assert_whole(logs / "version_1/checkpoints")
+
+
+def test_another_signal_that_the_command_line_names(project, monkeypatch):
+    monkeypatch.chdir(project)
+    words = ["--trainer.callbacks+=SaveOnSigterm", "--trainer.callbacks.signals=[SIGTERM,SIGUSR1]"]
+    ended, said = run("usr1", *words, *fault_runs.fault(5, "SIGUSR1"), "--trainer.callbacks.rank=1")
+    assert ended == 128 + signal.SIGUSR1, said
+    assert fault_runs.last("usr1/lightning_logs/version_0/checkpoints")["global_step"] == 5

@@ -120,6 +120,7 @@ PLACES = {
     "flushing": lambda: setattr(replacing, "_flush", kill),
     "renaming": lambda: setattr(os, "replace", kill),
     "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGUSR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
     "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
     "worker": lambda: os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL),
     "checkpoint": fill_disk,

@@ -15,7 +15,7 @@ BASELINE = {
     "lightning_plugins/callbacks": 95,
     "lightning_plugins/cli": 24,
     "lightning_plugins/sid": 148,
-    "lightning_plugins/unilm": 133,
+    "lightning_plugins/unilm": 132,
     "recipes": 24,
 }
 

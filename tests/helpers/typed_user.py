@@ -181,7 +181,7 @@ def callbacks(run: Path) -> None:
             GradientPenalty(coefficient=0.01, engine="auto", relative_step=0.01),
             GenerativeEvaluation(num_samples=500, metrics=["frechet", "kernel"], reference="val"),
             NonFiniteGuard(policy="skip", patience=4),
-            SaveOnSigterm(),
+            SaveOnSigterm(signals=["SIGTERM", "SIGUSR1"]),
             diagnostics,
         ],
     )

@@ -124,7 +124,7 @@ def test_the_loss_is_the_cross_entropy_of_the_targets_with_their_last_sep(module
 def test_pseudo_copies_say_what_an_appended_mask_says(module, tokenizer):
     """Training by pseudo copies and decoding with [MASK] appended are the same conditional probabilities."""
     model, batch = module(objective="pseudo"), batch_of(tokenizer, some_pairs(3, seed=1))
-    model.eval()
+    model.eval().network  # noqa: B018, which makes it
     log_p = model(batch).log_softmax(-1)
     inputs = model.build_inputs(batch)
     row = 0
@@ -331,8 +331,29 @@ def test_several_masks_train_together_and_still_generate(module, folder, tmp_pat
         only.generate_text(["one"])
 
 
+def test_random_weights_answer_nothing_unless_they_were_asked_for(module, tokenizer, tmp_path):
+    """A network from a config is made by a trainer, by a checkpoint or by name, and by no question that it answers."""
+    model, batch = module(), batch_of(tokenizer, some_pairs(2))
+    asked = {
+        "generate_text": lambda: model.generate_text(["one"]),
+        "stream_text": lambda: list(model.stream_text("one")),
+        "generate_ids": lambda: model.generate_ids(batch["input_ids"], torch.ones_like(batch["input_ids"])),
+        "forward": lambda: model(batch),
+        "loss": lambda: model.loss(batch),
+        "export": lambda: model.export(tmp_path / "out"),
+    }
+    for name, ask in asked.items():
+        with pytest.raises(ValueError, match=r"has no network yet, and one made of config= now .* module\.network"):
+            ask()
+        assert model.net is None, name
+    assert not (tmp_path / "out").exists()
+    assert model.network is model.net
+    assert len(model.generate_text(["one"])) == 1
+
+
 def test_packed_rows_train_like_separate_ones(module, folder):
     model = module(label_smoothing=0.0).eval()
+    model.network  # noqa: B018, which makes it
     pairs = some_pairs(12)
     separate = data(folder, pairs=pairs, val_size=0, batch_size=12)
     packed = data(folder, pairs=pairs, val_size=0, batch_size=2, packing=True)
@@ -430,6 +451,7 @@ def test_sources_are_framed_as_in_training_whatever_the_tokenizer_adds(module, t
     names = {name: getattr(tokenizer, name) for name in ("pad_token", "unk_token", "cls_token", "sep_token")}
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(tmp_path)
     model = module(tokenizer=str(tmp_path))
+    model.network  # noqa: B018, which makes it
     rows = model._encode(["one two", "three " * 60], {})
     assert model.tokenizer("one two")["input_ids"] == [5, 6]
     assert rows["input_ids"].shape == (2, 40 - 8)
