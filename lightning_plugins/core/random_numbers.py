@@ -96,9 +96,9 @@ def _mix_integer(x: int) -> int:
 class RowGenerator(torch.Generator):
     """Random numbers of a batch's rows, those of a row by its key: the same in any batch and on any process.
 
-    :func:`rand`, :func:`randn` and :func:`randint` of this file draw by it, each time anew: element j of a row is a hash
-    of (numbers, key, how many draws came before, j), whatever the other rows and the row's length. For torch's own
-    functions it is a :func:`generator` of the numbers, which knows no rows.
+    :func:`rand`, :func:`randn` and :func:`randint` of this file draw by it, each time anew: element j of a row is a
+    hash of (numbers, key, how many draws came before, j), whatever the other rows and the row's length. For torch's
+    own functions it is a :func:`generator` of the numbers, which knows no rows.
 
     Args:
         keys: ``(B,)`` int64, a key for each row, on the device of the draws.
@@ -143,17 +143,23 @@ def rand(shape: Sequence[int], source: torch.Generator | None, device: torch.dev
     return (_shift_right(source.bits(shape), 40).float() * 2**-24).to(device)
 
 
-def randn(shape: Sequence[int], source: torch.Generator | None, device: torch.device | str | None = None) -> Tensor:
-    """Numbers of N(0, 1), of torch's default type; for the arguments see :func:`rand`.
+def randn(
+    shape: Sequence[int],
+    source: torch.Generator | None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Numbers of N(0, 1), of torch's default type or another; for the other arguments see :func:`rand`.
 
     Source: of rows by Box and Muller 1958: the radius of 32 bits, no number beyond 6.8, and the angle of 32.
     """
+    dtype = dtype or torch.get_default_dtype()
     if not isinstance(source, RowGenerator):
-        return torch.randn(*shape, generator=source, device=_device(source, device)).to(device)
-    bits, wide = source.bits(shape), torch.promote_types(torch.get_default_dtype(), torch.float32)
+        return torch.randn(*shape, generator=source, device=_device(source, device), dtype=dtype).to(device)
+    bits, wide = source.bits(shape), torch.promote_types(dtype, torch.float32)
     radius = _shift_right(bits, 32).to(wide).add_(0.5).mul_(2**-32).log_().mul_(-2).sqrt_()
     angle = bits.bitwise_and_(0xFFFFFFFF).to(wide).mul_(math.tau * 2**-32)
-    return angle.cos_().mul_(radius).to(device, torch.get_default_dtype())
+    return angle.cos_().mul_(radius).to(device, dtype)
 
 
 def randint(

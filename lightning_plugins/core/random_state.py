@@ -1,9 +1,15 @@
 """The random states of a process: Python, NumPy, torch and its GPU."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+
+from lightning_plugins.core.lightning_internals import trainer_of
+from lightning_plugins.core.random_numbers import generator
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
@@ -42,3 +48,27 @@ def set_random_state(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+@contextmanager
+def draws_of_rank(module: LightningModule, *place: int) -> Iterator[None]:
+    """Global random numbers of torch that differ between processes within, for dropout; put back afterwards.
+
+    ``seed_everything`` gives one seed to all processes, which then drop the same units of different rows. One process
+    goes on with the global random numbers.
+
+    Args:
+        module: whose run it is.
+        place: in the run, such as epoch and batch; the numbers hang on it, on the run's seed and on the process.
+    """
+    trainer, device = trainer_of(module), module.device
+    if trainer is None or trainer.world_size == 1:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        seed = generator("cpu", torch.initial_seed(), *place, module.global_rank).initial_seed()
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield

@@ -1,9 +1,10 @@
 """Train, validate, test and predict by each module on one or more processes, and save every rank's numbers.
 
-``torchrun --nproc_per_node N same_numbers.py FOLDER TEACHER [CASE ...]``; the test also calls ``run`` for one process, in
-its own. Training has the joined batches of one process; evaluation has the same batch size on any number of processes.
+``torchrun --nproc_per_node N same_numbers.py FOLDER TEACHER [CASE ...]``; the test also calls ``run`` for one process,
+in its own. Training has the joined batches of one process, evaluation the same batch size on any number of processes.
 """
 
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -128,12 +129,13 @@ def run(name, folder, teacher, processes=1, precision="64-true"):
     model, logged = make(teacher), Logged()
     plain = name == "teacher"  # stock loaders in prediction
     options = {"precision": precision, "max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
+    options["default_root_dir"] = folder
     strategy = "auto" if processes == 1 else "ddp_find_unused_parameters_true"
     trainer = quiet_trainer(logged, devices=processes, strategy=strategy, limit_val_batches=0, **options)
     trainer.fit(model, data(batch_size=GLOBAL_BATCH // processes))
     weights = {key: full(value) for key, value in model.named_parameters()}
     held_out = data(batch_size=EVALUATED)
-    evaluator = quiet_trainer(devices=processes, strategy=strategy, precision=precision)
+    evaluator = quiet_trainer(devices=processes, strategy=strategy, precision=precision, default_root_dir=folder)
     metrics = {} if name == "sid" else evaluator.validate(model, held_out, verbose=False)[0]
     if isinstance(held_out, Blobs) and name != "sid":
         metrics |= evaluator.test(model, held_out, verbose=False)[0]
@@ -155,8 +157,9 @@ def stock_loader(data):
 if __name__ == "__main__":
     close_process_group_at_exit()
     torch.set_num_threads(1)
-    root, teacher, *cases = map(Path, sys.argv[1:])
-    for case in map(str, cases or CASES):
+    root, teacher, *cases = sys.argv[1:]
+    for case in cases or CASES:
         for precision in PRECISIONS:
-            run(case, root / case / precision, teacher, torch.distributed.get_world_size() if cases else 2, precision)
+            target = Path(root) / case / precision
+            run(case, target, teacher, processes=int(os.environ["WORLD_SIZE"]), precision=precision)
     end()
