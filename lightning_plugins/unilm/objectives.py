@@ -93,7 +93,8 @@ def row_masks(
     """``(B, T, T)`` bool, each row's mask by its kind."""
     if len(set(kinds)) == 1 and kinds[0] != "permutation":
         return MASKS[kinds[0]](segment_ids, sample_ids)
-    order = rand(segment_ids.shape, generator, segment_ids.device).argsort(dim=-1, stable=True)
+    score = rand(segment_ids.shape, generator, segment_ids.device)
+    order = score.argsort(dim=1, stable=True).argsort(1)  # ranks: of two tokens alike, however long the padding is
     allow = permutation_mask(segment_ids, order, sample_ids)
     for kind in {*kinds} - {"permutation"}:
         rows = torch.tensor([k == kind for k in kinds], device=segment_ids.device)

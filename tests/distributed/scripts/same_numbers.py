@@ -97,6 +97,7 @@ def capsnet(**options):
 # name: what makes the module, the data
 CASES = {
     "teacher": (teacher_model(), Blobs),
+    "stock": (teacher_model(), Blobs),  # predicts from a torch DataLoader
     "teacher-classes": (teacher_model(conditional=True, num_classes=3), Blobs),
     "sid": (sid(fake_steps=2), Blobs),
     "masked": (bert(objective="masked"), texts),
@@ -108,6 +109,7 @@ CASES = {
     "sigreg": (eae(objective="sigreg"), Blobs),
     "capsnet": (capsnet(), Blobs),
 }
+WITH_PREDICTIONS = [name for name, (_, data) in CASES.items() if data is Blobs]
 PRECISIONS = ("64-true", "32-true")
 
 
@@ -119,31 +121,46 @@ class Logged(Callback):
 
     def on_train_batch_end(self, trainer, *_):
         logged = trainer.callback_metrics
-        self.steps.append({name: float(value) for name, value in logged.items() if name.startswith("train/")})
+        speed = "train/tokens_per_second"
+        kept = {name: value for name, value in logged.items() if name.startswith("train/") and name != speed}
+        self.steps.append({name: float(value) for name, value in kept.items()})
+
+
+def watch_draws(model):
+    """A list that gets a number of torch's global ones, as dropout draws them, in each training batch."""
+    name, drawn = "_fake_objective" if isinstance(model, SiD) else "loss", []
+    original = getattr(model, name)
+
+    def drawing(*arguments):
+        if model.training:
+            drawn.append(torch.rand(()))
+        return original(*arguments)
+
+    setattr(model, name, drawing)
+    return drawn
 
 
 def run(name, folder, teacher, processes=1, precision="64-true"):
-    """Fit for an epoch, then validate, test and predict; write ``rank<r>.pt``."""
+    """Validate, test and predict, then train an epoch; write ``rank<r>.pt``."""
     make, data = CASES[name]
     seed_everything(SEED, verbose=False)
     model, logged = make(teacher), Logged()
-    plain = name == "teacher"  # stock loaders in prediction
-    options = {"precision": precision, "max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0}
-    options["default_root_dir"] = folder
-    strategy = "auto" if processes == 1 else "ddp_find_unused_parameters_true"
-    trainer = quiet_trainer(logged, devices=processes, strategy=strategy, limit_val_batches=0, **options)
+    drawn, held_out = watch_draws(model), data(batch_size=EVALUATED)
+    options = {"precision": precision, "devices": processes, "default_root_dir": folder}
+    options["strategy"] = "auto" if processes == 1 else "ddp_find_unused_parameters_true"
+    evaluator = quiet_trainer(**options)
+    metrics, result = {}, {}
+    if name != "sid":
+        metrics |= evaluator.validate(model, held_out, verbose=False)[0]
+    if isinstance(held_out, Blobs):
+        metrics |= evaluator.test(model, held_out, verbose=False)[0] if name != "sid" else {}
+        loader = {"dataloaders": stock_loader(held_out)} if name == "stock" else {"datamodule": held_out}
+        result["predictions"] = evaluator.predict(model, **loader)
+    fits = {"max_epochs": 1, "log_every_n_steps": 1, "limit_val_batches": 0}
+    trainer = quiet_trainer(logged, **options, **fits)
     trainer.fit(model, data(batch_size=GLOBAL_BATCH // processes))
     weights = {key: full(value) for key, value in model.named_parameters()}
-    held_out = data(batch_size=EVALUATED)
-    evaluator = quiet_trainer(devices=processes, strategy=strategy, precision=precision, default_root_dir=folder)
-    metrics = {} if name == "sid" else evaluator.validate(model, held_out, verbose=False)[0]
-    if isinstance(held_out, Blobs) and name != "sid":
-        metrics |= evaluator.test(model, held_out, verbose=False)[0]
-    result = {"weights": weights, "train": logged.steps, "metrics": metrics}
-    if isinstance(held_out, Blobs):
-        loader = stock_loader(held_out) if plain else held_out.predict_dataloader()
-        held_out.trainer = evaluator
-        result["predictions"] = evaluator.predict(model, loader)
+    result |= {"weights": weights, "train": logged.steps, "metrics": metrics, "drawn": torch.stack(drawn)}
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(result, folder / f"rank{trainer.global_rank}.pt")
 
