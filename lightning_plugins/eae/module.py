@@ -26,7 +26,7 @@ from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
 from lightning_plugins.core.random_state import draws_of_rank
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
-from lightning_plugins.core.sample_keys import row_keys
+from lightning_plugins.core.sample_keys import SampleKeys, row_keys
 from lightning_plugins.core.sharding import shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
@@ -174,6 +174,7 @@ class EAE(LightningModule):
         self.metrics = nn.ModuleDict({f"{stage}_metrics": self._build_metrics() for stage in ("val", "test")})
         # The entropy is that within the classes.
         self._within_classes = conditional and self.objective.term == "entropy" and self.objective.weight > 0
+        self._keys = SampleKeys()
         self._place: tuple[int, ...] = ()  # of the batch that is trained: the run's seed, step and batch
         self._shown: tuple[Tensor, Tensor | None] | None = None  # images that are drawn, with classes if conditional
 
@@ -468,7 +469,7 @@ class EAE(LightningModule):
         decoded = self.decode(codes.own, label)
         metrics: Any = self.metrics[f"{stage}_metrics"]
         metrics["reconstruction"].update(reconstruction_error(decoded, images, self.reconstruction))
-        metrics["codes"].update(codes.own, codes.labels)
+        metrics["codes"].update(codes.own, codes.labels, self._keys(self, len(images), batch, batch_idx))
         if codes.divergence is not None:
             metrics["divergence"].update(codes.divergence)
         if batch_idx == 0:
