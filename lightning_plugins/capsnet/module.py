@@ -31,6 +31,7 @@ from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
+from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
@@ -39,8 +40,10 @@ from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.random_state import draws_of_rank
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sharding import gather_for, shard_parts
+from lightning_plugins.replay.recorder import is_replaying
 
 
 @read_as_data
@@ -369,10 +372,13 @@ class CapsNet(LightningModule):
         loss = torch.stack([*terms.values()]).sum()
         on_epoch = stage != "train"
         size = len(poses) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
-        self.log(f"{stage}/loss", loss, prog_bar=True, batch_size=size, sync_dist=on_epoch)
-        if len(terms) > 1:
-            named = {f"{stage}/{name}": term for name, term in terms.items()}
-            self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        named = {f"{stage}/{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
+        logged = {f"{stage}/loss": loss, **named}
+        if not (on_epoch or is_replaying()):
+            logged, _ = means_over_ranks(logged, weight=len(poses))
+        self.log(f"{stage}/loss", logged.pop(f"{stage}/loss"), prog_bar=True, batch_size=size, sync_dist=on_epoch)
+        if logged:
+            self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         metrics: Any = self.metrics[f"{stage}_metrics"]
         metrics.update(*self._scores(poses.detach(), batch["label"]))
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)
@@ -386,7 +392,8 @@ class CapsNet(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them."""
-        return self._step(batch, batch_idx, "train")
+        with draws_of_rank(self, self.current_epoch, batch_idx):
+            return self._step(batch, batch_idx, "train")
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Log the loss and the accuracy; keep the first images for the pictures."""

@@ -1,7 +1,7 @@
 """Several processes: sums and rows of all of them with gradient, and a clean end."""
 
 import atexit
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,6 +74,31 @@ def gather_rows(rows: Tensor, group: torch.distributed.ProcessGroup | None = Non
 def sum_over_ranks(value: Tensor, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
     """The sum of all processes' values, with gradient of any order; one process gets its own value back."""
     return _Sum.apply(value, group) if _several_processes(group) else value
+
+
+@torch.no_grad()
+def means_over_ranks(values: Mapping[str, Tensor], weight: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Means over all processes of numbers to be logged, such as the means over each one's rows, and the weights' sum.
+
+    All go in one message, whose end no process waits for; one process alone gets its own values back. Lightning's
+    ``sync_dist=True`` sends one for each name and has all processes wait before it, in each batch, logged or not, and
+    weighs a process with few rows as one with many.
+
+    Args:
+        values: scalars by name, on one device; the same names on every process.
+        weight: of this process's values, such as its rows or tokens.
+
+    Returns:
+        The means by name, of the types that came in, and the sum of all weights, float64.
+    """
+    columns = [value.detach() for value in values.values()]
+    total = torch.full((), float(weight), dtype=torch.float64, device=columns[0].device)
+    if not _several_processes(None):
+        return dict(zip(values, columns, strict=True)), total
+    sums = torch.stack([total, *(total * value for value in columns)])
+    torch.distributed.all_reduce(sums)
+    means = (sums[1:] / sums[0].clamp(min=1e-30)).unbind()
+    return {name: mean.to(value.dtype) for (name, value), mean in zip(values.items(), means, strict=True)}, sums[0]
 
 
 class _Sum(torch.autograd.Function):

@@ -2,10 +2,15 @@
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
+
+from lightning_plugins.core.lightning_internals import trainer_of
+from lightning_plugins.core.random_numbers import generator
 
 
 def get_random_state(device: torch.device) -> dict[str, Any]:
@@ -77,3 +82,27 @@ def _seeded_state(seed: int, device: torch.device) -> dict[str, Any]:
         return get_random_state(device)
     finally:
         set_random_state(before, device)
+
+
+@contextmanager
+def draws_of_rank(module: LightningModule, *place: int) -> Iterator[None]:
+    """Global random numbers of torch that differ between processes within, for dropout; put back afterwards.
+
+    ``seed_everything`` gives one seed to all processes, which then drop the same units of different rows. One process
+    goes on with the global random numbers.
+
+    Args:
+        module: whose run it is.
+        place: in the run, such as epoch and batch; the numbers hang on it, on the run's seed and on the process.
+    """
+    trainer, device = trainer_of(module), module.device
+    if trainer is None or trainer.world_size == 1:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        seed = generator("cpu", torch.initial_seed(), *place, module.global_rank).initial_seed()
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield

@@ -106,6 +106,7 @@ class KeyedText(Dataset):
     - ``segment_ids``: 0 padding, 1 source with its ``[CLS]`` and ``[SEP]``, 2 target with its ``[SEP]``;
       ``(segment_ids > 0).sum()`` counts real tokens.
     - ``sample_ids``: only if packed: 0 padding, 1, 2, ... the sample of its row that a token belongs to.
+    - ``key``: ``(B,)`` int64, which names the row in its epoch: the key of its first sample, by which noise is drawn.
     - ``source`` and ``target``: only if ``with_texts``: lists of str, one for each sample; ``target`` where known.
 
     A subclass gives ``lengths`` (``(N,)`` int64 tokens of each sample), ``parts(key)`` and ``texts(key)``.
@@ -149,6 +150,7 @@ class KeyedText(Dataset):
                     batch["segment_ids"][n, place] = segment
                     if self.packed:
                         batch["sample_ids"][n, place] = number
+        batch["key"] = torch.tensor([row[0] for row in rows])
         if not self.with_texts:
             return batch
         texts = [self.texts(key) for row in rows for key in row]

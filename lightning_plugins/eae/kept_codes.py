@@ -8,7 +8,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.full_precision import FullPrecision
-from lightning_plugins.core.random_numbers import generator
+from lightning_plugins.core.random_numbers import RowGenerator, generator, rand
 from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, knn_entropy, more_than
 
 
@@ -17,7 +17,8 @@ class KeptCodes(FullPrecision):
 
     Of more than ``max_codes`` every code is equally likely to stay, whatever its update or process: each gets a random
     number, and the smallest numbers stay. They are seeded, so that a run can be repeated, and the global random state
-    is left alone. Processes may differ in their updates, or have none.
+    is left alone. With keys the same codes stay on any number of processes. Processes may differ in their updates, or
+    have none.
 
     Args:
         max_codes: how many codes are kept, 1 or more; 4,096 are compared in seconds.
@@ -43,12 +44,14 @@ class KeptCodes(FullPrecision):
         self.add_state("num_seen", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("dim", torch.tensor(latent_dim), dist_reduce_fx="max")
 
-    def update(self, z: Tensor, labels: Tensor | None = None) -> None:
+    def update(self, z: Tensor, labels: Tensor | None = None, keys: Tensor | None = None) -> None:
         """Take more codes.
 
         Args:
             z: ``(n, d)`` codes of any type.
             labels: ``(n,)`` int64 classes below 2^24, which stay beside their codes; 0 for all by default.
+            keys: ``(n,)`` int64, what names each code among all of them, by which its random number is drawn; by
+                default it is drawn by process and place.
 
         Raises:
             ValueError: codes of another shape, or not a class for each.
@@ -60,9 +63,12 @@ class KeptCodes(FullPrecision):
         if labels is not None and (labels.shape != z.shape[:1] or labels.is_floating_point()):
             raise ValueError(f"labels must be ({len(z)},) integers, a class for each code, got {must.told(labels)}.")
         self.dim = torch.full_like(self.dim, z.shape[1])
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if distributed else 0
-        numbers = torch.rand(len(z), generator=generator("cpu", int(self.num_seen), rank), device="cpu")
+        if keys is None:
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            rank = torch.distributed.get_rank() if distributed else 0
+            numbers = torch.rand(len(z), generator=generator("cpu", int(self.num_seen), rank), device="cpu")
+        else:
+            numbers = rand((len(z),), RowGenerator(keys))
         self.num_seen = self.num_seen + len(z)  # not in place: see FullPrecisionMean
         classes = z.new_zeros(len(z)) if labels is None else labels
         self.kept.append(torch.cat([z.detach().to(self.dtype), classes.to(self.dtype)[:, None]], 1).flatten())

@@ -15,7 +15,7 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
 from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import gather_rows
+from lightning_plugins.core.distributed import gather_rows, means_over_ranks
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
@@ -24,7 +24,9 @@ from lightning_plugins.core.logging import log_figures
 from lightning_plugins.core.lr_schedules import optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.random_state import draws_of_rank
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
+from lightning_plugins.core.sample_keys import SampleKeys, row_keys
 from lightning_plugins.core.sharding import gather_for, shard_parts
 from lightning_plugins.eae import plots
 from lightning_plugins.eae.batch_norm import LatentBatchNorm
@@ -44,6 +46,7 @@ from lightning_plugins.eae.objectives import (
 )
 from lightning_plugins.eae.paths import PathMode, interpolate_codes
 from lightning_plugins.eae.priors import LatentPrior, PriorKind
+from lightning_plugins.replay.recorder import is_replaying
 
 
 @read_as_data
@@ -173,7 +176,8 @@ class EAE(LightningModule):
         self.metrics = nn.ModuleDict({f"{stage}_metrics": self._build_metrics() for stage in ("val", "test")})
         # The entropy is that within the classes.
         self._within_classes = conditional and self.objective.term == "entropy" and self.objective.weight > 0
-        self._batch_idx = 0
+        self._keys = SampleKeys()
+        self._place: tuple[int, ...] = ()  # of the batch that is trained: the run's seed, step and batch
         self._shown: tuple[Tensor, Tensor | None] | None = None  # images that are drawn, with classes if conditional
 
     # Networks: override any of these two in a subclass.
@@ -251,7 +255,7 @@ class EAE(LightningModule):
             every, own = self.batch_norm.all_rows(h)
             return Codes(every[own].clone(), every, labels=labels)  # FSDP2 warns of views
         if self.objective.term == "divergence":
-            noise = self._generator(self.global_rank) if self.training else None
+            noise = self._generator(row_keys(self, len(h))) if self.training else None
             z, mean, divergence = draw_posterior(h, noise)
             return Codes(z, self._all_rows(mean), divergence)
         return Codes(h, self._all_rows(h))
@@ -268,13 +272,14 @@ class EAE(LightningModule):
         if tuple(image.shape[1:]) != self.image_shape:
             raise ValueError(f"EAE was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}.")
 
-    def _generator(self, rank: int = 0) -> torch.Generator:
-        """Random numbers of this batch: of one process, or the same on all. Independent of the global random state."""
+    def _generator(self, rows: Tensor | None = None) -> torch.Generator:
+        """Random numbers of this batch: of these rows, or the same on all processes; not of the global random state."""
         if not self.training:  # every evaluation draws the same: its numbers compare
             return random_numbers.generator(self.device)
-        # The step alone would give the same noise to all batches of one accumulated gradient.
-        step = torch.initial_seed(), self.global_step, self._batch_idx
-        return random_numbers.generator(self.device, *step, rank)
+        place = self._place or (torch.initial_seed(), self.global_step)
+        if rows is not None:
+            return random_numbers.RowGenerator(rows, *place)
+        return random_numbers.generator(self.device, *place)
 
     # Samples.
 
@@ -382,7 +387,12 @@ class EAE(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log them, and how far the codes' entropy is from a Gaussian's."""
-        self._batch_idx = batch_idx
+        # The step alone would give the same noise to all batches of one accumulated gradient.
+        self._place = torch.initial_seed(), self.global_step, batch_idx
+        with draws_of_rank(self, self.global_step, batch_idx):
+            return self._train(batch, batch_idx)
+
+    def _train(self, batch: Any, batch_idx: int) -> Tensor:
         batch, label = self._read(batch)
         if batch_idx == 0:  # once an epoch, as it waits for the device
             warn_of_range(batch["image"], type(self).__name__)
@@ -394,7 +404,8 @@ class EAE(LightningModule):
         terms = self.loss(batch, codes)
         loss = torch.stack([*terms.values()]).sum()
         self.prior.remember(codes.all.detach())
-        self._log_step(loss, terms, codes)
+        if not is_replaying():
+            self._log_step(loss, terms, codes)
         return loss
 
     def loss(self, batch: Mapping[str, Tensor], codes: Codes | None = None) -> dict[str, Tensor]:
@@ -423,9 +434,10 @@ class EAE(LightningModule):
 
     def _log_step(self, loss: Tensor, terms: Mapping[str, Tensor], codes: Codes) -> None:
         size = len(codes.own) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
-        self.log("train/loss", loss, prog_bar=True, batch_size=size)
         named = {f"train/{name}": term for name, term in terms.items()}
-        self.log_dict(named, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        means, _ = means_over_ranks({"train/loss": loss, **named}, weight=len(codes.own))
+        self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
         if self.objective.term == "entropy" and "regularization" in terms:
             if self._within_classes:
                 gap = entropy_gap(codes.all.detach(), self.k)
@@ -464,7 +476,7 @@ class EAE(LightningModule):
         decoded = self.decode(codes.own, label)
         metrics: Any = self.metrics[f"{stage}_metrics"]
         metrics["reconstruction"].update(reconstruction_error(decoded, images, self.reconstruction))
-        metrics["codes"].update(codes.own, codes.labels)
+        metrics["codes"].update(codes.own, codes.labels, self._keys(self, len(images), batch, batch_idx))
         if codes.divergence is not None:
             metrics["divergence"].update(codes.divergence)
         if batch_idx == 0:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.random_numbers import randn
 from lightning_plugins.eae.entropy import conditional_knn_entropy, knn_entropy
 from lightning_plugins.eae.gaussianity import mmd, sigreg
 from lightning_plugins.eae.nearest_neighbours import class_sizes
@@ -130,7 +131,7 @@ def draw_posterior(h: Tensor, generator: torch.Generator | None) -> tuple[Tensor
     divergence = (mean.square() + log_variance.exp() - 1 - log_variance).sum(1) / 2
     if generator is None:
         return mean, mean, divergence
-    noise = torch.randn(mean.shape, generator=generator, device=h.device, dtype=h.dtype)
+    noise = randn(mean.shape, generator, h.device, h.dtype)
     return mean + (log_variance / 2).exp() * noise, mean, divergence
 
 

@@ -17,6 +17,7 @@ from lightning_plugins.core import random_numbers
 from lightning_plugins.core.activation_checkpointing import checkpoint_activations
 from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
+from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
@@ -26,8 +27,11 @@ from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, opt
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.core.pictures import image_grid, pictures_are_due
+from lightning_plugins.core.random_state import draws_of_rank
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
+from lightning_plugins.core.sample_keys import SampleKeys, row_keys
 from lightning_plugins.core.sharding import shard_networks
+from lightning_plugins.replay.recorder import is_replaying
 from lightning_plugins.sid.card import teacher_card
 from lightning_plugins.sid.conditions import conditions
 from lightning_plugins.sid.denoiser import Denoiser
@@ -48,11 +52,13 @@ class DiffusionTeacher(LightningModule):
     .. math:: L = \|n - \hat n(x_t, t)\|^2, \qquad x_t = \bar a_t x_0 + \bar b_t n, \qquad t \sim U\{0, \dots, T - 1\}
 
     or the same of the velocity :math:`v = \bar a_t n - \bar b_t x_0`, averaged over pixels. What samples, is validated
-    and is written is a running mean of the weights. Noise depends on (seed, epoch, batch, process) alone, so that a run
-    that is resumed draws what an uninterrupted one would.
+    and is written is a running mean of the weights. Noise depends on (seed, epoch, batch, place in the batch of all
+    processes) alone, so that a run that is resumed draws what an uninterrupted one would, and several processes draw
+    what one with the joined batch does.
 
     Batches are dicts ``{"image": (B, C, H, W) in [0, 1], "label": (B,) int64}``, pairs of these two, or images; labels
-    are read only with ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time.
+    are read only with ``conditional``. ``val/loss`` is the loss of the running mean with the same noise every time:
+    that of a sample hangs on its number in the split, or on the ``"key"`` ``(B,)`` int64 that a batch may have.
 
     Args:
         image_shape: channels, height and width of the images; height and width must be divisible by 2 once for each
@@ -137,6 +143,7 @@ class DiffusionTeacher(LightningModule):
 
         self.denoiser = Denoiser(self.build_network(), self.build_scheduler())
         self.average = self.denoiser.sharing(copy.deepcopy(self.denoiser.network)).requires_grad_(False)
+        self._keys = SampleKeys()
         self.losses = nn.ModuleDict({f"{stage}_loss": FullPrecisionMean() for stage in ("val", "test")})
 
     # The model: override any of these two in a subclass.
@@ -212,10 +219,9 @@ class DiffusionTeacher(LightningModule):
         Raises:
             ValueError: classes for a model that has none.
         """
-        device = self.device if generator is None else generator.device
-        noise = torch.randn(num_samples, *self.image_shape, generator=generator, device=device).to(self.device)
+        noise = random_numbers.randn((num_samples, *self.image_shape), generator, self.device)
         if self.conditional and labels is None:
-            labels = torch.randint(self.num_classes, (num_samples,), generator=generator, device=device)
+            labels = random_numbers.randint(self.num_classes, (num_samples,), generator, self.device)
         with evaluating(self.average):
             images = many_steps(self.average, noise, num_steps, self._conditioning(labels, num_samples))
         return (images / 2 + 0.5).clamp(0, 1)
@@ -238,7 +244,7 @@ class DiffusionTeacher(LightningModule):
 
         Args:
             batch: images ``(B, C, H, W)`` in [0, 1] as ``image``, and ``label`` ``(B,)`` of a conditional model.
-            generator: where levels and noise come from, on the module's device.
+            generator: where levels and noise come from, on the module's device; in training by rows.
         """
         return {"denoising": self._errors(self.denoiser, batch, generator).mean()}
 
@@ -251,26 +257,27 @@ class DiffusionTeacher(LightningModule):
                 f"DiffusionTeacher was built for image_shape={self.image_shape}, got images {tuple(image.shape[1:])}."
             )
         clean, n = 2 * image.float() - 1, len(image)
-        index = torch.randint(self.num_train_timesteps, (n,), generator=generator, device=image.device)
-        noise = torch.randn(clean.shape, generator=generator, device=image.device)
+        index = random_numbers.randint(self.num_train_timesteps, (n,), generator, image.device)
+        noise = random_numbers.randn(clean.shape, generator, image.device)
         sigma = denoiser.sigmas[index]
         conditioning = self._conditioning(batch["label"] if self.conditional else None, n)
         denoised = denoiser(clean + sigma.view(-1, 1, 1, 1) * noise, sigma, **conditioning)
         weight = 1 / sigma**2 if self.prediction_type == "epsilon" else 1 + 1 / sigma**2
         return weight * (denoised - clean).square().flatten(1).mean(1)
 
-    def _generator(self, *place: int) -> torch.Generator:
-        """Random numbers of a place in the run, independent of the global random state."""
-        return random_numbers.generator(self.device, self.seed, *place, self.global_rank)
-
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss` and log the sum."""
         batch = image_batch(batch, type(self).__name__, labels=self.conditional)
         if batch_idx == 0:
             warn_of_range(batch["image"], type(self).__name__)
-        terms = self.loss(batch, self._generator(1 + self.current_epoch, batch_idx))
+        n = len(batch["image"])
+        draws = random_numbers.RowGenerator(row_keys(self, n, batch), self.seed, 1 + self.current_epoch, batch_idx)
+        with draws_of_rank(self, self.current_epoch, batch_idx):
+            terms = self.loss(batch, draws)
         loss = torch.stack([*terms.values()]).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch["image"]))
+        if not is_replaying():
+            means, _ = means_over_ranks({"train/loss": loss}, weight=n)
+            self.log_dict(means, prog_bar=True, batch_size=n)
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
@@ -346,8 +353,13 @@ class DiffusionTeacher(LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        errors = self._errors(self.average, batch, self._generator(0, batch_idx))
+        batch = image_batch(batch, type(self).__name__, labels=self.conditional)
+        errors = self._errors(self.average, batch, self._draws(len(batch["image"]), batch, batch_idx))
         self.losses[f"{stage}_loss"].update(errors)
+
+    def _draws(self, rows: int, batch: Any, batch_idx: int) -> random_numbers.RowGenerator:
+        """Random numbers that a sample has whatever its batch and its process."""
+        return random_numbers.RowGenerator(self._keys(self, rows, batch, batch_idx), self.seed, 0)
 
     def on_validation_epoch_end(self) -> None:
         """Log the loss; draw samples on their cadence."""
@@ -376,7 +388,7 @@ class DiffusionTeacher(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """``image`` ``(B, C, H, W)`` in [0, 1]: a sample for each row of the batch, of its class if conditional."""
         rows, labels, _ = conditions(batch, self.conditional, type(self).__name__)
-        return {"image": self.sample(rows, labels=labels, generator=self._generator(0, batch_idx))}
+        return {"image": self.sample(rows, labels=labels, generator=self._draws(rows, batch, batch_idx))}
 
     # Export.
 

@@ -13,9 +13,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 
-from lightning_plugins.core import random_numbers
 from lightning_plugins.core.activation_checkpointing import checkpoint_activations
 from lightning_plugins.core.checkpoint_data import read_as_data
+from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
@@ -23,7 +23,10 @@ from lightning_plugins.core.lightning_internals import count_no_step, loss_scale
 from lightning_plugins.core.logging import log_figures, measured_figures
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
+from lightning_plugins.core.random_numbers import RowGenerator, rand
+from lightning_plugins.core.random_state import draws_of_rank
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
+from lightning_plugins.core.sample_keys import SampleKeys, row_keys
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
 from lightning_plugins.sid.adversarial import Logits, encoder_logits
@@ -118,7 +121,8 @@ class SiD(LightningModule):
         teacher_steps: steps of the teacher's samples in pictures.
         num_pictures: student's and teacher's samples in a picture; 0 for none.
         updates_per_epoch: generator updates that count as an epoch where no data give the batches.
-        seed: seed of all noise, with the step and the process: a resumed run draws what an uninterrupted one would.
+        seed: seed of all noise, with the step and the place in the batch of all processes. A resumed run draws what an
+            uninterrupted one would, and several processes draw what one with the joined batch does.
         optimizer: replaces Adam for the generator; giving lr beside it is refused, and with both optimizers betas and
             eps.
         fake_optimizer: replaces Adam for the fake score; giving fake_lr beside it is refused.
@@ -199,6 +203,7 @@ class SiD(LightningModule):
         self._shown_teacher: Tensor | None = None
         self._results: dict[str, float] = {}
         self._marks: list[tuple[float, int]] = []
+        self._keys = SampleKeys()
 
     # Networks.
 
@@ -358,11 +363,15 @@ class SiD(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """Update the fake score, then the generator, then the student."""
+        with draws_of_rank(self, self._updates):
+            self._step(batch)
+
+    def _step(self, batch: Any) -> None:
         generator_optimizer, fake_optimizer = self.optimizers()
         count_no_step(fake_optimizer)
         batch = as_dict(batch, type(self).__name__)
         n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
-        conditioning = self.networks.conditioning(n, labels, prompts, self._random(self.fake_steps + 1), self.device)
+        conditioning = self.networks.conditioning(n, labels, prompts, self._random(n, self.fake_steps + 1), self.device)
         real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
         for turn in range(self.fake_steps):
             logs = self._update(fake_optimizer, n, conditioning, real, turn, self._fake_objective)
@@ -460,19 +469,20 @@ class SiD(LightningModule):
         }
 
     def _draw(self, n: int, turn: int) -> Draws:
-        """Noise by seed, update, turn and process: a resumed run draws what an uninterrupted one does."""
-        random = self._random(turn)
+        """Noise by seed, update, turn and row: a resumed run draws what an uninterrupted one does."""
+        random = self._random(n, turn)
         latent, noise = (self.networks.noise(n, random, self.device) for _ in range(2))
         fake = turn < self.fake_steps
         denoiser = self.networks.generator
         limits = {"t_min": self.t_min, "t_max": self.t_max}
         kind = self.fake_noise_levels if fake else self.noise_levels
         sigma = draw_levels(denoiser, n, kind, random, fake=fake, **limits)
-        dropped = torch.rand(n, generator=random, device=self.device) < self.condition_dropout
+        dropped = rand((n,), random, self.device) < self.condition_dropout
         return Draws(latent, noise, sigma, dropped)
 
-    def _random(self, turn: int) -> torch.Generator:
-        return random_numbers.generator(self.device, self.seed, self._updates, turn, self.global_rank)
+    def _random(self, n: int, turn: int) -> RowGenerator:
+        """Random numbers of n rows, each by its place in the batch of all processes."""
+        return RowGenerator(row_keys(self, n), self.seed, self._updates, turn)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Make gradients finite, as the paper's code does, and clip them; a GradScaler skips such steps itself."""
@@ -506,10 +516,10 @@ class SiD(LightningModule):
         now = time.monotonic()
         self._marks = [*self._marks[-20:], (now, self.images)]
         (before, images), bar = self._marks[0], {"prog_bar": True, "batch_size": n}
-        lost = n * logs.pop("nonfinite")
-        self.left_out_all = lost.round() >= n
-        self.log("train/nonfinite_samples", lost, batch_size=n, reduce_fx="sum", sync_dist=True)  # of all processes
-        for name, value in logs.items():
+        self.left_out_all = (n * logs["nonfinite"]).round() >= n
+        means, rows = means_over_ranks(logs, weight=n)
+        self.log("train/nonfinite_samples", (rows * means.pop("nonfinite")).round(), batch_size=n)
+        for name, value in means.items():
             self.log(f"train/{name}", value, prog_bar=True, batch_size=n)
         self.log("train/images", float(self.images), prog_bar=False, batch_size=n)
         if now > before:
@@ -554,7 +564,7 @@ class SiD(LightningModule):
         if self.num_pictures:
             step_levels(denoiser, self.teacher_steps)  # refuses more steps than levels
         n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
-        conditioning = self.networks.conditioning(n, None, prompts, self._random(self.fake_steps + 2), self.device)
+        conditioning = self.networks.conditioning(n, None, prompts, self._random(n, self.fake_steps + 2), self.device)
         draws = self._draw(n, self.fake_steps)
         self._dropped(conditioning, draws.dropped)
         for scale in {self.guidance, self.fake_guidance}:
@@ -567,10 +577,13 @@ class SiD(LightningModule):
         """As validation."""
 
     def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions."""
+        """``image`` ``(B, C, H, W)`` in [0, 1] for each of the batch's conditions.
+
+        The noise of an image hangs on its number in the data, or on the ``"key"`` ``(B,)`` int64 that a batch may have.
+        """
         n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
-        random = random_numbers.generator(self.device, self.seed, batch_idx, self.global_rank)
-        output = {"image": self.sample(n, labels=labels, prompts=prompts, generator=random)}
+        draws = RowGenerator(self._keys(self, n, batch, batch_idx), self.seed, 0)
+        output = {"image": self.sample(n, labels=labels, prompts=prompts, generator=draws)}
         return output if labels is None else {**output, "label": labels}
 
     def on_validation_epoch_end(self) -> None:

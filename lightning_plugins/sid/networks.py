@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.modes import evaluating
+from lightning_plugins.core.random_numbers import randint, randn
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_description
 from lightning_plugins.sid.sampling import clip, clips
@@ -229,8 +230,7 @@ class StudentNetworks(nn.Module):
             generator: where the random numbers come from; torch's global generator by default.
             device: where the noise is wanted.
         """
-        source = device if generator is None else generator.device
-        return torch.randn((n, *self.description["sample_shape"]), generator=generator, device=source).to(device)
+        return randn((n, *self.description["sample_shape"]), generator, device)
 
     def conditioning(
         self,
@@ -266,8 +266,7 @@ class StudentNetworks(nn.Module):
         if classes is None:
             return {}
         if labels is None:
-            source = device if generator is None else generator.device
-            return {"class_labels": torch.randint(classes, (n,), generator=generator, device=source).to(device)}
+            return {"class_labels": randint(classes, (n,), generator, device)}
         must.class_labels(labels, n, classes)  # a DiT would take the class beyond for none
         return {"class_labels": labels.to(device)}
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.random_numbers import rand, randn
 from lightning_plugins.sid.denoiser import Denoiser
 
 Levels = Literal["edm", "grid"]
@@ -107,7 +108,7 @@ def generator_sigmas(
     Source: Zhou et al. 2024 (arXiv 2404.04057), algorithm 1 and the authors' code.
     """
     check_times(t_min, t_max)
-    r = (t_min + (t_max - t_min) * _uniform(n, generator, device)) / 1000
+    r = (t_min + (t_max - t_min) * rand((n,), generator, device)) / 1000
     return karras_sigmas(r, sigma_min, sigma_max)
 
 
@@ -142,7 +143,7 @@ def grid_sigmas(
     low, high = round(t_min / 1000 * len(sigmas)), round(t_max / 1000 * len(sigmas))
     if low == high:
         raise ValueError(f"t_min={t_min} and t_max={t_max} leave none of {len(sigmas)} noise levels: widen them.")
-    drawn = low + ((high - low) * _uniform(n, generator, sigmas.device)).long()
+    drawn = low + ((high - low) * rand((n,), generator, sigmas.device)).long()
     return sigmas[drawn.clamp(max=high - 1)]  # a product may round up to high
 
 
@@ -168,13 +169,7 @@ def fake_score_sigmas(
 
     Source: Karras et al. 2022 (arXiv 2206.00364) table 1; the same in SiD.
     """
-    source = device if generator is None else generator.device
-    return (mean + std * torch.randn(n, generator=generator, device=source)).exp().to(device or source)
-
-
-def _uniform(n: int, generator: torch.Generator | None, device: torch.device | str | None) -> Tensor:
-    source = device if generator is None else generator.device
-    return torch.rand(n, generator=generator, device=source).to(device or source)
+    return (mean + std * randn((n,), generator, device)).exp()
 
 
 def check_times(t_min: float, t_max: float) -> None:

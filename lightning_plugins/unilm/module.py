@@ -20,6 +20,7 @@ from lightning_plugins.core.activation_checkpointing import checkpoint_activatio
 from lightning_plugins.core.batches import text_batch
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
+from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
@@ -28,8 +29,12 @@ from lightning_plugins.core.logging import figure_to_image, log_image, log_text_
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
+from lightning_plugins.core.random_numbers import RowGenerator
+from lightning_plugins.core.random_state import draws_of_rank
 from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
+from lightning_plugins.core.sample_keys import SampleKeys, row_keys
 from lightning_plugins.core.sharding import blocks, gather_for, shard_parts
+from lightning_plugins.replay.recorder import is_replaying
 from lightning_plugins.unilm.backbones import check_config
 from lightning_plugins.unilm.evaluation import COLUMNS, Evaluation, widened
 from lightning_plugins.unilm.export import export_model
@@ -94,7 +99,9 @@ class UniLMSeq2Seq(LightningModule):
     Batches are dicts: ``input_ids`` ``(B, T)`` int64, rows ``[CLS] source [SEP] target [SEP]`` padded on the right;
     ``segment_ids`` ``(B, T)`` int64, 0 padding, 1 source with its [CLS] and [SEP], 2 target with its [SEP]; where
     several samples are packed in a row also ``sample_ids`` ``(B, T)`` int64, 0 padding, 1, 2, ... the sample; and for
-    evaluation ``source`` and ``target``, lists of texts. :class:`Seq2SeqData` makes them.
+    evaluation ``source`` and ``target``, lists of texts. :class:`Seq2SeqData` makes them, and adds ``key`` ``(B,)``
+    int64, by which masks and hidden tokens of a row are drawn, the same on any number of processes; without it they are
+    drawn by the row's place among those of all processes.
 
     Args:
         model_name_or_path: pretrained masked language model to start from: an id of the Hub, a folder, or
@@ -227,6 +234,7 @@ class UniLMSeq2Seq(LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._packed: dict[str, Tensor] | None = None  # the tokenizer as checkpoints hold it
         self.weights, self.speed = TokenWeights(), TokenSpeed()
+        self._keys = SampleKeys()
         self._results: dict[str, float] = {}  # of the last evaluation, for the model card
         self._window: tuple[Any, ...] = ()  # of accumulated batches in which the checkpoint to resume was written
 
@@ -235,15 +243,24 @@ class UniLMSeq2Seq(LightningModule):
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         """Sum the terms of :meth:`loss`, log them, and weight the batch by its tokens."""
         self._check_batch(batch, batch_idx)
-        inputs = self.build_inputs(batch)
-        terms = self.loss(batch, inputs)
+        place = self.current_epoch, batch_idx
+        keys = row_keys(self, len(batch["input_ids"]), batch)
+        inputs = self.build_inputs(batch, RowGenerator(keys, torch.initial_seed(), *place))
+        with draws_of_rank(self, *place):
+            terms = self.loss(batch, inputs)
         loss = torch.stack([*terms.values()]).sum()
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs.input_ids))
-        if len(terms) > 1:
-            named = {f"train/{name}": term for name, term in terms.items()}
-            self.log_dict(named, on_step=False, on_epoch=True, batch_size=len(inputs.input_ids), sync_dist=True)
+        if not is_replaying():
+            self._log_step(loss, terms, inputs)
         self.speed.add(batch["segment_ids"])
         return loss * self.weights.weight(len(inputs.labels), self.device)
+
+    def _log_step(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Inputs) -> None:
+        """Means over the predicted tokens of all processes."""
+        named = {f"train/{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
+        means, _ = means_over_ranks({"train/loss": loss, **named}, weight=len(inputs.labels))
+        rows = len(inputs.input_ids) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
+        self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=rows)
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
 
     def loss(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> dict[str, Tensor]:
         """The named terms whose sum is trained: ``nll``, the mean over the batch's predicted tokens.
@@ -277,7 +294,8 @@ class UniLMSeq2Seq(LightningModule):
 
         Args:
             batch: dict of tensors as the class describes it.
-            generator: random numbers of the masks and of what is hidden; torch's global ones by default.
+            generator: random numbers of the masks and of what is hidden, in training and evaluation by rows; torch's
+                global ones by default.
         """
         batch = text_batch(batch, type(self).__name__)
         types = self._made().token_types  # the network first: the vocabulary is known with it
@@ -338,7 +356,7 @@ class UniLMSeq2Seq(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log real tokens per second of all ranks on the logger's cadence."""
         if should_update_logs(self.trainer):
-            self.log("train/tokens_per_second", self.speed.per_second() * self.trainer.world_size, batch_size=1)
+            self.log("train/tokens_per_second", self.speed.per_second(self.device), batch_size=1)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         """Every token of the accumulated batches weighs the same."""
@@ -397,9 +415,10 @@ class UniLMSeq2Seq(LightningModule):
         return [part.mean().item() for part in logs.split((batch["segment_ids"] == 2).sum(1).tolist())]
 
     def _add_nll(self, batch: Mapping[str, Any], batch_idx: int) -> None:
-        """Add to the loss, without smoothing; what an objective draws is the same in every epoch."""
+        """Add to the loss, without smoothing; what an objective draws for a sample is always the same."""
         self._check_batch(batch, batch_idx)
-        inputs = self.build_inputs(batch, torch.Generator().manual_seed(batch_idx))
+        keys = self._keys(self, len(batch["input_ids"]), batch, batch_idx)
+        inputs = self.build_inputs(batch, RowGenerator(keys))
         self.evaluation.add_nll(self(batch, inputs), inputs.labels)
 
     def _score_texts(self, batch: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.random_numbers import rand, randint
 from lightning_plugins.unilm.masks import MASKS, permutation_mask, positions, pseudo_index, pseudo_mask
 
 Objective = Literal["lm", "masked", "pseudo"]
@@ -81,8 +82,9 @@ def draw_kinds(shares: Mapping[str, float], rows: int, generator: torch.Generato
     kinds = list(shares)
     if len(kinds) == 1:
         return kinds * rows
-    drawn = torch.multinomial(torch.tensor(list(shares.values())), rows, replacement=True, generator=generator)
-    return [kinds[i] for i in drawn.tolist()]
+    place = rand((rows,), generator).cpu()
+    last = torch.tensor(list(shares.values()), dtype=place.dtype).cumsum(0)[:-1]  # where each kind but one ends
+    return [kinds[i] for i in torch.bucketize(place, last, right=True).tolist()]
 
 
 def row_masks(
@@ -91,7 +93,8 @@ def row_masks(
     """``(B, T, T)`` bool, each row's mask by its kind."""
     if len(set(kinds)) == 1 and kinds[0] != "permutation":
         return MASKS[kinds[0]](segment_ids, sample_ids)
-    order = torch.rand(segment_ids.shape, generator=generator).argsort(-1).to(segment_ids.device)
+    score = rand(segment_ids.shape, generator, segment_ids.device)
+    order = score.argsort(dim=1, stable=True).argsort(1)  # ranks: of two tokens alike, however long the padding is
     allow = permutation_mask(segment_ids, order, sample_ids)
     for kind in {*kinds} - {"permutation"}:
         rows = torch.tensor([k == kind for k in kinds], device=segment_ids.device)
@@ -124,8 +127,8 @@ def next_tokens(
 def hide(input_ids: Tensor, chosen: Tensor, vocabulary: Vocabulary, generator: torch.Generator | None = None) -> Tensor:
     """BERT's corruption of the chosen tokens: 80 % [MASK], 10 % a random token, 10 % as it was."""
     assert vocabulary.mask is not None
-    fate = torch.rand(input_ids.shape, generator=generator).to(input_ids.device)
-    other = torch.randint(vocabulary.size, input_ids.shape, generator=generator).to(input_ids.device)
+    fate = rand(input_ids.shape, generator, input_ids.device)
+    other = randint(vocabulary.size, input_ids.shape, generator, input_ids.device)
     hidden = torch.where(fate < _MASKED, torch.full_like(input_ids, vocabulary.mask), input_ids)
     hidden = torch.where((fate >= _MASKED) & (fate < _RANDOM), other, hidden)
     return torch.where(chosen, hidden, input_ids)
@@ -136,10 +139,9 @@ def choose(candidates: Tensor, rate: float, generator: torch.Generator | None = 
 
     Source: UniLM v1, biunilm/seq2seq_loader.py: n = max(1, round(candidates · mask_prob)).
     """
-    score = torch.rand(candidates.shape, generator=generator).to(candidates.device)
-    score = score.masked_fill(~candidates, 2.0)
+    score = rand(candidates.shape, generator, candidates.device).masked_fill(~candidates, 2.0)
     count = (candidates.sum(1, keepdim=True) * rate).round().clamp(min=1)
-    return (score.argsort(1).argsort(1) < count) & candidates
+    return (score.argsort(dim=1, stable=True).argsort(1) < count) & candidates
 
 
 def mask_candidates(
@@ -206,14 +208,16 @@ class InputBuilder:
         types, place = self._types(segments, samples, kinds), positions(segments, samples)
         if self.objective == "pseudo":
             return self._pseudo(self._noised(ids, segments, noisy, generator), ids, segments, samples, types, place)
-        allow = row_masks(kinds, segments, samples, generator)
         if self.objective == "lm":
             predict, labels = next_tokens(ids, segments, samples, kinds)
-            return Inputs(self._noised(ids, segments, noisy, generator), segments, place, types, allow, predict, labels)
-        candidates = mask_candidates(ids, segments, kinds, self.vocabulary, alone=set(self.shares) == {"seq2seq"})
-        predict = choose(candidates, self.mask_probability, generator)
-        hidden = hide(ids, predict, self.vocabulary, generator)
-        return Inputs(hidden, segments, place, types, allow, predict, ids[predict])
+            hidden = self._noised(ids, segments, noisy, generator)
+        else:
+            candidates = mask_candidates(ids, segments, kinds, self.vocabulary, alone=set(self.shares) == {"seq2seq"})
+            predict = choose(candidates, self.mask_probability, generator)
+            hidden, labels = hide(ids, predict, self.vocabulary, generator), ids[predict]
+        # Last, because it draws for some batches only: a row's other draws must not depend on the rows beside it.
+        allow = row_masks(kinds, segments, samples, generator)
+        return Inputs(hidden, segments, place, types, allow, predict, labels)
 
     def _pseudo(
         self,
@@ -233,7 +237,7 @@ class InputBuilder:
     def _noised(self, ids: Tensor, segments: Tensor, noisy: bool, generator: torch.Generator | None) -> Tensor:
         if not (noisy and self.target_noise):
             return ids
-        drawn = torch.rand(ids.shape, generator=generator).to(ids.device) < self.target_noise
+        drawn = rand(ids.shape, generator, ids.device) < self.target_noise
         return hide(ids, drawn & (segments == 2), self.vocabulary, generator)
 
     def _types(self, segments: Tensor, samples: Tensor | None, kinds: Sequence[str]) -> Tensor | None:

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_plugins.core.distributed import sum_over_ranks
 from lightning_plugins.replay.recorder import is_replaying
 
 
@@ -96,8 +97,9 @@ class TokenSpeed:
         if not is_replaying():
             self._tokens = self._tokens + (segment_ids > 0).sum()
 
-    def per_second(self) -> float:
-        """Tokens of this process per second; starts anew."""
-        tokens, seconds = int(self._tokens), time.perf_counter() - self._since
+    def per_second(self, device: torch.device) -> float:
+        """Tokens of all processes, each of which must ask, per second of this one; starts anew."""
+        tokens = int(sum_over_ranks(torch.as_tensor(self._tokens, device=device)))
+        seconds = time.perf_counter() - self._since
         self.start()
         return tokens / max(seconds, 1e-9)

@@ -1,9 +1,21 @@
-"""The hash of keys, and integers drawn with it."""
+"""The hash of keys, and numbers drawn with it."""
 
 import pytest
 import torch
+from scipy import stats
 
-from lightning_plugins.core.random_numbers import _mix, _mix_integer, _signed, generator, hash_keys, random_integers
+from lightning_plugins.core.random_numbers import (
+    RowGenerator,
+    _mix,
+    _mix_integer,
+    _signed,
+    generator,
+    hash_keys,
+    rand,
+    randint,
+    randn,
+    random_integers,
+)
 
 
 def test_mix_gives_the_published_outputs_of_splitmix64():
@@ -53,3 +65,45 @@ def test_a_default_device_changes_nothing():
     with torch.device("meta"):
         assert torch.equal(hash_keys(torch.arange(3, device="cpu"), seed=1), expected)
         assert generator("cpu", 1).initial_seed() == generator("cpu", 1).initial_seed()
+
+
+def rows(count=2000, *numbers):
+    return RowGenerator(torch.arange(count), *numbers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_are_uniform_and_normal(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        uniform, normal = rand((2000, 100), rows(2000, 1)), randn((2000, 100), rows(2000, 2))
+    finally:
+        torch.set_default_dtype(before)
+    assert uniform.dtype == normal.dtype == dtype
+    assert uniform.min() >= 0 and uniform.max() < 1
+    for found, law in ((uniform, "uniform"), (normal, "norm")):
+        assert stats.kstest(found.flatten().numpy(), law).pvalue > 1e-3
+        for table in (found[:100], found.T):  # rows, and places in a row
+            assert torch.corrcoef(table).fill_diagonal_(0).abs().max() < 6 / table.shape[1] ** 0.5
+    counts = torch.bincount(randint(7, (2000, 100), rows(2000, 3)).flatten())
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+
+
+def test_a_row_depends_on_its_key_and_on_numbers_and_draw_alone():
+    whole, part = rows(6, 1, 2), RowGenerator(torch.tensor([4, 2]), 1, 2)
+    for draw, wide, narrow in ((randn, (6, 5), (2, 3)), (rand, (6, 2, 2), (2, 2, 2)), (rand, (6,), (2,))):
+        expected, found = draw(wide, whole)[[4, 2]], draw(narrow, part)
+        assert torch.equal(found, expected[:, : found.shape[1]] if found.ndim == 2 else expected)
+    assert torch.equal(randint(9, (6, 4), whole)[[4, 2]], randint(9, (2, 4), part))
+    sources = rows(6, 1, 2), rows(6, 2, 1), rows(6, 1)
+    drawn = torch.cat([rand((6, 3), source) for source in sources for _ in range(2)])
+    assert len(drawn.unique()) == drawn.numel()
+
+
+def test_other_sources_draw_as_torch_does():
+    for draw, of_torch in ((rand, torch.rand), (randn, torch.randn)):
+        expected = of_torch(2, 3, generator=torch.Generator().manual_seed(1))
+        assert torch.equal(draw((2, 3), torch.Generator().manual_seed(1)), expected)
+        torch.manual_seed(1)
+        assert torch.equal(draw((2, 3), None, "cpu"), expected)
+    assert torch.rand(3, generator=rows(4, 5)).tolist() == torch.rand(3, generator=generator("cpu", 5)).tolist()

@@ -16,30 +16,12 @@ pytestmark = pytest.mark.ddp
 script = load_script("train_sid")
 
 
-def save_teacher(folder):
-    import diffusers
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-        )
-    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Folders of all cases: run by one process, this one, and by two under torchrun."""
     folder = tmp_path_factory.mktemp("sid")
     one, two, teacher = folder / "one", folder / "two", folder / "teacher"
-    save_teacher(teacher)
+    script.save_teacher(teacher)
     two.mkdir()
     with torchrun("train_sid", two, teacher, cwd=folder) as log:
         for name in ONE:

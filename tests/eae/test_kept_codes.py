@@ -113,3 +113,16 @@ def test_wrong_arguments_are_refused(metric, arguments, words):
     assert KeptCodes().max_codes == 4096  # as the docstring of EAE says
     with pytest.raises(ValueError, match=words):
         metric(**arguments)
+
+
+def test_with_keys_the_same_codes_stay_however_they_are_shared():
+    codes, keys = torch.arange(60.0)[:, None], torch.arange(60)
+    whole, parts = KeptCodes(max_codes=10), [KeptCodes(max_codes=10) for _ in range(3)]
+    whole.update(codes, keys=keys)
+    for rank, part in enumerate(parts):
+        for rows in keys[rank::3].split(3):
+            part.update(codes[rows], keys=keys[rows])
+    kept, numbers = (torch.cat(column) for column in zip(*(part._smallest() for part in parts), strict=True))
+    joined = kept[numbers.argsort()[:10], :1]
+    assert torch.equal(joined, whole.codes()) and len(joined) == 10
+    assert not torch.equal(joined.flatten().sort().values, torch.arange(10.0))

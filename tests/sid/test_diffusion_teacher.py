@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from trainers import quiet_trainer, save
 
+from lightning_plugins.core.random_numbers import randn
 from lightning_plugins.data import Digits
 from lightning_plugins.sid.diffusion_teacher import DiffusionTeacher
 from lightning_plugins.sid.sampling import many_steps
@@ -125,15 +126,24 @@ class StopAt(Callback):
             raise KeyboardInterrupt
 
 
-def test_noise_differs_from_batch_to_batch_and_not_by_global_state():
-    model = tiny()
-    places = [(1, 0), (1, 1), (2, 0), (0, 0)]
-    draws = {tuple(torch.randn(3, generator=model._generator(*place)).tolist()) for place in places}
-    assert len(draws) == 4
-    torch.manual_seed(5)
-    assert tuple(torch.randn(3, generator=model._generator(1, 0)).tolist()) in draws
-    other = tiny(seed=1)._generator(1, 0)
-    assert tuple(torch.randn(3, generator=other).tolist()) not in draws
+class Noise(DiffusionTeacher):
+    """Keeps a little of the noise of each training batch."""
+
+    def loss(self, batch, generator):
+        self.__dict__.setdefault("noise", []).append(randn((len(batch["image"]), 3), generator))
+        return super().loss(batch, generator)
+
+
+def test_noise_differs_from_batch_to_batch_and_not_by_global_state(tmp_path):
+    drawn = []
+    for state, seed in ((0, 0), (5, 0), (0, 1)):
+        model = Noise(**(TINY | {"seed": seed}))
+        torch.manual_seed(state)
+        trainer(tmp_path, max_steps=10, limit_val_batches=0).fit(model, digits())  # two epochs of five batches
+        drawn.append(torch.cat(model.noise))
+    assert len(drawn[0].unique(dim=0)) == len(drawn[0]) == 2 * 80
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.isin(drawn[0], drawn[2]).any()
 
 
 def test_bf16_mixed_trains_and_true_half_is_refused(tmp_path):

@@ -13,28 +13,20 @@ DROPPED = 10  # what the tiny DiT takes for no class
 class Watch(SiD):
     """Keeps what its updates draw, and the seeds of all generators."""
 
-    rank = 0
-
-    @property
-    def global_rank(self):
-        return self.rank
-
     def _draw(self, n, turn):
         draws = super()._draw(n, turn)
         self.__dict__.setdefault("draws", []).append(draws)
         return draws
 
-    def _random(self, turn):
-        random = super()._random(turn)
+    def _random(self, n, turn):
+        random = super()._random(n, turn)
         self.__dict__.setdefault("seeds", []).append(random.initial_seed())
         return random
 
 
-def build(folder, rank=0, **options):
+def build(folder, **options):
     settings = {"batch_size": 6, "num_pictures": 0, "updates_per_epoch": 4, "lr": 1e-30, "fake_lr": 1e-30}
-    module = Watch(teacher=str(folder), **(settings | options))
-    module.rank = rank
-    return module
+    return Watch(teacher=str(folder), **(settings | options))
 
 
 def fit(module, max_steps=1):
@@ -59,14 +51,12 @@ def record(module, name, look):
     return calls
 
 
-def test_no_process_no_turn_and_no_step_draws_what_another_does(teacher_folder):
-    """Compared with each other: a script that joins two processes' draws calls the method that might be wrong."""
-    first, second = (fit(build(teacher_folder("labelled"), rank, fake_steps=2), 2) for rank in (0, 1))
-    again = fit(build(teacher_folder("labelled"), 1, fake_steps=2), 2)
-    assert all(torch.equal(a.latent, b.latent) for a, b in zip(second.draws, again.draws, strict=True))
-    draws = first.draws[1:] + second.draws[1:]  # of each the first is for the check of the teacher
-    noise = torch.stack([value for drawn in draws for value in (drawn.latent, drawn.noise)]).flatten(1)
-    assert len(noise.unique(dim=0)) == len(noise) == 2 * 2 * 3 * 2  # processes, steps, turns, two of each
+def test_no_row_no_turn_and_no_step_draws_what_another_does(teacher_folder):
+    first, again = (fit(build(teacher_folder("labelled"), fake_steps=2), 2) for _ in range(2))
+    assert all(torch.equal(a.latent, b.latent) for a, b in zip(first.draws, again.draws, strict=True))
+    draws = first.draws[1:]  # the first is for the check of the teacher
+    noise = torch.cat([value for drawn in draws for value in (drawn.latent, drawn.noise)]).flatten(1)
+    assert len(noise) == 2 * 3 * 2 * 6  # steps, turns, two of each, rows
     assert torch.corrcoef(noise).fill_diagonal_(0).abs().max() < 6 / noise.shape[1] ** 0.5
     levels = torch.stack([drawn.sigma for drawn in draws])
     assert len(levels.unique(dim=0)) == len(levels)

@@ -15,8 +15,8 @@ from rank_script import end, full, sharded, trainer_of
 from trainers import quiet_trainer
 
 from lightning_plugins.core.distributed import close_process_group_at_exit
+from lightning_plugins.core.sample_keys import row_keys
 from lightning_plugins.sid.module import SiD
-from lightning_plugins.sid.objectives import Draws
 
 RANKS, ROWS = 2, 4
 
@@ -37,29 +37,15 @@ CASES = {
 }
 
 
-class Joined(SiD):
-    """Draws for one process what two draw: the rows of the first, then of the second."""
+class Spoilt(SiD):
+    """A sample, of two processes the second one's, is not a number in one update."""
 
     spoilt = False
-    rank = None
-
-    @property
-    def global_rank(self):
-        return super().global_rank if self.rank is None else self.rank
 
     def _draw(self, n, turn):
-        if self.trainer.world_size == RANKS:
-            return self._spoil(super()._draw(n, turn))
-        parts = []
-        for self.rank in range(RANKS):
-            parts.append(self._spoil(super()._draw(n // RANKS, turn)))
-        self.rank = None
-        return Draws(*map(torch.cat, zip(*parts, strict=True)))
-
-    def _spoil(self, draws):
-        """One sample of the second process is not a number, in one update."""
-        if self.spoilt and self._updates == 1 and self.global_rank == 1:
-            draws.latent[1] = float("nan")
+        draws = super()._draw(n, turn)
+        if self.spoilt and self._updates == 1:
+            draws.latent[row_keys(self, n) == 3] = float("nan")
         return draws
 
 
@@ -73,11 +59,30 @@ class Lost(Callback):
         self.counts.append(int(trainer.callback_metrics["train/nonfinite_samples"]))
 
 
+def save_teacher(folder):
+    """A UNet of 8 x 8 grey pictures with random weights."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = diffusers.UNet2DModel(
+            sample_size=8,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(8, 16),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+        )
+    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(folder)
+
+
 def run(name, folder, teacher, processes=1, ckpt_path=None):
     """Train one case; write ``rank<r>.pt``."""
     arguments, strategy = CASES[name]
     settings = {"num_pictures": 0, "updates_per_epoch": 2, "batch_size": RANKS * ROWS // processes}
-    model = Joined(teacher=str(teacher), **(settings | arguments))
+    model = Spoilt(teacher=str(teacher), **(settings | arguments))
     model.spoilt = name == "spoilt"
     lost = Lost()
     trainer = trainer_of(folder, processes, strategy, lost, save_every=2)
