@@ -22,14 +22,14 @@ def root(tmp_path_factory):
         if MODES[name].begun_by == 1:
             begin(part, name, folder)
     for processes in (2, 4):
-        with torchrun("support", folder, cwd=folder, processes=processes):
+        with torchrun("run_cells", folder, cwd=folder, processes=processes):
             pass
     for part, name in CELLS:
         if MODES[name].processes == 1:
             cell(part, name, folder)
     paths = [str(Path(__file__).parents[1] / "helpers"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, SCRIPTS / "support.py", folder, "launched"]
+    command = [sys.executable, SCRIPTS / "run_cells.py", folder, "launched"]
     ended = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=900)
     assert ended.returncode == 0, ended.stderr[-5000:]
     return folder

@@ -1,5 +1,5 @@
-"""Run the cells of the matrix of modes: ``torchrun --nproc_per_node N support.py FOLDER`` those of N processes;
-``python support.py FOLDER launched`` those whose Trainer starts the processes.
+"""Run the cells of the matrix of modes: ``torchrun --nproc_per_node N run_cells.py FOLDER`` those of N processes;
+``python run_cells.py FOLDER launched`` those whose Trainer starts the processes.
 """
 
 import os
