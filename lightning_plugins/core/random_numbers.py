@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +113,7 @@ class RowGenerator(torch.Generator):
 
     def __new__(cls, keys: Tensor, *numbers: int) -> "RowGenerator":
         """On the keys' device."""
-        return super().__new__(cls, keys.device)
+        return cast(Any, super()).__new__(cls, keys.device)  # torch's stub has no such argument
 
     def __init__(self, keys: Tensor, *numbers: int) -> None:
         state = _hash_numbers(*numbers)

@@ -82,7 +82,7 @@ def test_an_epoch_holds_every_pair_once_as_the_tokenizer_frames_it(kind, packing
     )  # fmt: skip
     for epoch in (0, 3):
         batches = keyed(data.train_dataloader(), epoch)
-        assert set(batches[0]) == {"input_ids", "segment_ids"} | ({"sample_ids"} if packing else set())
+        assert set(batches[0]) == {"input_ids", "segment_ids", "key"} | ({"sample_ids"} if packing else set())
         assert sorted(chain(*(samples(batch, tokenizer) for batch in batches))) == expected
     if packing:
         rows = sum(len(batch["input_ids"]) for batch in batches)
@@ -109,7 +109,9 @@ def test_evaluation_holds_every_pair_once_over_the_processes_with_texts():
         batches = keyed(data.val_dataloader())
         assert len(batches) == 4
         for batch in batches:
-            assert set(batch) == {"input_ids", "segment_ids", "source", "target"}
+            assert set(batch) == {"input_ids", "segment_ids", "key", "source", "target"}
+            sources = data.texts("val").sources
+            assert [sources[key] for key in batch["key"].tolist()] == batch["source"]
             for texts, ids in zip(
                 zip(batch["source"], batch["target"], strict=True), samples(batch, data.tokenizer), strict=True
             ):
@@ -164,7 +166,7 @@ def test_prediction_takes_sources_alone_in_order(tmp_path):
     data = Seq2SeqData(pairs=PAIRS, predict_file=path, batch_size=8)
     batches = keyed(data.predict_dataloader())
     assert list(chain(*(batch["source"] for batch in batches))) == [source for source, _ in PAIRS]
-    assert all(set(batch) == {"input_ids", "segment_ids", "source"} for batch in batches)
+    assert all(set(batch) == {"input_ids", "segment_ids", "key", "source"} for batch in batches)
     assert all(int(batch["segment_ids"].max()) == 1 for batch in batches)
     pairs = write(tmp_path / "test.jsonl", [json.dumps({"source": s, "target": t}) for s, t in PAIRS])
     (batch,) = Seq2SeqData(pairs=PAIRS, test_file=pairs, batch_size=100).predict_dataloader()
