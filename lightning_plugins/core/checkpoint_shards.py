@@ -99,7 +99,7 @@ def read_sharded(
         done += sum(place.length for _, place in entry.chunks.values())
         progress(done / total)
     content["state_dict"] = _plain(next((whole.pop(key) for key in _WEIGHTS if key in whole), {}))
-    if whole:
+    if optimizers and (whole or "lr_schedulers" in content):  # else of weights alone
         states = [whole[f"optimizer_{number}"] for number in range(len(whole))]
         content["optimizer_states"] = [{"state": {}, **_plain(state)} for state in states]
     return content
@@ -181,12 +181,7 @@ def _value(folder: Path, name: str, entry: _Entry) -> Any:
     covered = torch.zeros(entry.size, dtype=torch.bool) if several else None
     for offsets, (sizes, place) in entry.chunks.items():
         part = _part(folder, place)
-        if (
-            not isinstance(part, Tensor)
-            or part.shape != sizes
-            or part.dtype != entry.dtype
-            or part.device.type != "cpu"
-        ):
+        if not isinstance(part, Tensor) or (part.shape, part.dtype, part.device.type) != (sizes, entry.dtype, "cpu"):
             _refuse(folder, f"has other numbers in {place.file!r} than its index says of {name!r}")
         where = tuple(slice(first, first + count) for first, count in zip(offsets or (), sizes, strict=True))
         whole[where] = part.detach()

@@ -1,6 +1,7 @@
-"""Under torchrun: each module trained by the command line, sharded (FSDP2). ``train_shards.py FOLDER TEACHER``.
+"""Under torchrun: each module trained by the command line, sharded (FSDP2). ``train_shards.py FOLDER``.
 
-``FOLDER/<case>/checkpoints/last.ckpt`` is the folder of shards, ``FOLDER/<case>/one.ckpt`` one file of the same moment.
+``FOLDER/<case>/checkpoints/last.ckpt`` is the folder of shards, ``one.ckpt`` one file that the strategy has written at
+the same moment, ``whole.ckpt`` one that was made of the folder; ``FOLDER/<case>-on`` went on from it.
 """
 
 import json
@@ -30,9 +31,10 @@ CASES = {
     "capsnet": (["--model=CapsNet", *CAPSNET, NO_PICTURES], DIGITS),
     "eae": (["--model=EAE", *EAE, NO_PICTURES], DIGITS),
     "unilm": (["--model=UniLMSeq2Seq", *UNILM, "--model.generation.max_new_tokens=3"], TEXTS),
-    "sid": (["--model=SiD", "--model.teacher=teacher", "--model.num_pictures=0", "--model.updates_per_epoch=2"], []),
     "teacher": (["--model=DiffusionTeacher", *TEACHER, NO_PICTURES], DIGITS),
+    "sid": (["--model=SiD", "--model.teacher=pipeline", "--model.num_pictures=0", "--model.updates_per_epoch=2"], []),
 }
+TWICE = ("unilm", "sid")  # of several groups of parameters, of several optimizers
 SHARDED = ["--trainer.strategy=ModelParallelStrategy", "--trainer.strategy.data_parallel_size=2"]
 SHARDED += ["--trainer.strategy.tensor_parallel_size=1", "--trainer.devices=2"]
 ONE = ["--trainer.devices=1"]
@@ -44,13 +46,16 @@ def fit(name, folder, *words, epochs=1):
     saving = ["--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}/checkpoints"]
     options = [f"--trainer.default_root_dir={folder}", f"--trainer.max_epochs={epochs}", "--trainer.accelerator=cpu"]
     options += ["--trainer.enable_progress_bar=false", "--trainer.logger=false", "--trainer.limit_train_batches=2"]
+    options += ["--trainer.log_every_n_steps=1"]
+    saving += [] if name == "sid" else ["--trainer.callbacks.monitor=val/loss"]
     return ["fit", *model, *data, *options, *saving, "--trainer.callbacks.save_last=true", *words]
 
 
 class OneFile(Callback):
-    """Writes ``one.ckpt``, of which nothing is sharded, at the end of training."""
+    """Writes ``last.ckpt`` once more at the very end, and ``one.ckpt``, of which nothing is sharded."""
 
     def on_fit_end(self, trainer, pl_module):
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
         trainer.strategy._save_distributed_checkpoint = False
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "one.ckpt")
         trainer.strategy._save_distributed_checkpoint = True
@@ -66,9 +71,15 @@ if __name__ == "__main__":
     os.chdir(sys.argv[1])
     if os.environ["RANK"] == "0":
         texts()
-    for case in sys.argv[2:] or CASES:
-        main(fit(case, case, *SHARDED, "--trainer.callbacks+=train_shards.OneFile"))
-    for case in sys.argv[2:] or CASES:
-        folder = f"{case}-on"
-        main(fit(case, folder, *SHARDED, f"--ckpt_path={case}/checkpoints/last.ckpt", epochs=2))
+    for case in CASES:
+        main(fit(case, case, *SHARDED, "--trainer.callbacks+=train_shards.OneFile", "--test_after_fit=true"))
+        if os.environ["RANK"] == "0":
+            main(["consolidate", f"{case}/checkpoints/last.ckpt", f"{case}/whole.ckpt"])
+            if case == "teacher":
+                main(["export", "--ckpt_path=teacher/checkpoints/last.ckpt", "--output=pipeline"])
+        torch.distributed.barrier()
+    for case in ("capsnet", *TWICE):
+        main(fit(case, f"{case}-on", *SHARDED, f"--ckpt_path={case}/checkpoints/last.ckpt", epochs=2))
+    for case in TWICE:
+        main(fit(case, f"{case}-on-from-file", *SHARDED, f"--ckpt_path={case}/whole.ckpt", epochs=2))
     end()
