@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ _SOON = 2.0  # seconds that nobody minds
 
 def add_consolidate_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of ``consolidate``."""
+    add: Callable[..., Any] = parser.add_argument
     folder = "Folder of a sharded checkpoint, or `last`: the newest run's below the current folder."
-    parser.add_argument("folder", type=str, help=folder).complete = DIRECTORY
+    add("folder", type=str, help=folder).complete = DIRECTORY
     file = "File to write, whole or not at all; an existing one is never replaced."
-    parser.add_argument("file", type=str, help=file).complete = FILE
+    add("file", type=str, help=file).complete = FILE
 
 
 def consolidate(options: Namespace) -> None:
@@ -91,7 +93,8 @@ def _holds(content: dict[str, Any]) -> str:
     """What a checkpoint is of, in a few words."""
     count = len(content.get("optimizer_states", ()))
     optimizers = f"{count} optimizer{'s' if count > 1 else ''}" if count else "no optimizer"
-    return f"step {content.get('global_step')}, {len(content['state_dict'])} weights, {optimizers}"
+    step = f"step {content['global_step']}, " if "global_step" in content else ""
+    return f"{step}{len(content['state_dict'])} weights, {optimizers}"
 
 
 class _Progress:

@@ -198,8 +198,9 @@ CASES.every("an index", INDICES, change_index)
 
 
 def flip(path: Path) -> None:
+    """Change a bit of the first record, which is no filling between two."""
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[data.index(b"\x80\x02") + 4] ^= 1
     path.write_bytes(data)
 
 
@@ -252,7 +253,7 @@ def _(place: Path) -> list[str]:
 
 @CASES.one("a sharded checkpoint whose callbacks would delete a file")
 def _(place: Path) -> list[str]:
-    state = {"ModelCheckpoint{}": {"dirpath": "/run", "last_model_path": "/home/x.ckpt"}}
+    state = {"ModelCheckpoint{}": {"dirpath": "/run", "last_model_path": "/elsewhere/x.ckpt"}}
     return ["fit", shards(eae(callbacks=state)), *DIGITS, *CPU]
 
 
