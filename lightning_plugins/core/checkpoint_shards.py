@@ -143,7 +143,7 @@ def _refuse_others(folder: Path, entries: "Mapping[str, _Entry]") -> None:
     known = {*_WEIGHTS[:1], *(f"optimizer_{number}" for number in range(len(optimizers)))}
     known |= set() if _WEIGHTS[0] in roots else set(_WEIGHTS)
     for name, entry in entries.items():
-        if entry.path[0] not in known or len(entry.path) < 2:
+        if entry.path[0] not in known or not isinstance((*entry.path, None)[1], str):
             _refuse(folder, f"holds {name!r}, which is no part of a checkpoint")
 
 
@@ -168,8 +168,8 @@ def _plain(whole: Any) -> Any:
     if not isinstance(whole, dict):
         return whole
     values = {key: _plain(value) for key, value in whole.items()}
-    places = [key for key in values if isinstance(key, int)]
-    return [values[key] for key in sorted(places)] if places else values
+    is_list = values and all(isinstance(key, int) for key in values)
+    return [values[key] for key in sorted(values)] if is_list else values
 
 
 def _value(folder: Path, name: str, entry: _Entry) -> Any:

@@ -189,6 +189,9 @@ INDICES: dict[str, Callable[[Any], Any]] = {
     "of something else": lambda metadata: metadata.planner_data.update(
         {name: ("callbacks", *path[1:]) for name, path in metadata.planner_data.items()}
     ),
+    "whose weights have numbers for names": lambda metadata: metadata.planner_data.update(
+        {name: ("state_dict", number) for number, name in enumerate(metadata.planner_data)}
+    ),
     "that is a list": lambda metadata: [1],
     "that is a link": linked(".metadata"),
     "of a shard that is a link": linked("__0_0.distcp"),
