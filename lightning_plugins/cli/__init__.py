@@ -16,7 +16,7 @@ from lightning_plugins.cli.short_help import short_help
 __all__ = ["main"]
 
 _OPTIONS = ("--help", "--version", "--print_completion")
-_COMMANDS = "\n".join(f"  {name:<9}  {line}" for name, line in COMMANDS.items())
+_COMMANDS = "\n".join(f"  {name:<11}  {line}" for name, line in COMMANDS.items())
 HELP = f"""\
 usage: lightning-plugins COMMAND [options]
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(HELP, end="")
         elif words[0] == "--version":
             print(f"lightning-plugins {__version__}")
-        elif words[0] in ("generate", "sample", "export", "list", "copy", "new", "plot"):
+        elif words[0] in ("generate", "sample", "export", "consolidate", "list", "copy", "new", "plot"):
             with _own_modules():
                 run_command(words[0], words[1:])
         elif words[0] in COMMANDS and words[-1] in ("-h", "--help"):

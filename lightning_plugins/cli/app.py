@@ -20,7 +20,6 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 import lightning_plugins
 from lightning_plugins.callbacks import ExactResume, NonFiniteGuard, SaveOnSigterm
 from lightning_plugins.cli import checkpoint
-from lightning_plugins.cli.checkpoint_rules import check_sharded
 from lightning_plugins.cli.commands import command_parsers
 from lightning_plugins.cli.completion import print_completion
 from lightning_plugins.cli.explain import import_object
@@ -176,8 +175,6 @@ class PluginsCLI(LightningCLI):
         if ckpt in ("", "best", "hpc") or ckpt.startswith("registry") or "://" in ckpt:
             return
         path = Path(ckpt)
-        if path.is_dir():
-            return check_sharded(path)
         hparams = checkpoint.read_hyperparameters(path, resumes=command == "fit")
         given = config.get("model")
         if not hparams and given is None:
@@ -291,8 +288,9 @@ class PluginsCLI(LightningCLI):
                     warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks")
                 super()._run_subcommand(subcommand)
         except IsADirectoryError as error:
-            hint = "A sharded checkpoint is read by the strategy that wrote it, such as --trainer.strategy fsdp"
-            raise UsageError(f"--ckpt_path {error.filename!r} is a folder; give a checkpoint file.", hint) from error
+            hint = f"Make a file of it: lightning-plugins consolidate {error.filename} FILE"
+            sentence = f"--ckpt_path {error.filename!r} is a folder, which the CheckpointIO of this run does not read."
+            raise UsageError(sentence, hint) from error
         except (ValueError, OSError, MisconfigurationException) as error:
             self._explain_stop(error)
             self._explain_monitor(error)

@@ -17,6 +17,7 @@ from lightning_plugins.cli.checkpoint_rules import (
     refuse_deletions,
     refuse_no_file,
     refuse_other_names,
+    sharded_content,
 )
 from lightning_plugins.cli.explain import argument_names, import_object
 from lightning_plugins.cli.messages import UsageError, did_you_mean
@@ -44,6 +45,17 @@ def read_hyperparameters(path: Path, resumes: bool = False) -> dict[str, Any]:
     if not path.exists():
         near = [str(other) for other in path.parent.glob("*.ckpt")]
         raise UsageError(f"checkpoint {str(path)!r} does not exist.", did_you_mean(str(path), near))
+    content = sharded_content(path) if path.is_dir() else _content(path)
+    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
+        keys = f" (it holds {', '.join(map(str, list(content)[:5]))})" if isinstance(content, dict) and content else ""
+        raise UsageError(f"{str(path)!r} is not a Lightning checkpoint{keys}.")
+    if resumes:
+        refuse_deletions(path, content)
+    return arguments_of(path, content)
+
+
+def _content(path: Path) -> Any:
+    """What a file holds; weights stay on the disk."""
     refuse_no_file(path)
     try:
         what = damage(path)
@@ -53,15 +65,9 @@ def read_hyperparameters(path: Path, resumes: bool = False) -> dict[str, Any]:
         raise UsageError(f"checkpoint {str(path)!r} {what}. Use an earlier one.")
     try:
         # mapped, so that only the description is read, not the weights
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise UsageError(*_unreadable(path, error)) from error
-    if not isinstance(content, dict) or not {"state_dict", "pytorch-lightning_version"} <= content.keys():
-        keys = f" (it holds {', '.join(map(str, list(content)[:5]))})" if isinstance(content, dict) and content else ""
-        raise UsageError(f"{str(path)!r} is not a Lightning checkpoint{keys}.")
-    if resumes:
-        refuse_deletions(path, content)
-    return arguments_of(path, content)
 
 
 def _unreadable(path: Path, error: Exception) -> list[str]:

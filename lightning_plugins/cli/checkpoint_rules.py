@@ -1,47 +1,35 @@
 """What a checkpoint from elsewhere may hold and name. It is data: nothing is imported or run because it says so."""
 
-import io
 import os
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 
 import lightning_plugins
 from lightning_plugins.cli.messages import UsageError
 from lightning_plugins.core.checkpoint_data import arguments_in
+from lightning_plugins.core.checkpoint_shards import describe_sharded
 from lightning_plugins.core.lightning_internals import INSTANTIATOR
 from lightning_plugins.core.named_parts import check_named_parts, imported_object
+from lightning_plugins.core.replacing import is_sharded
 
 _TRUST = "If you trust it, import it in the module of your --model class, or name it in a --config."
 _OTHERS = "If you trust it, name it in a --config, too, or define it in the package of your --model class."
 _NAMED = {"last_model_path", "best_k_models", "kth_best_model_path", "best_model_path"}  # by a ModelCheckpoint
 _INSTANTIATORS = (None, "lightning.pytorch.cli.instantiate_module", "pytorch_lightning.cli.instantiate_module")
-_SHARDS = "torch.distributed.checkpoint."
-_SHARD_VALUES = {
-    ("torch", "Size"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-    ("pathlib", "Path"),
-    ("pathlib", "PosixPath"),
-    ("pathlib", "WindowsPath"),
-    ("pathlib", "PurePosixPath"),
-}
 
 
 def refuse_no_file(path: Path) -> None:
     """Refuse what is there but is no file to be read.
 
     Raises:
-        UsageError: it is a folder, a device or a pipe, or may not be read.
+        UsageError: it is a device or a pipe, or may not be read.
     """
     if not path.is_file():
-        what = "a folder" if path.is_dir() else "no file but a device or a pipe"
-        raise UsageError(f"checkpoint {str(path)!r} is {what}: give a checkpoint file.")
+        raise UsageError(f"checkpoint {str(path)!r} is no file but a device or a pipe: give a checkpoint file.")
     if not os.access(path, os.R_OK):
         raise UsageError(f"checkpoint {str(path)!r} may not be read: its permissions forbid it.")
 
@@ -148,65 +136,20 @@ def refuse_other_names(path: Path, arguments: Mapping[str, Any], cls: type, give
         raise UsageError(f"{str(path)!r}: {error}.", cure) from error
 
 
-class _ShardIndex(pickle.Unpickler):
-    """Reads the index of a sharded checkpoint, which torch reads by ``pickle``, with nothing but its own classes."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        of_torch = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        own = module.startswith(_SHARDS) and "." not in name and isinstance(getattr(_module(module), name, None), type)
-        if own or of_torch or (module, name) in _SHARD_VALUES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name}")
-
-
-def _module(name: str) -> Any:
-    """A module of torch's that it has imported itself."""
-    import sys
-
-    import torch.distributed.checkpoint  # noqa: F401
-
-    return sys.modules.get(name)
-
-
-def _check_objects(folder: Path, metadata: Any) -> None:
-    """Read as data, each by itself, what torch would unpickle without asking: all that is no tensor."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-    for index, place in metadata.storage_data.items():
-        if isinstance(metadata.state_dict_metadata.get(index.fqn), TensorStorageMetadata):
-            continue
-        file = (folder / place.relative_path).resolve()
-        if not (file.is_relative_to(folder.resolve()) and file.is_file()):
-            raise ValueError(f"{place.relative_path!r} is no file in it")
-        with file.open("rb") as content:
-            content.seek(place.offset)
-            torch.load(io.BytesIO(content.read(place.length)), weights_only=True)
-
-
-def check_sharded(folder: Path) -> None:
-    """Refuse a folder that is no sharded checkpoint, or that would run code when it is read.
+def sharded_content(folder: Path) -> dict[str, Any]:
+    """What a sharded checkpoint's folder holds, but for the numbers of its weights.
 
     Raises:
-        UsageError: in that case.
+        UsageError: it is no sharded checkpoint, is damaged, or would run code when it is read.
     """
-    index = folder / ".metadata"
-    if not index.is_file() and (folder / "latest").is_file():
+    if not is_sharded(folder) and (folder / "latest").is_file():
         raise UsageError(
             f"--ckpt_path {str(folder)!r} is a folder of DeepSpeed's, whose files are pickles; it is not opened.",
             "Make a checkpoint file of it: lightning.pytorch.utilities.deepspeed has a function for it.",
         )
-    if not index.is_file():
+    if not is_sharded(folder):
         raise UsageError(f"--ckpt_path {str(folder)!r} is a folder without a sharded checkpoint; give a file.")
     try:
-        with index.open("rb") as file:
-            metadata = _ShardIndex(file).load()
-        _check_objects(folder, metadata)
-    except Exception as error:  # a damaged pickle raises anything
-        reason = _reason(error) if isinstance(error, pickle.UnpicklingError) else "no index of what is there"
-        raise UsageError(f"sharded checkpoint {str(folder)!r} holds {reason}; it is not opened.") from error
-
-
-def _reason(error: Exception) -> str:
-    """What is no data: torch tells it in a page, among other things."""
-    found = re.search(r"GLOBAL (\S+)", text) if "\n" in (text := str(error)) else re.fullmatch(r"(\S+)", text)
-    return f"an object of {found[1]}" if found else "an object that is no plain value"
+        return describe_sharded(folder)
+    except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error

@@ -1,4 +1,4 @@
-"""Commands without a Trainer: ``generate``, ``sample``, ``export``, ``list``, ``copy``, ``new`` and ``plot``."""
+"""Commands without a Trainer, from ``generate`` to ``plot``."""
 
 import ast
 from argparse import RawDescriptionHelpFormatter
@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from shtab import FILE
 
 import lightning_plugins
+from lightning_plugins.cli.consolidate import EXAMPLES as CONSOLIDATE_EXAMPLES
+from lightning_plugins.cli.consolidate import add_consolidate_arguments, consolidate
 from lightning_plugins.cli.export import EXAMPLES as EXPORT_EXAMPLES
 from lightning_plugins.cli.export import add_export_arguments, export
 from lightning_plugins.cli.generate import EXAMPLES as GENERATE_EXAMPLES
@@ -30,6 +32,7 @@ COMMANDS = {
     "generate": "print the texts a trained model writes, piece by piece",
     "sample": "draw images from a trained generative model",
     "export": "write a trained model as a folder that runs without this package",
+    "consolidate": "make one file of a checkpoint that several processes wrote as a folder",
     "list": "parts, configs and recipes, one line each",
     "copy": "copy a shipped config or recipe, to change it",
     "new": "a class of your own with a config and a test, to begin with",
@@ -55,6 +58,8 @@ def command_parsers() -> dict[str, ArgumentParser]:
     add_sample_arguments(sample_parser)
     export_parser = _teaching_parser("export", EXPORT_EXAMPLES)
     add_export_arguments(export_parser)
+    consolidate_parser = _teaching_parser("consolidate", CONSOLIDATE_EXAMPLES)
+    add_consolidate_arguments(consolidate_parser)
     list_parser = _LightParser(prog="lightning-plugins list", description=COMMANDS["list"])
     copy_parser = _LightParser(prog="lightning-plugins copy", description=COMMANDS["copy"])
     copy_parser.add_argument("name", type=str, help="Short name, as `lightning-plugins list` prints it.")
@@ -71,6 +76,7 @@ def command_parsers() -> dict[str, ArgumentParser]:
         "generate": generate_parser,
         "sample": sample_parser,
         "export": export_parser,
+        "consolidate": consolidate_parser,
         "list": list_parser,
         "copy": copy_parser,
         "new": new_parser,
@@ -100,6 +106,8 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         sample(options)
     elif name == "export":
         export(options)
+    elif name == "consolidate":
+        consolidate(options)
     elif name == "copy":
         copy(options.name, options.dest)
     elif name == "new":

@@ -110,8 +110,6 @@ def _age(path: Path) -> float:
 
 
 def _why_unreadable(path: Path) -> str | None:
-    if path.is_dir():  # sharded: what it describes is written last
-        return None if (path / "meta.pt").is_file() else f"checkpoint {str(path)!r} is a folder without its meta.pt."
     try:
         read_hyperparameters(path)
     except UsageError as error:

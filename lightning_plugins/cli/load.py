@@ -10,24 +10,25 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 import lightning_plugins
 from lightning_plugins.cli.messages import UsageError, did_you_mean
+from lightning_plugins.core.replacing import is_sharded
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
 def checkpoint_file(ckpt_path: str, hint: str = "") -> Path:
-    """The file meant by ``--ckpt_path``; ``last`` is the newest run's below the current folder.
+    """The file, or a sharded checkpoint's folder, meant by ``--ckpt_path``; ``last`` is the newest run's below here.
 
     Args:
         ckpt_path: the option's value.
-        hint: what to do with a folder.
+        hint: what to do with another folder.
 
     Raises:
-        UsageError: it is empty or a folder, or ``last`` and there is none.
+        UsageError: it is empty or another folder, or ``last`` and there is none.
     """
     if not ckpt_path:
         raise UsageError("--ckpt_path is empty: give a checkpoint file, or `last` for the newest run's.")
-    if os.path.isdir(ckpt_path):
+    if os.path.isdir(ckpt_path) and not is_sharded(ckpt_path):
         raise UsageError(f"--ckpt_path {ckpt_path!r} is a folder; give a checkpoint file.", hint)
     if ckpt_path == "last":
         from lightning_plugins.cli.last_run import find_last
@@ -53,7 +54,7 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
 
     from lightning_plugins.cli import checkpoint
     from lightning_plugins.cli.explain import explain, import_object
-    from lightning_plugins.core.checkpoint_data import taken_by
+    from lightning_plugins.core.checkpoint_data import module_of_folder, taken_by
 
     hparams = checkpoint.read_hyperparameters(path)
     given = None if class_path is None else Namespace(class_path=_full_path(class_path))
@@ -67,8 +68,11 @@ def load_model(path: Path, class_path: str | None, methods: Sequence[str], other
     cls = import_object(checkpoint.model_config(path, hparams, given)["class_path"])
     _refuse_other_classes(cls, path, methods, otherwise)
     try:
-        source = taken_by(cls, path, hparams, "cpu", weights_only=True)
-        model = cls.load_from_checkpoint(source, map_location="cpu", weights_only=True)
+        if is_sharded(path):
+            model = module_of_folder(cls, path, "cpu")
+        else:
+            source = taken_by(cls, path, hparams, "cpu", weights_only=True)
+            model = cls.load_from_checkpoint(source, map_location="cpu", weights_only=True)
     except RuntimeError as error:
         if "allocate memory" in str(error):
             raise UsageError(

@@ -52,8 +52,9 @@ class DrawsSamples(Protocol):
 
 def add_sample_arguments(parser: ArgumentParser) -> None:
     """Add the options of ``sample``; how to draw stays as the model has it where nothing is given."""
-    where = "Checkpoint of a generative model, `last` (the newest run's below the current folder), or the folder of a "
-    where += "diffusers pipeline: an exported one draws in one step, any other as it does by default."
+    where = "Checkpoint of a generative model, which may be a sharded one's folder, `last` (the newest "
+    where += "run's below the current folder), or the folder of a diffusers pipeline: an exported one "
+    where += "draws in one step, any other as it does by default."
     parser.add_argument("--ckpt_path", type=str, required=True, help=where).complete = FILE
     parser.add_argument("--num_samples", type=PositiveInt, default=64, help="Images to draw.")
     output = "Picture to write if it ends in .png (an existing one is replaced), else a folder for a PNG of each image "

@@ -32,7 +32,7 @@ _OTHER_EXAMPLES = """\
   lightning-plugins {0} --ckpt_path last --data Digits    the newest run; the file knows its model
   lightning-plugins {0} --ckpt_path last --config capsnet/digits    with data and trainer of a config
 """
-_LAST = "`last` is the newest run's below --trainer.default_root_dir."
+_LAST = "A file, or a sharded one's folder; `last` is the newest run's below --trainer.default_root_dir."
 _CHECKPOINT = {
     "fit": f"Checkpoint to go on from: weights, optimizer, schedule, epoch and batch. {_LAST}",
     "validate": f"Checkpoint to validate. {_LAST}",

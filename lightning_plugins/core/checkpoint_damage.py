@@ -3,12 +3,13 @@
 import os
 import time
 import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 _FOLDER = 0x10  # a bit of an entry's attributes by which torch would read nothing
 _JUST_WRITTEN = 2 * 10**9  # ns in which a file may change again with no change of its time: the coarsest clock, of FAT
-_verdicts: dict[tuple[int, ...], str | None] = {}  # of files that this process has read
+_verdicts: dict[tuple[tuple[int, ...], ...], str | None] = {}  # of files that this process has read
 
 
 def damage(path: Path) -> str | None:
@@ -17,16 +18,23 @@ def damage(path: Path) -> str | None:
     The checksum (CRC-32) of every record and the headers around them are compared, at about a second for 2 GB. A file
     in torch's old format, or one written under ``torch.serialization.set_crc32_options(False)``, has no checksums.
 
+    """
+    return remembered([path], lambda: _read(path))
+
+
+def remembered(paths: Sequence[Path], judge: Callable[[], str | None]) -> str | None:
+    """What ``judge`` says of some files.
+
     A command asks two or three times for one file: the first answer serves as long as the file has not changed.
     """
-    found = path.stat()
-    file = found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-    if file in _verdicts:
-        return _verdicts[file]
-    settled = time.time_ns() - max(found.st_mtime_ns, found.st_ctime_ns) > _JUST_WRITTEN
-    verdict = _read(path)
+    found = [path.stat() for path in paths]
+    files = tuple((each.st_dev, each.st_ino, each.st_size, each.st_mtime_ns, each.st_ctime_ns) for each in found)
+    if files in _verdicts:
+        return _verdicts[files]
+    settled = time.time_ns() - max(max(each.st_mtime_ns, each.st_ctime_ns) for each in found) > _JUST_WRITTEN
+    verdict = judge()
     if settled:
-        _verdicts[file] = verdict
+        _verdicts[files] = verdict
     return verdict
 
 

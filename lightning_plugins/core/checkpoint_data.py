@@ -3,16 +3,19 @@
 import io
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
+from lightning_plugins.core.checkpoint_shards import describe_sharded, read_sharded
 from lightning_plugins.core.hyperparameters import not_taken
-from lightning_plugins.core.lightning_internals import INSTANTIATOR, load_any
+from lightning_plugins.core.lightning_internals import INSTANTIATOR, load_any, module_of
 from lightning_plugins.core.named_parts import check_named_parts, nothing_imported_for
 from lightning_plugins.core.replaced_arguments import loading
+from lightning_plugins.core.replacing import is_sharded
 
 Module = TypeVar("Module", bound=type[LightningModule])
 _OLD_KEYS = ("hparams", "module_arguments")  # Lightning still reads them
@@ -58,19 +61,27 @@ def read_as_data(cls: Module) -> Module:
         """As Lightning's, for files from elsewhere: nothing that they name is imported.
 
         Raises:
-            OSError: the file is empty, truncated or damaged.
-            ValueError: an argument in the file names what is not imported, or is no part of a model.
+            OSError: the file, or one of a sharded checkpoint's folder, is missing, empty, truncated or damaged.
+            ValueError: an argument in the file names what is not imported, or is no part of a model; a folder holds
+                what is no data.
         """
         refuse_damage(checkpoint_path)
         weights_only = True if weights_only is None else weights_only
+        if hparams_file is not None and is_sharded(checkpoint_path):
+            raise ValueError(
+                f"hparams_file={str(hparams_file)!r} is not read for the folder of a sharded checkpoint: give the "
+                "arguments themselves, or make one file of it by `lightning-plugins consolidate`."
+            )
         arguments = _read(checkpoint_path, weights_only) | kwargs
         if INSTANTIATOR in arguments:  # only then are names looked up
             try:
                 check_named_parts({key: value for key, value in arguments.items() if key not in kwargs}, cls)
             except ValueError as error:
                 raise ValueError(f"{str(checkpoint_path)!r}: {error}. {_cure(error)}") from None
-        source = taken_by(cls, checkpoint_path, arguments, map_location, weights_only)
+        if is_sharded(checkpoint_path):
+            return module_of_folder(cls, checkpoint_path, map_location, strict, **kwargs)
         with loading(), nothing_imported_for({key: value for key, value in arguments.items() if key not in kwargs}):
+            source = taken_by(cls, checkpoint_path, arguments, map_location, weights_only)
             return super(made, cls).load_from_checkpoint(
                 source, map_location, hparams_file, strict, weights_only, **kwargs
             )
@@ -97,14 +108,47 @@ def taken_by(cls: Any, source: Any, arguments: Mapping[str, Any], map_location: 
     if not surplus:
         return source
     place = map_location if map_location or torch.cuda.is_available() else "cpu"
-    content = load_any(source, weights_only, place)
-    for key in (*_OLD_KEYS, "hyper_parameters"):
-        if isinstance(content.get(key), dict):
-            content[key] = {name: value for name, value in content[key].items() if name not in surplus}
+    content = _without(load_any(source, weights_only, place), surplus)
     file = io.BytesIO()
     torch.save(content, file)
     file.seek(0)
     return file
+
+
+def module_of_folder(cls: Any, folder: Any, map_location: Any, strict: bool | None = None, **arguments: Any) -> Any:
+    """What ``load_from_checkpoint`` makes of a file, of a sharded checkpoint's folder; optimizers are not read.
+
+    Args:
+        cls: the class to be made.
+        folder: the checkpoint.
+        map_location: where the module goes, as for ``torch.load``.
+        strict: as for ``load_from_checkpoint``.
+        **arguments: the caller's own, which win over the checkpoint's.
+
+    Raises:
+        OSError: a file in the folder is missing, truncated or damaged.
+        ValueError: the folder holds what is no data.
+    """
+    content = read_sharded(Path(folder), optimizers=False)
+    found = {**arguments_in(content), **arguments}
+    content = _without(content, not_taken(cls, found) if INSTANTIATOR in found else set())
+    with loading(), nothing_imported_for({key: value for key, value in found.items() if key not in arguments}):
+        return module_of(cls, content, strict, arguments).to(_device(map_location))
+
+
+def _device(map_location: Any) -> torch.device:
+    """Where ``torch.load`` puts a tensor that was saved on the CPU."""
+    file = io.BytesIO()
+    torch.save(torch.zeros(()), file)
+    file.seek(0)
+    return torch.load(file, map_location=map_location, weights_only=True).device
+
+
+def _without(content: dict[str, Any], surplus: set[str]) -> dict[str, Any]:
+    for key in (*_OLD_KEYS, "hyper_parameters"):
+        if isinstance(content.get(key), dict):
+            content[key] = {name: value for name, value in content[key].items() if name not in surplus}
+    return content
 
 
 def _cure(error: ValueError) -> str:
@@ -114,7 +158,9 @@ def _cure(error: ValueError) -> str:
 
 def _read(source: Any, weights_only: bool) -> dict[str, Any]:
     """The arguments in a file, an address or an open file, which is left where it was."""
-    if hasattr(source, "seek"):
+    if is_sharded(source):
+        content = describe_sharded(Path(source))
+    elif hasattr(source, "seek"):
         start = source.tell()
         content = load_any(source, weights_only)
         source.seek(start)

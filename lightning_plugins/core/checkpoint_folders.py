@@ -2,7 +2,6 @@
 
 import json
 import os
-import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,13 +11,12 @@ import torch.distributed
 from lightning.pytorch.strategies import ParallelStrategy
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
-from lightning_plugins.core.replacing import is_address, replacing, write_error
-
-_CHECKSUMS = "checksums.json"  # of all other files in the folder, CRC-32
+from lightning_plugins.core.checkpoint_shards import CHECKSUMS, checksum, kept_checksums, read_index, refuse_objects
+from lightning_plugins.core.replacing import is_address, is_sharded, replacing, write_error
 
 
 def replace_folders(strategy: ParallelStrategy) -> None:
-    """Let a strategy write folders beside their place, with checksums, and compare these when it reads one.
+    """Let a strategy write folders beside their place, with checksums, and read none that is damaged or no data.
 
     All processes write, rank zero puts the whole there. A file (of a checkpoint that is not sharded) fares as well.
     """
@@ -45,7 +43,10 @@ def replace_folders(strategy: ParallelStrategy) -> None:
 
     def load_checkpoint(checkpoint_path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
         refuse_damage(checkpoint_path)
-        _compare_checksums(strategy, Path(strategy.broadcast(checkpoint_path)))
+        folder = Path(strategy.broadcast(checkpoint_path))
+        if is_sharded(folder):  # torch reads its index, and what is no tensor, by pickle
+            refuse_objects(folder, read_index(folder))
+        _compare_checksums(strategy, folder)
         return load(checkpoint_path, *arguments, **options)
 
     strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
@@ -55,14 +56,14 @@ def _add_checksums(strategy: ParallelStrategy, folder: Path) -> None:
     names = sorted(path.name for path in folder.glob("*")) if strategy.is_global_zero else []
     sums = _checksums(strategy, folder, strategy.broadcast(names))
     if strategy.is_global_zero and folder.is_dir():
-        (folder / _CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
+        (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
 
 
 def _compare_checksums(strategy: ParallelStrategy, folder: Path) -> None:
-    path = folder / _CHECKSUMS
+    path = folder / CHECKSUMS
     if not strategy.broadcast(path.is_file()):  # a file, an address, or written by Lightning alone
         return
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = kept_checksums(folder)
     found = _checksums(strategy, folder, sorted(kept))
     if wrong := [name for name in sorted(kept) if kept[name] != found[name]]:
         raise OSError(
@@ -72,18 +73,8 @@ def _compare_checksums(strategy: ParallelStrategy, folder: Path) -> None:
 
 def _checksums(strategy: ParallelStrategy, folder: Path, names: Sequence[str]) -> dict[str, int | None]:
     """Of all files by name; each process reads its share of them."""
-    mine = {name: _checksum(folder / name) for name in names[strategy.global_rank :: strategy.world_size]}
+    mine = {name: checksum(folder / name) for name in names[strategy.global_rank :: strategy.world_size]}
     shares = [mine] * strategy.world_size
     if strategy.world_size > 1:
         torch.distributed.all_gather_object(shares, mine)
     return {name: value for share in shares for name, value in share.items()}
-
-
-def _checksum(path: Path) -> int | None:
-    if not path.is_file():
-        return None
-    value = 0
-    with path.open("rb") as file:
-        while data := file.read(2**20):
-            value = zlib.crc32(data, value)
-    return value

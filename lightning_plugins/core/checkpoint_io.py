@@ -12,8 +12,9 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_folders import replace_folders
+from lightning_plugins.core.checkpoint_shards import read_sharded
 from lightning_plugins.core.lightning_internals import given_checkpoint_io
-from lightning_plugins.core.replacing import is_address, replacing, write_error
+from lightning_plugins.core.replacing import is_address, is_sharded, replacing, write_error
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,7 +31,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     - ``AsyncCheckpointIO(AtomicCheckpointIO())`` writes in the background. ``ModelCheckpoint`` then removes the last
       file before the new one is there: keep two (``save_top_k=2``) or ``save_last=True``. On a slow disk a file may be
       left that was to be removed before it was written.
-    - Folders of sharded checkpoints (FSDP) are written by the strategy: see :func:`keep_checkpoints_whole`.
+    - Folders of sharded checkpoints (FSDP) are written by the strategy: see :func:`keep_checkpoints_whole`. Runs on one
+      process, or under DDP, read them by this class, and go on from them.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -60,12 +62,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             raise write_error(error, path) from error
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Read a checkpoint, after its checksums have been compared.
+        """Read a checkpoint, after its checksums have been compared; of a sharded one's folder, the whole on the CPU.
 
         Raises:
             FileNotFoundError: there is no such file.
             OSError: the file is empty, truncated or damaged.
+            ValueError: a folder holds what is no data.
         """
+        if is_sharded(path):
+            return read_sharded(Path(path))
         refuse_damage(path)
         try:
             return super().load_checkpoint(path, *arguments, **options)

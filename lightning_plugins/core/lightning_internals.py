@@ -20,6 +20,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters, _given_hyperparameters_context
 from lightning.pytorch.core.optimizer import LightningOptimizer, _MockOptimizer, do_nothing_closure
+from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import DDPStrategy, Strategy
@@ -249,6 +250,15 @@ def load_any(source: Any, weights_only: bool, map_location: Any = "cpu") -> Any:
     When ``_load`` goes: read ``_load_from_checkpoint`` of Lightning's ``core/saving.py``.
     """
     return _load(source, map_location=map_location, weights_only=weights_only)
+
+
+def module_of(cls: Any, content: dict[str, Any], strict: bool | None, arguments: dict[str, Any]) -> Any:
+    """What ``cls.load_from_checkpoint`` makes of a file with this content, given these arguments.
+
+    When ``_load_state`` goes: write the content to a file, and let ``load_from_checkpoint`` read that.
+    """
+    content["hyper_parameters"] = {**content.get("hyper_parameters", {}), **arguments}
+    return _load_state(cls, content, strict=strict, **arguments)
 
 
 def given_checkpoint_io(strategy: Strategy) -> CheckpointIO | None:

@@ -85,6 +85,11 @@ def is_address(path: object) -> bool:
     return "://" in str(path)
 
 
+def is_sharded(path: object) -> bool:
+    """Whether a path is a folder in which each process of a run has written its part of a checkpoint."""
+    return isinstance(path, (str, os.PathLike)) and os.path.lexists(os.path.join(os.fspath(path), _SHARDED[0]))
+
+
 def _is_leftover(path: Path, host: str, pid: int) -> bool:
     if host == _HOST and pid == os.getpid():
         return path.name not in _writing  # of a process that had the same number

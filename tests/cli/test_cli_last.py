@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from hostile import eae, shards
 
 from lightning_plugins.cli.last_run import find_last
 from lightning_plugins.cli.messages import UsageError
@@ -82,9 +83,12 @@ def test_a_link_that_leads_nowhere_and_half_a_folder(checkpoints, tmp_path, caps
     assert last(tmp_path) == checkpoints[2]
     told = capsys.readouterr().err
     assert "last.ckpt' does not exist." in told
-    assert "last-v1.ckpt' is a folder without its meta.pt." in told
-    (checkpoints[3].parent / "last-v1.ckpt" / "meta.pt").touch()
+    assert "last-v1.ckpt' is a folder without a sharded checkpoint" in told
+    shards(eae(), checkpoints[3].parent / "last-v1.ckpt")
     assert last(tmp_path).name == "last-v1.ckpt"
+    (checkpoints[3].parent / "last-v1.ckpt" / "meta.pt").unlink()
+    assert last(tmp_path) == checkpoints[2]
+    assert "last-v1.ckpt' is damaged (it lacks 'meta.pt')." in capsys.readouterr().err
 
 
 def test_another_file_by_the_name_of_a_checkpoint(checkpoints, tmp_path, capsys):

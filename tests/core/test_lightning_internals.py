@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities import cloud_io, types
 from lightning.pytorch import Callback, LightningModule, Trainer, cli
 from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
-from lightning.pytorch.core import optimizer
+from lightning.pytorch.core import optimizer, saving
 from lightning.pytorch.core.mixins import hparams_mixin
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.demos.boring_classes import BoringModel, ManualOptimBoringModel
@@ -78,6 +78,7 @@ NAMES = {
     "hparams_mixin._given_hyperparameters": "given_hyperparameters",
     "hparams_mixin._given_hyperparameters_context": "giving_hyperparameters",
     "cloud_io._load": "load_any",
+    "saving._load_state": "module_of",
     "strategy._checkpoint_io": "given_checkpoint_io",
     "checkpoint._save_last_checkpoint": "save_last",
     "checkpoint._monitor_candidates": "save_last",
@@ -106,6 +107,7 @@ def test_a_private_name(trainer, path):
     owners |= {"callback": Callback(), "lightning_optimizer": LightningOptimizer(trainer.optimizers[0])}
     owners |= {"optimizer": optimizer, "hparams_mixin": hparams_mixin, "cloud_io": cloud_io, "types": types}
     owners["launchers"] = launchers
+    owners |= {"saving": saving}
     first, *names = path.split(".")
     owner = owners[first]
     for name in names:

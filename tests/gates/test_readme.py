@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hostile import eae, shards
 from lightning.pytorch import Trainer
 from pages import blocks, commands
 
@@ -121,6 +122,8 @@ def run_command(words):
     arguments = words[1:] if words[0] == "lightning-plugins" else words[3:]
     if arguments[0] == "fit":
         arguments += ["--trainer.max_epochs=1", "--data.batch_size=12"]
+    if arguments[0] == "consolidate":  # of a run on several processes
+        shards(eae(), arguments[1])
     if arguments[0] in ("fit", "validate", "test", "predict"):
         arguments += [f"--trainer.{name}={value}" for name, value in SHORT.items()]
     try:

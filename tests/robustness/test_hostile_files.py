@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -12,12 +13,13 @@ import matplotlib
 import pytest
 import torch
 import yaml
-from hostile import CPU, DIGITS, EAE_ARGUMENTS, HOSTILE, MODULE, eae, save
+from hostile import CPU, DIGITS, EAE_ARGUMENTS, HOSTILE, MODULE, eae, save, shards
 
 from lightning_plugins.cli import main
 from lightning_plugins.cli.checkpoint import read_hyperparameters
-from lightning_plugins.cli.checkpoint_rules import check_sharded
+from lightning_plugins.cli.checkpoint_rules import sharded_content
 from lightning_plugins.cli.messages import UsageError
+from lightning_plugins.core.checkpoint_shards import read_sharded
 from lightning_plugins.core.pretrained import nobody_is_asked
 from lightning_plugins.sid.pipeline_folder import check_parts
 
@@ -115,7 +117,7 @@ def test_code_of_parts_within_parts(sandbox, case, file):
 
 def test_a_pickle_among_the_weights_of_a_sharded_checkpoint(sandbox):
     HOSTILE["a sharded checkpoint with a pickle for a weight"](sandbox)
-    assert "holds an object of posix.system; it is not opened" in refused(check_sharded, Path("shards"))
+    assert "holds an object of posix.system; it is not opened" in refused(sharded_content, Path("shards"))
     assert not (sandbox / "home" / "canary").exists()
 
 
@@ -232,14 +234,32 @@ def test_predictions_go_through_no_link(sandbox):
     assert torch.load(sandbox / "work" / "out" / "predictions.pt", weights_only=True)
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")  # torch 2.8 about its own
-def test_the_index_of_a_sharded_checkpoint_is_read(sandbox):
-    """Torch's own passes, so that what refuses a hostile one is not that nothing passes."""
-    from torch.distributed import checkpoint as sharded
+def test_what_torch_calls_in_an_index_is_not_called(sandbox):
+    """One that puts a function in the place of an attribute of torch's own class, as a pickle may."""
+    from torch.distributed.checkpoint.metadata import Metadata
 
-    state = {
-        f"weight {dtype}": torch.zeros(2, 2, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.int64)
-    }
-    sharded.save({**state, "more": {"epoch": 1, "name": "x"}}, checkpoint_id="shards")
-    check_sharded(sandbox / "work" / "shards")
+    index = b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n(N}\x8c\x07versionK\x01su\x86b."
+    index = index.replace(b"(N}", b"N}").replace(b"su\x86b", b"s\x86b")
+    shards(eae())
+    Path("shards/.metadata").write_bytes(index)
+    before = Metadata.version
+    try:
+        assert refused(sharded_content, Path("shards")).startswith("sharded checkpoint 'shards' holds ")
+        assert Metadata.version is before
+        pickle.loads(index)  # so that what is refused is what changes it
+        assert Metadata.version == 1
+    finally:
+        Metadata.version = before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_a_sharded_checkpoint_is_read(sandbox, dtype):
+    """Torch's own passes, so that what refuses a hostile one is not that nothing passes."""
+    weights = {"a.b": torch.ones(2, 2).to(dtype), "a.empty": torch.zeros(0, 3), "a.number": torch.tensor(1.0)}
+    shards({"state_dict": {**weights, "a._extra_state": {"epoch": 1, "name": ["x"]}}, "epoch": 3})
+    content = read_sharded(Path("shards"))
+    assert content["epoch"] == 3 and content["state_dict"].keys() == {*weights, "a._extra_state"}
+    assert content["state_dict"]["a._extra_state"] == {"epoch": 1, "name": ["x"]}
+    for name, value in weights.items():
+        found = content["state_dict"][name]
+        assert found.dtype == value.dtype and torch.equal(found.float(), value.float())

@@ -4,8 +4,8 @@ They write below the current folder only, and need ``evil_module`` of :data:`MOD
 """
 
 from hostile import checkpoints, files, folders
-from hostile.parts import BY_COMMAND_LINE, CPU, DIGITS, EAE_ARGUMENTS, MODULE, eae, save
+from hostile.parts import BY_COMMAND_LINE, CPU, DIGITS, EAE_ARGUMENTS, MODULE, eae, save, shards
 
-__all__ = ["BY_COMMAND_LINE", "CPU", "DIGITS", "EAE_ARGUMENTS", "HOSTILE", "MODULE", "eae", "save"]
+__all__ = ["BY_COMMAND_LINE", "CPU", "DIGITS", "EAE_ARGUMENTS", "HOSTILE", "MODULE", "eae", "save", "shards"]
 
 HOSTILE = {**checkpoints.CASES, **files.CASES, **folders.CASES}

@@ -2,12 +2,14 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import checkpoint as sharded
 
 EVIL = 'import os, pathlib\npathlib.Path(os.environ["HOME"], "canary").touch()\n'
 MODULE = f"{EVIL}import torch\nmake = torch.optim.SGD\n\n\nclass Thing(torch.nn.Module):\n    pass\n"
@@ -70,6 +72,18 @@ def save(content: Any, name: str = "evil.ckpt") -> str:
     """The option that names a file with this content."""
     torch.save(content, name)
     return f"--ckpt_path={name}"
+
+
+def shards(content: dict[str, Any], folder: str | Path = "shards") -> str:
+    """The option that names a folder as FSDP2 writes it, with the content of a checkpoint file, of one process."""
+    rest = dict(content)
+    parts = {"state_dict": rest.pop("state_dict")}
+    parts |= {f"optimizer_{number}": state for number, state in enumerate(rest.pop("optimizer_states", []))}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of one process alone
+        sharded.save(parts, checkpoint_id=folder)
+    torch.save(rest, Path(folder) / "meta.pt")
+    return f"--ckpt_path={folder}"
 
 
 @cache
