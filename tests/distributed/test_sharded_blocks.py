@@ -101,6 +101,12 @@ def test_the_units_are_blocks(runs):
     assert load(runs.two / "teacher")["units"] == sorted(expected)
 
 
+@pytest.mark.parametrize("name", ["unilm", "sid"])
+def test_weights_are_freed_after_a_call_without_a_backward_pass(runs, name):
+    """Else ``module.zero_grad()`` would clear the gradients of gathered weights, which are not the trained ones."""
+    assert load(runs.two / name)["whole"] == []
+
+
 def test_adapters_share_the_shards_of_the_weights_they_sit_on(runs):
     """Half a copy of the teacher in each process, not half of four; what cannot be halved evenly is padded by each."""
     one, two = (load(folder / "sid-lora")["frozen_bytes"] for folder in (runs.one, runs.two))

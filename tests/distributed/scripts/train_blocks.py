@@ -150,6 +150,7 @@ def run(name, folder, teacher, processes=1, ckpt_path=None):
         result["sample"] = model.sample(3, generator=torch.Generator().manual_seed(0))
     elif hasattr(model, "generate_text"):
         result["texts"] = model.generate_text(["one two", "nine eight seven"], num_beams=2)
+    result["whole"] = [key for key, value in model.named_parameters() if not hasattr(value, "placements")]
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(result, folder / f"rank{trainer.global_rank}.pt")
 
