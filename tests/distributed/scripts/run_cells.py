@@ -4,6 +4,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 from rank_script import end
@@ -11,7 +12,7 @@ from support.cells import CELLS, MODES, begin, cell
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder = sys.argv[1]
+    folder = Path(sys.argv[1])
     if sys.argv[2:] == ["launched"]:
         for part, name in CELLS:
             if MODES[name].launch:

@@ -13,11 +13,11 @@ from lightning.pytorch import seed_everything
 from rank_script import end, full, sharded, trainer_of
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
-from train_sid import RANKS, ROWS, Joined
+from train_sid import RANKS, ROWS
 from train_sid import sgd as two_sgd
 from train_unilm import CONFIG, some_pairs
 
-from lightning_plugins import DiffusionTeacher, Seq2SeqData, UniLMSeq2Seq
+from lightning_plugins import DiffusionTeacher, Seq2SeqData, SiD, UniLMSeq2Seq
 from lightning_plugins.core.distributed import close_process_group_at_exit
 
 SGD = partial(torch.optim.SGD, lr=0.05)
@@ -32,7 +32,7 @@ class WideUniLM(UniLMSeq2Seq):
         return super().build_network(*arguments).double()
 
 
-class WideSiD(Joined):
+class WideSiD(SiD):
     """In float64."""
 
     def configure_model(self):
@@ -74,8 +74,8 @@ CASES = {
     "sid-recomputed": (WideSiD, {**PLAIN, **RECOMPUTED}, {}),
     "sid-lora": (WideSiD, LORA, {}),
     "sid-lora-recomputed": (WideSiD, {**LORA, **RECOMPUTED}, {}),
-    "sid-lora-single": (Joined, {**LORA, **two_sgd(2e-3, 2e-3)}, {}),
-    "sid-bf16": (Joined, PLAIN, BF16),
+    "sid-lora-single": (SiD, {**LORA, **two_sgd(2e-3, 2e-3)}, {}),
+    "sid-bf16": (SiD, PLAIN, BF16),
     "teacher": (Teacher, TEACHER, {}),
     "teacher-recomputed": (Teacher, {**TEACHER, **RECOMPUTED}, {}),
 }
