@@ -55,7 +55,9 @@ def test_two_processes_equal_one(runs, name):
         assert torch.equal(two[0]["weights"][key], two[1]["weights"][key]), key
         torch.testing.assert_close(two[0]["weights"][key], value, rtol=tolerance, atol=tolerance, msg=key)
     if "sample" in one:
-        torch.testing.assert_close(two[0]["sample"], one["sample"], rtol=0, atol=10 * tolerance)
+        # each pixel is a sum over many weights, and autocast rounds it by 2^-8 on the way
+        times = 50 if "bf16" in name else 10
+        torch.testing.assert_close(two[0]["sample"], one["sample"], rtol=0, atol=times * tolerance)
     elif "bf16" not in name and "texts" in one:
         assert one["texts"] == two[0]["texts"] == two[1]["texts"]
 

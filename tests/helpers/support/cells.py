@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from trainers import quiet_trainer
 
 from lightning_plugins import EAE, CapsNet, DiffusionTeacher, Digits, RandomState, Seq2SeqData, SiD, UniLMSeq2Seq
@@ -140,6 +141,7 @@ def sharded(processes=2, tensor=1):
     return ModelParallelStrategy(data_parallel_size=processes // tensor, tensor_parallel_size=tensor)
 
 
+SID_OPTIONS = {"accumulate_grad_batches": "accumulate", "gradient_clip_val": "gradient_clip"}
 CLIPPED = {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
 WHOLE = dict.fromkeys(PARTS, "no tensor parallelism")
 HALF = dict.fromkeys(("DiffusionTeacher", "SiD", "SiD, LoRA"), "use 'bf16-mixed'")
@@ -186,7 +188,10 @@ def train(part, mode, root, file, processes, steps=STEPS, ckpt_path=None):
     """One run; each of its processes writes what came of it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     seed_everything(1, verbose=False)
-    model, data = PARTS[part](root, ROWS // processes, **(mode.arguments if processes == mode.processes else {}))
+    options, arguments = dict(mode.options), dict(mode.arguments) if processes == mode.processes else {}
+    if part.startswith("SiD"):  # it optimizes by itself
+        arguments |= {own: options.pop(name) for name, own in SID_OPTIONS.items() if name in options}
+    model, data = PARTS[part](root, ROWS // processes, **arguments)
     strategy = mode.strategy() if callable(mode.strategy) else mode.strategy
     turns = 1
     if part.startswith("SiD"):
@@ -201,11 +206,11 @@ def train(part, mode, root, file, processes, steps=STEPS, ckpt_path=None):
         max_steps=turns * steps,
         max_epochs=-1,
         limit_val_batches=0,
-        **mode.options,
+        **options,
     )
     try:
         trainer.fit(model, data, ckpt_path=ckpt_path)
-    except (ValueError, RuntimeError, NotImplementedError) as error:  # Lightning's are RuntimeErrors or ValueErrors
+    except (ValueError, RuntimeError, NotImplementedError, MisconfigurationException) as error:
         result = {"refused": " ".join(str(error).split())}
     else:
         result = {"weights": weights(model), "start": getattr(start, "weights", None)}

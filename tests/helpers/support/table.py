@@ -27,7 +27,7 @@ tried: CUDA, FSDP1 and DeepSpeed. [docs/several_gpus.md](several_gpus.md) has th
 MEANINGS = {
     "DDP": '`strategy="ddp"`; for SiD `ddp_find_unused_parameters_true`, as it asks',
     "DDP of four": "the same with four processes",
-    "accumulation, clipping": "DDP, `accumulate_grad_batches=2`, `gradient_clip_val=0.1`; SiD has its own",
+    "accumulation, clipping": "DDP, `accumulate_grad_batches=2`, `gradient_clip_val=0.1`; SiD's own arguments for both",
     "64-true": "DDP in double precision",
     "bf16-mixed": "DDP; sums in another order round differently, by 2^-8",
     "bf16-true": "DDP with weights in half precision",
