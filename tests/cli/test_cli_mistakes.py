@@ -57,11 +57,11 @@ MISTAKES = {
     "ft": """\
 error: a command comes first, not 'ft'.
 Did you mean fit?
-Commands: fit, validate, test, predict, generate, sample, export, list, copy, new, plot
+Commands: fit, validate, test, predict, generate, sample, export, consolidate, list, copy, new, plot
 """,
     "--config capsnet/digits fit": """\
 error: a command comes first, not '--config'.
-Commands: fit, validate, test, predict, generate, sample, export, list, copy, new, plot
+Commands: fit, validate, test, predict, generate, sample, export, consolidate, list, copy, new, plot
 """,
     "fit --config capsnet/digts": """\
 error: no file and no shipped config is called 'capsnet/digts'.
