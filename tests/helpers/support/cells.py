@@ -15,7 +15,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from trainers import quiet_trainer
 
-from lightning_plugins import EAE, CapsNet, DiffusionTeacher, Digits, RandomState, Seq2SeqData, SiD, UniLMSeq2Seq
+from lightning_plugins import (
+    EAE,
+    AtomicCheckpointIO,
+    CapsNet,
+    DiffusionTeacher,
+    Digits,
+    RandomState,
+    Seq2SeqData,
+    SiD,
+    UniLMSeq2Seq,
+)
 
 STEPS = 4
 ROWS = 32  # images in a step of all processes
@@ -201,6 +211,7 @@ def train(part, mode, root, file, processes, steps=STEPS, ckpt_path=None):
     trainer = quiet_trainer(
         start,
         RandomState(),
+        plugins=[AtomicCheckpointIO()] if processes == 1 else [],  # reads folders, too
         devices=processes,
         strategy="auto" if processes == 1 else strategy,
         max_steps=turns * steps,
