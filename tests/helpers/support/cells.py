@@ -206,7 +206,8 @@ def train(part, mode, root, file, processes, steps=STEPS, ckpt_path=None):
     turns = 1
     if part.startswith("SiD"):
         turns = 2  # optimizers that step
-        strategy = "ddp_find_unused_parameters_true" if strategy == "ddp" else strategy  # ddp is refused, and says so
+        if isinstance(strategy, str):
+            strategy += "_find_unused_parameters_true"  # without it is refused, and says so
     start = Start()
     trainer = quiet_trainer(
         start,
