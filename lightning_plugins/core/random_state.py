@@ -55,7 +55,8 @@ def state_for_rank(states: Sequence[dict[str, Any]], rank: int, device: torch.de
     """A process's random state out of those of other than its number of processes: no two processes get the same.
 
     A process that there was goes on with its own state, unless an earlier one had the same; any other gets one that is
-    derived from all states and its rank.
+    derived from all states and its rank. A derived one tells the first process's ``torch.initial_seed()``, by which
+    all draw what hangs on samples, such as masks.
 
     Args:
         states: of the processes that there were, by rank, from :func:`get_random_state`.
@@ -67,7 +68,12 @@ def state_for_rank(states: Sequence[dict[str, Any]], rank: int, device: torch.de
     digest = hashlib.sha256(rank.to_bytes(8, "little"))
     for state in states:
         digest.update(state["torch"].cpu().numpy().tobytes())
-    return _seeded_state(int.from_bytes(digest.digest()[:8], "little") >> 1, device)
+    state = _seeded_state(int.from_bytes(digest.digest()[:8], "little") >> 1, device)
+    state["torch"][:_SEED_BYTES] = states[0]["torch"][:_SEED_BYTES].cpu()
+    return state
+
+
+_SEED_BYTES = 8  # at the beginning of torch's CPU state: what torch.initial_seed() tells; the numbers come from the rest
 
 
 def _seeded_state(seed: int, device: torch.device) -> dict[str, Any]:

@@ -139,6 +139,9 @@ def test_no_two_processes_draw_the_same(before, now, alike):
     numbers = [drawn_by(state) for state in given]
     for kind in zip(*numbers, strict=True):
         assert len(set(kind)) == now
+    for rank, state in enumerate(given):
+        set_random_state(state, torch.device("cpu"))
+        assert torch.initial_seed() == (7 if alike else rank if rank < before else 0)
     kept = 1 if alike else min(before, now)
     assert numbers[:kept] == [drawn_by(state) for state in states[:kept]]
     again = [drawn_by(state_for_rank(states, rank, torch.device("cpu"))) for rank in range(now)]
