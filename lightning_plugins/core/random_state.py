@@ -73,7 +73,7 @@ def state_for_rank(states: Sequence[dict[str, Any]], rank: int, device: torch.de
     return state
 
 
-_SEED_BYTES = 8  # at the beginning of torch's CPU state: what torch.initial_seed() tells; the numbers come from the rest
+_SEED_BYTES = 8  # of torch's CPU state: what torch.initial_seed() tells; the numbers come from the rest
 
 
 def _seeded_state(seed: int, device: torch.device) -> dict[str, Any]:
