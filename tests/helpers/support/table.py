@@ -18,8 +18,7 @@ step. A cell is the largest distance between the two runs' weights, over all pro
 that training moved a weight, rounded up to a power of ten; `=` is equal bit for bit; `no` and a number is a refusal
 before the first step, whose sentence stands below; an empty cell is a mode that the model does not have.
 
-`EAE` looks for each code's nearest neighbour, and rounding swaps neighbours: double precision shows that the sums are the
-same.
+`EAE` looks for nearest neighbours, which rounding swaps: double precision shows that the sums are the same.
 
 Made by `make test-support` on {date}, two to four processes on a CPU, with
 {versions}.
