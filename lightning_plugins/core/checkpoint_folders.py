@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_shards import CHECKSUMS, checksum, kept_checksums, read_index, refuse_objects
@@ -46,10 +47,35 @@ def replace_folders(strategy: ParallelStrategy) -> None:
         folder = Path(strategy.broadcast(checkpoint_path))
         if is_sharded(folder):  # torch reads its index, and what is no tensor, by pickle
             refuse_objects(folder, read_index(folder))
+        elif isinstance(strategy, ModelParallelStrategy) and folder.is_file():
+            refuse_numbers(strategy, folder)
         _compare_checksums(strategy, folder)
         return load(checkpoint_path, *arguments, **options)
 
     strategy.save_checkpoint, strategy.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def refuse_numbers(strategy: ModelParallelStrategy, file: Path) -> None:
+    """A file of one process or DDP numbers the states of its optimizers' parameters, by the order of their groups.
+
+    Lightning takes the numbers for places among all of the module's parameters, and several optimizers' for those of
+    one: another parameter gets the state, without a word where shapes are alike.
+
+    Raises:
+        ValueError: the numbers would mean others.
+    """
+    module = strategy.lightning_module
+    if module is None or not strategy.optimizers:  # nothing is trained on
+        return
+    numbered = [parameter for group in strategy.optimizers[0].param_groups for parameter in group["params"]]
+    if len(strategy.optimizers) == 1 and [*map(id, numbered)] == [*map(id, module.parameters())]:
+        return
+    states = torch.load(file, weights_only=True, mmap=True, map_location="cpu").get("optimizer_states", [])
+    if any(isinstance(number, int) for state in states for number in state.get("state", {})):
+        raise ValueError(
+            f"{str(file)!r} numbers the states of its optimizers, which FSDP2 would give to other parameters of "
+            f"{type(module).__name__.removeprefix('FSDP')}: go on without FSDP2, or begin anew from its weights (load_from_checkpoint)."
+        )
 
 
 def _add_checksums(strategy: ParallelStrategy, folder: Path) -> None:
