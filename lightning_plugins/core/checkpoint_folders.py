@@ -72,9 +72,10 @@ def refuse_numbers(strategy: ModelParallelStrategy, file: Path) -> None:
         return
     states = torch.load(file, weights_only=True, mmap=True, map_location="cpu").get("optimizer_states", [])
     if any(isinstance(number, int) for state in states for number in state.get("state", {})):
+        name = type(module).__name__.removeprefix("FSDP")
         raise ValueError(
-            f"{str(file)!r} numbers the states of its optimizers, which FSDP2 would give to other parameters of "
-            f"{type(module).__name__.removeprefix('FSDP')}: go on without FSDP2, or begin anew from its weights (load_from_checkpoint)."
+            f"{str(file)!r} numbers the states of its optimizers, which FSDP2 would give to other parameters of {name}: "
+            "go on without FSDP2, or begin anew from its weights (load_from_checkpoint)."
         )
 
 
