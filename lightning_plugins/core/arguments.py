@@ -118,7 +118,7 @@ def is_number(value: Any) -> bool:
     """Whether a value is a finite real number, of Python or numpy, that torch can take."""
     if isinstance(value, numbers.Integral):
         return _is_whole(value)
-    return isinstance(value, numbers.Real) and abs(value) < math.inf  # torch.compile cannot trace math.isfinite
+    return isinstance(value, numbers.Real) and abs(float(value)) < math.inf  # torch.compile has no isfinite
 
 
 def _is_whole(value: Any) -> bool:

@@ -74,8 +74,8 @@ def refuse_numbers(strategy: ModelParallelStrategy, file: Path) -> None:
     if any(isinstance(number, int) for state in states for number in state.get("state", {})):
         name = type(module).__name__.removeprefix("FSDP")
         raise ValueError(
-            f"{str(file)!r} numbers the states of its optimizers, which FSDP2 would give to other parameters of {name}: "
-            "go on without FSDP2, or begin anew from its weights (load_from_checkpoint)."
+            f"{str(file)!r} numbers the states of its optimizers, which FSDP2 would give to other parameters of "
+            f"{name}: go on without FSDP2, or begin anew from its weights (load_from_checkpoint)."
         )
 
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -234,7 +234,7 @@ class EAE(LightningModule):
 
     def _dtype_of(self, network: nn.Module) -> torch.dtype:
         """The type of its weights: Lightning's own ``dtype`` does not know of ``module.bfloat16()``."""
-        return next((weight.dtype for weight in network.parameters()), self.dtype)
+        return next((weight.dtype for weight in network.parameters()), cast(torch.dtype, self.dtype))
 
     def reconstruct(self, image: Tensor, label: Tensor | None = None) -> Tensor:
         """The images as the codes know them; ``forward`` by its name."""

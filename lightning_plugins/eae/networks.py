@@ -109,13 +109,13 @@ def build_decoder(network: Network, image_shape: Sequence[int], num_inputs: int,
     return nn.Sequential(*layers, nn.Sigmoid())
 
 
-def decayed_weights(decoder: nn.Module) -> list[nn.Parameter]:
+def decayed_weights(decoder: nn.Module) -> list[Tensor]:
     """What RAE-L2 decays: kernels of transposed convolutions, as its code; without any, of linear layers; no bias."""
     for kind in (nn.ConvTranspose2d, nn.Linear):
         weights = [layer.weight for layer in decoder.modules() if isinstance(layer, kind)]
         if weights:
             return list(dict.fromkeys(weights))  # a shared one is decayed once
-    return list(decoder.parameters())
+    return [*decoder.parameters()]
 
 
 def _mlp(num_inputs: int, width: int, num_outputs: int) -> list[nn.Module]:
