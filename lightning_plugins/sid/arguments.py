@@ -61,6 +61,8 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         raise ValueError("adversarial=True reads the fake score's network without guidance: set guidance to 1.")
     for name in ("generator_after_images", "adversarial_after_images", "fake_clip_value"):
         if arguments[name] and not arguments["adversarial"]:
-            raise ValueError(f"{name}={arguments[name]} is read with adversarial=True alone: set that, or leave it out.")
+            raise ValueError(
+                f"{name}={arguments[name]} is read with adversarial=True alone: set that, or leave it out."
+            )
     if arguments["batch_size"] < arguments["accumulate"]:
         raise ValueError(f"accumulate={arguments['accumulate']} must not exceed batch_size={arguments['batch_size']}.")

@@ -392,11 +392,11 @@ class SiD(LightningModule):
         batch = as_dict(batch, type(self).__name__)
         n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
         seen = n * self.trainer.world_size
+        conditioning = self.networks.conditioning(n, labels, prompts, self._random(n, self.fake_steps + 1), self.device)
+        real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
         if self._updates == 0:
             waits = {name: getattr(self, name) for name in ("generator_after_images", "adversarial_after_images")}
             warn_of_a_short_run(self.trainer, seen, waits)
-        conditioning = self.networks.conditioning(n, labels, prompts, self._random(n, self.fake_steps + 1), self.device)
-        real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
         for turn in range(self.fake_steps):
             logs = self._update(fake_optimizer, n, conditioning, real, turn, self._fake_objective)
         logs |= self._update(generator_optimizer, n, conditioning, real, self.fake_steps, self._generator_objective)

@@ -1,4 +1,4 @@
-"""SiDA against the authors' formulas written out: the adversarial term's weight, its logits, and what waits for when."""
+"""SiDA against the authors' formulas written out: the adversarial term's weight, its logits, and what waits."""
 
 import pytest
 import torch
@@ -159,9 +159,7 @@ class Watch(SiD):
 
 def adam_steps(run):
     """Updates that each of the two optimizers has made."""
-    return [
-        int(optimizer.state_dict()["state"].get(0, {"step": 0})["step"]) for optimizer in run.optimizers
-    ]
+    return [int(optimizer.state_dict()["state"].get(0, {"step": 0})["step"]) for optimizer in run.optimizers]
 
 
 def test_the_generator_waits(teacher_folder):
@@ -292,7 +290,7 @@ def test_arguments_out_of_range(arguments, message):
 
 def test_a_run_that_ends_before_the_generator_begins_says_so(teacher_folder):
     """For 100,000 images nothing but the fake score is trained, which is more than a first try has."""
-    with pytest.warns(UserWarning, match=r"generator_after_images=16: this run ends after 16 images, before .* set it t"):
+    with pytest.warns(UserWarning, match=r"generator_after_images=16: this run ends after 16 images, before .* set it"):
         fit(build(teacher_folder("ddpm"), generator_after_images=16), steps=2)
     with pytest.warns(UserWarning, match=r"^adversarial_after_images=200000: this run ends after 16 images"):
         fit(build(teacher_folder("ddpm"), adversarial_after_images=None), steps=2)
