@@ -41,8 +41,11 @@ def schedule(
 ) -> Schedule:
     """SiD's arguments with the authors' values where none is given; nothing of it if it is not adversarial."""
     authors = _AUTHORS if adversarial else Schedule(0, 0, 0.0)
-    given = (generator_after_images, adversarial_after_images, fake_clip_value)
-    return Schedule(*(default if value is None else value for value, default in zip(given, authors, strict=True)))
+    return Schedule(
+        authors.generator_after_images if generator_after_images is None else generator_after_images,
+        authors.adversarial_after_images if adversarial_after_images is None else adversarial_after_images,
+        authors.fake_clip_value if fake_clip_value is None else fake_clip_value,
+    )
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def warn_of_a_short_run(trainer: Trainer, seen: int, waits: Mapping[str, int]) -
         waits: arguments that say after how many images something begins; the first one of the run's that is too many
             is named.
     """
-    if trainer.fast_dev_run:
+    if getattr(trainer, "fast_dev_run", False):
         return
     total = trainer.estimated_stepping_batches * seen
     for name, images in waits.items():

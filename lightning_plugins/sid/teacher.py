@@ -74,14 +74,8 @@ class Teacher:
             x: ``(B, C, H, W)`` samples without noise, as the network makes them.
         """
         if self.vae is not None:
-            x = torch.cat([self._decode_latents(few) for few in x.split(_DECODED_AT_ONCE)])
+            x = torch.cat([_decode_latents(self.vae, few) for few in x.split(_DECODED_AT_ONCE)])
         return (x.float() / 2 + 0.5).clamp(0, 1)
-
-    def _decode_latents(self, x: Tensor) -> Tensor:
-        """By the VAE, in its precision."""
-        config, parameter = self.vae.config, next(self.vae.parameters())
-        x = x / config.scaling_factor + (config.get("shift_factor") or 0.0)
-        return self.vae.decode(x.to(parameter.device, parameter.dtype)).sample
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -163,6 +157,13 @@ def load_teacher(source: "str | Path | DiffusionPipeline") -> Teacher:
         source=None if loaded else name,
         fingerprint=fingerprint(network, parts["scheduler"]),
     )
+
+
+def _decode_latents(vae: nn.Module, x: Tensor) -> Tensor:
+    """By the VAE, in its precision."""
+    config, parameter = vae.config, next(vae.parameters())
+    x = x / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    return vae.decode(x.to(parameter.device, parameter.dtype)).sample
 
 
 @torch.no_grad()
