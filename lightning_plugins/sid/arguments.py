@@ -31,6 +31,9 @@ _RULES = {
     "fake_guidance": must.optional(must.non_negative),
     "condition_dropout": must.share,
     "adversarial": must.flag,
+    "generator_after_images": must.optional(must.whole(0)),
+    "adversarial_after_images": must.optional(must.whole(0)),
+    "fake_clip_value": must.optional(must.non_negative),
     "lora_rank": must.optional(must.count),
     "activation_checkpointing": must.flag,
     "clip_output": must.optional(must.flag),
@@ -56,5 +59,10 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
     check_times(arguments["t_min"], arguments["t_max"])
     if arguments["adversarial"] and (arguments["guidance"] != 1 or arguments["fake_guidance"] not in (None, 1)):
         raise ValueError("adversarial=True reads the fake score's network without guidance: set guidance to 1.")
+    for name in ("generator_after_images", "adversarial_after_images", "fake_clip_value"):
+        if arguments[name] and not arguments["adversarial"]:
+            raise ValueError(
+                f"{name}={arguments[name]} is read with adversarial=True alone: set that, or leave it out."
+            )
     if arguments["batch_size"] < arguments["accumulate"]:
         raise ValueError(f"accumulate={arguments['accumulate']} must not exceed batch_size={arguments['batch_size']}.")

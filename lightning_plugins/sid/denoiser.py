@@ -149,7 +149,9 @@ class Denoiser(nn.Module):
         r"""What to multiply unit noise by, so that it enters :meth:`forward` as a pipeline feeds its first step.
 
         :math:`\sqrt{1 + \sigma^2}` for VP and EDM's schedulers, :math:`1 + \sigma` for flow matching, whose own
-        pipelines start at :attr:`sigma_max`. The one-step generator is ``G(z) = D(input_scale * z, sigma_init)``.
+        pipelines start at :attr:`sigma_max`. The one-step generator is ``G(z) = D(input_scale * z, sigma_init)``. The
+        code of SiD and of SiD-LSG multiplies by sigma alone, as EulerDiscreteScheduler does, so that a VP network sees
+        ``sqrt(1 - alpha_bar) z``; it is fed ``z`` here, as DDIM and DDPM feed it.
 
         Args:
             sigma_init: the noise level of the first step, within the teacher's.

@@ -1,13 +1,14 @@
 """Two networks trained in turn under Lightning: gradients made finite, and the runs that are refused before a step."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_plugins.core.lightning_internals import ddp_option, is_compiled
@@ -24,6 +25,18 @@ def finite_gradients_(parameters: Iterable[nn.Parameter]) -> None:
     """
     for gradient in local([parameter.grad for parameter in parameters if parameter.grad is not None]):
         torch.nan_to_num(gradient, nan=0.0, posinf=1e5, neginf=-1e5, out=gradient)
+
+
+@torch.no_grad()
+def clip_values_(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Each entry of the gradients to at most a size, in place.
+
+    Args:
+        parameters: each with a gradient, sharded (FSDP2) or whole.
+        limit: that size.
+    """
+    for gradient in local([parameter.grad for parameter in parameters if parameter.grad is not None]):
+        gradient.clamp_(-limit, limit)
 
 
 def refuse_setup(module: LightningModule, trainer: Trainer) -> None:
@@ -72,6 +85,28 @@ def refuse_endless_decay(trainer: Trainer, decay_from: float) -> None:
     """
     if decay_from < 1 and trainer.max_steps == -1 and trainer.max_epochs == -1:
         raise ValueError(f"decay_from={decay_from} needs an end: give the trainer max_steps or max_epochs.")
+
+
+def warn_of_a_short_run(trainer: Trainer, seen: int, waits: Mapping[str, int]) -> None:
+    """Say that a run ends before something in it begins.
+
+    Args:
+        trainer: of the run, whose steps are counted.
+        seen: images of all processes in a step.
+        waits: arguments that say after how many images something begins; the first one of the run's that is too many
+            is named.
+    """
+    if getattr(trainer, "fast_dev_run", False):
+        return
+    total = trainer.estimated_stepping_batches * seen
+    for name, images in waits.items():
+        if images and total - seen < images:
+            rank_zero_warn(
+                f"{name}={images}: this run ends after {total:,} images, before what waits for that many begins; train "
+                "longer, or set it to 0 to begin at once.",
+                category=UserWarning,
+            )
+            return
 
 
 @torch.no_grad()

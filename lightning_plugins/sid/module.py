@@ -29,7 +29,7 @@ from lightning_plugins.core.replaced_arguments import Replaced, refuse_replaced
 from lightning_plugins.core.sample_keys import SampleKeys, row_keys
 from lightning_plugins.core.sharding import gradient_sync, shard_networks
 from lightning_plugins.sid import losses, plots
-from lightning_plugins.sid.adversarial import Logits, encoder_logits
+from lightning_plugins.sid.adversarial import Logits, encoder_logits, schedule
 from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.conditions import EqualBatches, as_dict, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
@@ -39,10 +39,12 @@ from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.manual_optimization import (
     allow_checkpoints_by_steps,
+    clip_values_,
     finite_gradients_,
     refuse_broken_teacher,
     refuse_endless_decay,
     refuse_setup,
+    warn_of_a_short_run,
 )
 from lightning_plugins.sid.networks import StudentNetworks, half_life_decay, update_average
 from lightning_plugins.sid.noise_levels import Levels, draw_levels
@@ -61,11 +63,17 @@ class SiD(LightningModule):
     Three copies of the teacher's network: the frozen teacher :math:`f_\phi`; the generator, which is the network at the
     one noise level ``sigma_init``; and the fake score :math:`f_\psi`, which learns to denoise what the generator makes.
     A step of training updates the fake score ``fake_steps`` times and the generator once, and the running mean of the
-    generator's weights, which is the student. Lightning's ``global_step`` and ``max_steps`` count generator updates.
+    generator's weights, which is the student. Lightning's ``global_step`` and ``max_steps`` count generator updates,
+    those that it waits for with ``generator_after_images`` among them.
 
     No data are needed. Conditions come with the batches: ``{"label": (B,)}`` or ``{"prompt": list of str}`` (see
     :class:`PromptData`), or any of this package's image data, whose images are then read for evaluation alone. Without
     data, a class-conditional teacher gets classes drawn uniformly.
+
+    Both networks' updates of a step share the batch's conditions, each with noise of its own; the code of SiD-LSG takes
+    another batch of prompts for each. The generator's input is :math:`\sqrt{1 + \sigma^2}\, z` in EDM's scaling, which
+    for a VP network is unit noise, as its pipeline's first step is fed; the code of SiD and of SiD-LSG feeds
+    :math:`\sigma z`, 7 % less at the level 2.5.
 
     **Reading the log**: ``train/generator_loss`` is :math:`(1 - \alpha)` times a divergence: near 0 and of either sign
     at :math:`\alpha = 1`, negative above. What falls as the student improves is ``train/divergence``,
@@ -100,8 +108,8 @@ class SiD(LightningModule):
             t_max, moved to the teacher's nearest levels; grid draws the teacher's own timesteps, each as likely, from
             t_min to t_max (SiD-LSG).
         fake_noise_levels: how the levels of the fake score's loss are drawn. The paper's edm is log-normal with EDM's
-            weights; grid takes all of the teacher's timesteps with plain noise prediction (SiD-LSG). By default it is
-            what noise_levels is.
+            weights; grid is plain noise prediction as in SiD-LSG, at all of the teacher's timesteps, where SiD-LSG
+            draws 20 to 979 here too. By default it is what noise_levels is.
         t_min: first noise level of the generator's loss, in thousandths of the schedule; 0 in the paper, 20 in SiD-LSG.
         t_max: last noise level of the generator's loss, in thousandths of the schedule; 800 in the paper, 980 in
             SiD-LSG.
@@ -112,6 +120,12 @@ class SiD(LightningModule):
             teacher that knows no condition.
         adversarial: train as SiDA does: the fake score's encoder also tells generated images from the data's, which are
             then needed, and the generator learns from that, half and half. SiDA sets alpha to 1.
+        generator_after_images: images for which the fake score trains alone before the generator's first update; by
+            default 100,000 with adversarial, as in SiDA's code, and 0 for no waiting.
+        adversarial_after_images: images after which the adversarial term joins the generator's loss, which is the
+            distillation's alone before; by default 200,000 with adversarial, as in SiDA's code, and 0 for at once.
+        fake_clip_value: largest size of each entry of the fake score's gradient; by default 1 with adversarial, as in
+            SiDA's code for teachers of EDM, and 0 for no clipping (its code for EDM2).
         lora_rank: train low-rank adapters of this rank in place of the networks (needs the extra lora).
         activation_checkpointing: keep only the inputs of the blocks of generator, fake score and teacher and compute
             the blocks again in the backward pass: much less memory at the cost of a second forward pass through each,
@@ -166,6 +180,9 @@ class SiD(LightningModule):
         fake_guidance: float | None = None,
         condition_dropout: float = 0.0,
         adversarial: bool = False,
+        generator_after_images: int | None = None,
+        adversarial_after_images: int | None = None,
+        fake_clip_value: float | None = None,
         lora_rank: int | None = None,
         activation_checkpointing: bool = False,
         clip_output: bool | None = None,
@@ -193,6 +210,9 @@ class SiD(LightningModule):
         self.guidance = guidance
         self.fake_guidance = guidance if fake_guidance is None else fake_guidance
         self.condition_dropout, self.adversarial = condition_dropout, adversarial
+        self.generator_after_images, self.adversarial_after_images, self.fake_clip_value = schedule(
+            adversarial, generator_after_images, adversarial_after_images, fake_clip_value
+        )
         self.lora_rank, self.activation_checkpointing = lora_rank, activation_checkpointing
         self.teacher_steps, self.num_pictures, self.updates_per_epoch = teacher_steps, num_pictures, updates_per_epoch
         self.seed = seed
@@ -371,14 +391,17 @@ class SiD(LightningModule):
         count_no_step(fake_optimizer)
         batch = as_dict(batch, type(self).__name__)
         n, labels, prompts = conditions(batch, self.conditional, type(self).__name__)
+        seen = n * self.trainer.world_size
         conditioning = self.networks.conditioning(n, labels, prompts, self._random(n, self.fake_steps + 1), self.device)
         real = real_images(batch, self.networks.description, self.dtype) if self.adversarial else None
+        if self._updates == 0:
+            waits = {name: getattr(self, name) for name in ("generator_after_images", "adversarial_after_images")}
+            warn_of_a_short_run(self.trainer, seen, waits)
         for turn in range(self.fake_steps):
             logs = self._update(fake_optimizer, n, conditioning, real, turn, self._fake_objective)
         logs |= self._update(generator_optimizer, n, conditioning, real, self.fake_steps, self._generator_objective)
         for scheduler in self.lr_schedulers() or ():
             scheduler.step()
-        seen = n * self.trainer.world_size
         decay = half_life_decay(seen, self.images, self.ema_halflife_images, self.ema_ramp_up)
         update_average(self.networks.student, self.networks.generator, decay)
         self.images += seen
@@ -417,7 +440,7 @@ class SiD(LightningModule):
         nets = self.networks
         G = self._generates(conditioning)
         f_psi = self._score(nets.fake_score, self._dropped(conditioning, draws.dropped), self.fake_guidance)
-        with evaluating(nets.generator), self._discriminator() as logits:
+        with evaluating(nets.generator), self._discriminator(self.adversarial) as logits:
             loss = self._distillation().fake_score_loss(G, f_psi, draws, real, logits)
         return loss, {"fake_loss": loss}
 
@@ -428,7 +451,8 @@ class SiD(LightningModule):
         G = self._generates(conditioning)
         f_phi = self._score(self.teacher.denoiser, conditioning, self.guidance)
         f_psi = self._score(nets.fake_score, conditioning, self.fake_guidance)
-        with evaluating(nets.fake_score), self._discriminator() as logits:  # in evaluation as the teacher is
+        joined = self.adversarial and self.images >= self.adversarial_after_images
+        with evaluating(nets.fake_score), self._discriminator(joined) as logits:  # in evaluation as the teacher is
             terms = self._distillation().generator_terms(G, f_phi, f_psi, draws, logits, loss_scale(self.trainer))
         lost = (~terms.finite).float()
         return terms.objective, {"generator_loss": terms.loss, "divergence": terms.divergence, "nonfinite": lost}
@@ -450,8 +474,8 @@ class SiD(LightningModule):
         null = self.networks.null_conditioning() if guidance != 1 else None
         return lambda x, sigma: guided(denoiser, x, sigma, conditioning, null, guidance)
 
-    def _discriminator(self) -> AbstractContextManager[Logits | None]:
-        return encoder_logits(self.networks.fake_score.network) if self.adversarial else nullcontext()
+    def _discriminator(self, reads: bool) -> AbstractContextManager[Logits | None]:
+        return encoder_logits(self.networks.fake_score.network) if reads else nullcontext()
 
     def _dropped(self, conditioning: dict[str, Tensor], dropped: Tensor) -> dict[str, Tensor]:
         """The conditions with some replaced by none, as classifier-free guidance is trained."""
@@ -485,10 +509,19 @@ class SiD(LightningModule):
         return RowGenerator(row_keys(self, n), self.seed, self._updates, turn)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Make gradients finite, as the paper's code does, and clip them; a GradScaler skips such steps itself."""
+        """Make gradients finite, as the paper's code does, and clip them; a GradScaler skips such steps itself.
+
+        A generator that still waits loses its gradient here: its step is counted, and its Adam remembers nothing of it.
+        """
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        of_generator = optimizer is self.trainer.optimizers[0]
+        if of_generator and self.images < self.generator_after_images:
+            optimizer.zero_grad(set_to_none=True)
+            return
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             finite_gradients_(parameters)
+        if self.fake_clip_value and not of_generator:
+            clip_values_(parameters, self.fake_clip_value)
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.gradient_clip)
 

@@ -87,7 +87,10 @@ class Distillation:
                 loss = losses.generator_loss(x, d_phi, d_psi, self.alpha, self.weighting)
             else:
                 loss = losses.reverse_kl_loss(x, d_phi, d_psi, self.weighting)
-            total = loss if logits is None else adversarial.mixed(loss, logits(), losses.l1_weight(x, d_phi))
+            if logits is None:
+                total = loss
+            else:
+                total = adversarial.mixed(loss, logits(), losses.l1_weight(x, d_phi), x[0].numel())
             (gradient,) = torch.autograd.grad((total * scale).sum(), x)
         return _terms(x_g, gradient / scale, loss, d_phi, d_psi, self.weighting, scaled=isinstance(scale, Tensor))
 

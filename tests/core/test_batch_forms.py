@@ -11,13 +11,14 @@ from lightning_plugins.core.batches import image_batch, text_batch, warn_of_rang
 X, Y = torch.rand(3, 1, 8, 8), torch.tensor([0, 2, 1])
 QUIET = {"pictures_every_n_epochs": 0}
 SHAPE = {"image_shape": (1, 8, 8)}
+AT_ONCE = {"generator_after_images": 0, "adversarial_after_images": 0}
 MODELS = {
     "CapsNet": (lambda: CapsNet(channels=8, num_types=2, kernel_size=2, **SHAPE, **QUIET), True),
     "EAE": (lambda: EAE(network="mlp", latent_dim=2, **SHAPE, **QUIET), False),
     "EAE with classes": (lambda: EAE(network="mlp", latent_dim=2, conditional=True, **SHAPE, **QUIET), True),
     "DiffusionTeacher": (lambda: DiffusionTeacher(block_out_channels=(8, 16), **SHAPE, **QUIET), False),
     "SiD": (lambda: SiD("teacher", num_pictures=0, lr=1e-3), False),
-    "SiDA": (lambda: SiD("teacher", num_pictures=0, lr=1e-3, adversarial=True, alpha=1.0), False),
+    "SiDA": (lambda: SiD("teacher", num_pictures=0, lr=1e-3, adversarial=True, alpha=1.0, **AT_ONCE), False),
 }
 LIMITS = {f"limit_{stage}_batches": 2 for stage in ("train", "val", "test")} | {"limit_predict_batches": 1}
 

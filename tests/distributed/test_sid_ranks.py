@@ -8,7 +8,7 @@ from ranks import load_script, torchrun
 
 from lightning_plugins.sid.teacher import load_teacher
 
-ONE = ("accumulate", "spoilt", "sharded")
+ONE = ("accumulate", "spoilt", "adversarial", "sharded")
 TOLERANCE = 1e-6  # weights of order 0.1 in float32, after four steps of sums in another order
 
 pytestmark = pytest.mark.ddp

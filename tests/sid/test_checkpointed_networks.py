@@ -98,15 +98,21 @@ def test_a_distilled_student_is_the_same_to_the_bit(setup, teacher_folder):
     assert not one.teacher.network.is_gradient_checkpointing and not nets.student.network.is_gradient_checkpointing
 
 
-def test_the_adversary_reads_the_middle_of_a_recomputed_network(teacher_folder):
+def test_the_adversary_reads_the_encoder_of_a_recomputed_network(teacher_folder):
     data = Digits(image_size=8, batch_size=4, num_train=12)
     runs = []
     for on in (False, True):
         torch.manual_seed(2)
         model = SiD(
-            teacher=str(teacher_folder("ddpm")), adversarial=True, alpha=1.0, lr=1e-3, activation_checkpointing=on
+            teacher=str(teacher_folder("ddpm")),
+            adversarial=True,
+            alpha=1.0,
+            generator_after_images=0,
+            adversarial_after_images=0,
+            lr=1e-3,
+            activation_checkpointing=on,
+            num_pictures=0,
         )
-        model.num_pictures = 0
         quiet_trainer(max_steps=3, precision="64-true", limit_val_batches=0).fit(model, data)
         runs.append(model)
     assert_same(*runs)

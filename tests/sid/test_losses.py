@@ -91,10 +91,10 @@ def test_the_reverse_divergence_moves_images_from_the_fake_to_the_teacher():
 def test_sidas_terms_are_binary_cross_entropies():
     logits = torch.tensor([[[-30.0, -3.0], [0.5, 12.0]], [[1.0, 2.0], [-2.0, 0.0]]], requires_grad=True)
     weight = torch.tensor([2.0, 0.5])
-    loss = adversarial.generator_loss(logits, weight)
+    loss = adversarial.generator_loss(logits, weight, 12)
     clamped = logits.detach().clamp(-10, 10)
     own = F.binary_cross_entropy_with_logits(clamped, torch.ones(2, 2, 2), reduction="none").mean((1, 2))
-    torch.testing.assert_close(loss, weight * own)
+    torch.testing.assert_close(loss, 12 * weight * own)
     loss.sum().backward()
     assert logits.grad[0, 0, 0] == 0 and logits.grad[0, 1, 1] == 0  # beyond the limits
     assert (logits.grad < 0).sum() == 6  # all others are drawn towards real
@@ -103,7 +103,7 @@ def test_sidas_terms_are_binary_cross_entropies():
     want = F.binary_cross_entropy_with_logits(real, torch.ones(3, 2, 2), reduction="none").mean((1, 2))
     want = (want + F.binary_cross_entropy_with_logits(fake, torch.zeros(3, 2, 2), reduction="none").mean((1, 2))) / 2
     torch.testing.assert_close(adversarial.fake_loss(real, fake, sigma), (sigma**2 + 0.25) / (sigma / 2) ** 2 * want)
-    flat = adversarial.generator_loss(torch.tensor([1.0, 2.0]), torch.ones(2))  # one logit a sample
+    flat = adversarial.generator_loss(torch.tensor([1.0, 2.0]), torch.ones(2), 1)  # one logit a sample
     assert flat.tolist() == pytest.approx([math.log1p(math.exp(-1)), math.log1p(math.exp(-2))])
 
 

@@ -206,13 +206,14 @@ def test_reverse_kl_grid_and_several_fake_steps(teacher_folder):
 
 
 def test_adversarial_updates(teacher_folder):
-    """SiDA trains with images, moves the way to the fake score's middle alone at the start, and refuses others."""
+    """SiDA trains with images, moves the generator at the start, and refuses others."""
     data = Digits(8, batch_size=8)
-    module = build(teacher_folder("ddpm"), adversarial=True, alpha=1.0, fake_lr=1e-30, gradient_clip=1e3)
+    options = {"adversarial": True, "alpha": 1.0, "generator_after_images": 0, "adversarial_after_images": 0}
+    module = build(teacher_folder("ddpm"), fake_lr=1e-30, gradient_clip=1e3, **options)
     run = fit(module, data, max_steps=1)
     assert run.callback_metrics["train/divergence"] == 0  # where SiD alone would not move
     assert moved(module)
-    fit(build(teacher_folder("ddpm"), adversarial=True, alpha=1.0, accumulate=3), data)
+    fit(build(teacher_folder("ddpm"), accumulate=3, **options), data)
     batch = next(iter(data.train_dataloader()))
     real = real_images(batch, module.networks.description, torch.float32)
     assert (real.min(), real.max()) == (-1, 1)
@@ -220,7 +221,7 @@ def test_adversarial_updates(teacher_folder):
     with pytest.raises(
         ValueError, match=r"^adversarial=True needs images of the teacher's shape, \(3, 8, 8\), got \(1, 8"
     ):
-        fit(build(teacher_folder("edm"), adversarial=True), data)  # which would be broadcast
+        fit(build(teacher_folder("edm"), **options), data)  # which would be broadcast
 
 
 def test_parts_of_a_batch_that_is_smaller_than_they_are_many(teacher_folder):

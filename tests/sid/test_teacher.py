@@ -7,6 +7,7 @@ import diffusers
 import pytest
 import torch
 
+from lightning_plugins.sid.module import SiD
 from lightning_plugins.sid.teacher import fingerprint, load_teacher
 
 SHAPES = {
@@ -83,6 +84,24 @@ def test_decoding(teacher_folder):
     torch.testing.assert_close(latent.decode(z - 0.1 * latent.vae.config.scaling_factor), images)
     latent.vae.half()
     assert latent.decode(z).dtype == torch.float32
+
+
+def test_latents_are_decoded_a_few_at_a_time(teacher_folder):
+    """Some of Stable Diffusion's feature maps have 268 MB for each image: eleven are never in its VAE together."""
+    latent, seen = load_teacher(teacher_folder("sd")), []
+    z = torch.randn(11, 4, 8, 8)
+    expected = latent.vae.decode(z / latent.vae.config.scaling_factor).sample
+    latent.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    torch.testing.assert_close(latent.decode(z), (expected / 2 + 0.5).clamp(0, 1))
+    assert sum(seen) == 11 and max(seen) <= 4
+    module = SiD(str(teacher_folder("sd")), num_pictures=9, teacher_steps=1, clip_output=False)
+    with torch.no_grad():
+        module.networks.build(module.build_network)
+        module.teacher.vae.decoder.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        for sample in (module.sample, module.teacher_sample):
+            seen.clear()
+            assert sample(9, prompts=["a cat"] * 9).shape == (9, 3, 16, 16)
+            assert sum(seen) == 9 and max(seen) <= 4
 
 
 def test_prompts_as_the_pipeline_encodes_them(teacher_folder):
