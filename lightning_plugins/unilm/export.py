@@ -35,7 +35,7 @@ with torch.no_grad():
     output = model.generate(**inputs)
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-_POSITIONS = """places = model.base_model.embeddings.position_embeddings  # generate() counts from 0, this family from {first}
+_POSITIONS = """places = model.base_model.embeddings.position_embeddings  # of a family that counts from {first}, not 0
 places.register_forward_pre_hook(lambda _, ids: (ids[0] + {first},))
 """
 _LOAD = """from transformers import AutoTokenizer
@@ -57,8 +57,8 @@ inputs = tokenizer(texts, padding=True, truncation=True, max_length={longest}, r
 output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-_CAUTIONS = """transformers is all it needs, tested with {versions}. It stays exact with greedy search, beams,
-sampling, streaming and constraints, as long as these stay as they are:
+_CAUTIONS = """transformers is all it needs: tested with {versions}; 5.0 and 5.1 are no good. It stays exact with greedy
+search, beams, sampling, streaming and constraints, as long as these stay as they are:
 
 - `is_decoder=False`: the advice to set `is_decoder=True`, which loading prints, would hide the source's later words
   from its earlier ones.
@@ -67,7 +67,8 @@ sampling, streaming and constraints, as long as these stay as they are:
 {positions}
 `pipeline("text-generation")` writes other texts without a word: it leaves out token types and positions, and older
 versions of it sample and pass over the length that this folder sets."""
-_FOR_GENERATE = """- the line about positions, which is for `generate()`: with it, another call without `position_ids` would count twice.
+_FOR_GENERATE = """\
+- the line about positions, which is for `generate()`: any other call without `position_ids` would count twice.
 """
 _ONLY_HERE = {"use_cache", "cache_implementation", "cache_config", "prompt_lookup_num_tokens"}  # the same tokens anyway
 
@@ -87,8 +88,9 @@ def export_model(
 
     ``AutoModelForCausalLM.from_pretrained(folder).generate(**inputs)`` then gives the tokens that the model gives here,
     where the scheme ``sep_as_bos`` (or ``none``) makes that possible and the family has a CausalLM class; families that
-    count positions behind the padding's need the model card's line. Otherwise ``AutoModelForCausalLM`` refuses the folder, and
-    the model card says how to load it with this package. ``AutoModelForMaskedLM`` loads every folder.
+    count positions from the padding's on need a line that their model card has. Otherwise ``AutoModelForCausalLM``
+    refuses the folder, and the model card says how to load it with this package. ``AutoModelForMaskedLM`` loads every
+    folder.
 
     The files are written to a folder beside it, called ``<folder>.partial-...``, which becomes ``folder`` when it is
     complete: an interrupted export leaves no half of a model under the name.
@@ -129,8 +131,8 @@ def export_model(
     if not model.exportable and model.backbone.cache == "own":
         warnings.warn(
             f"Exported with segment={model.settings.segment!r} and decoding={model.settings.decoding!r}, the model "
-            "cannot be exact in plain generate(), and AutoModelForCausalLM refuses the folder: its model card shows how "
-            "to load it with load_unilm.",
+            "cannot be exact in plain generate(), and AutoModelForCausalLM refuses the folder: its model card shows "
+            "how to load it with load_unilm.",
             stacklevel=2,
         )
     with new_folder(folder) as partial:
