@@ -272,7 +272,7 @@ def _front_matter(metrics: Mapping[str, float], base_model: str | None) -> str:
     """The Hub's YAML header; JSON strings are YAML strings."""
     names = dict.fromkeys(re.sub(r"^rouge.*", "rouge", key.rpartition("/")[2]) for key in metrics)
     lists = {"tags": ["unilm", "seq2seq"], "metrics": names}
-    lines = ["library_name: transformers", "pipeline_tag: text2text-generation"]  # no pipeline passes token types on
+    lines = ["library_name: transformers", "pipeline_tag: other"]  # no pipeline decodes as the card does
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model)}")
     for key, values in lists.items():
