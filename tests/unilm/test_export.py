@@ -259,7 +259,9 @@ def test_what_plain_generate_cannot_do_is_said_and_done_here(build, tmp_path, mo
         model = build(family, segment=segment, decoding=decoding)
         expected = nullcontext()
         if family == "bert":
-            expected = pytest.warns(UserWarning, match=f"segment='{segment}' and decoding='{decoding}'.* refuses the folder")
+            expected = pytest.warns(
+                UserWarning, match=f"segment='{segment}' and decoding='{decoding}'.* refuses the folder"
+            )
         with expected:
             folder = export_model(model, bert_tokenizer(), tmp_path / str(number), generation={"max_new_tokens": NEW})
         assert re.search(why, card_of(folder)) and "needs the package `lightning_plugins`" in card_of(folder)
