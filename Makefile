@@ -4,7 +4,7 @@ VENV := .venv
 OLDEST := .venv-oldest
 DESCRIPTION := setup.cfg pyproject.toml constraints.txt
 
-.PHONY: help demo lint types test test-fast cov test-settings test-faults test-wild test-support test-chains test-mutants test-oldest clean
+.PHONY: help demo lint types test test-fast cov test-settings test-faults test-wild test-support test-chains test-mutants test-oldest test-clients clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make test-chains   random chains of stops and resumes, CHAINS=20 of each kind: half an hour"
 	@echo "make test-oldest   make test with the oldest versions of setup.cfg, in $(OLDEST) under Python 3.11, without the tests"
 	@echo "                   that are slow or start several processes"
+	@echo "make test-clients   exported folders in the oldest and newest transformers and diffusers that their cards name"
 	@echo "make test-mutants   show which wrong products the suite notices: a kept list, or random ones of FILE=... (slow)"
 	@echo "make clean   remove $(VENV), $(OLDEST) and caches; runs under lightning_logs stay"
 	@echo "PYTHON=python3.12 chooses the interpreter (now: $(PYTHON))"
@@ -71,6 +72,9 @@ test-support: $(VENV)/installed-test
 
 test-oldest: $(OLDEST)/installed-test
 	$(OLDEST)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not ddp" $(PYTEST_ARGS)
+
+test-clients: $(VENV)/installed-test
+	CLIENTS=1 $(VENV)/bin/python -m pytest -k "versions_named" tests/unilm/test_export.py tests/sid/test_sid_export.py $(PYTEST_ARGS)
 
 CHAINS ?= 20
 test-chains: $(VENV)/installed-test

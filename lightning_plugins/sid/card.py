@@ -11,6 +11,9 @@ from lightning_plugins.core.markdown import markdown_table, markdown_text
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+TESTED = {"diffusers": ("0.36.0", "0.42.1"), "transformers": ("4.57.6", "5.23.0")}
+"""Oldest and newest versions in which ``make test-clients`` runs the folders; the latter are of text encoders."""
+
 _SNIPPET = """import torch
 from diffusers import DiffusionPipeline
 
@@ -61,7 +64,7 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
         "# A one-step generator (SiD)",
         f"Made from the diffusion model {markdown_text(teacher)} by score identity distillation without data\n"
         "(Zhou et al. 2024, arXiv 2404.04057): one call of the network turns noise into an image.",
-        f"## Use\n\n```python\n{_SNIPPET.format(call=_call(pipeline))}```\n\ndiffusers is all it needs.\n\n"
+        f"## Use\n\n```python\n{_SNIPPET.format(call=_call(pipeline))}```\n\n{_needs(name)}\n\n"
         f"- {_DEFAULTS[name]}\n- Keep the scheduler: its one step starts at the noise level that the generator was "
         "trained at.",
         "## Training\n\n" + markdown_table(("setting", "value"), [*settings.items()]),
@@ -70,6 +73,15 @@ def model_card(pipeline: "DiffusionPipeline", sigma_init: float, clips: bool, ca
         results = [(name, f"{value:.4g}") for name, value in card["metrics"].items()]
         parts.append("## Results\n\n" + markdown_table(("metric", "value"), results))
     return "\n\n".join(parts) + "\n"
+
+
+def _needs(name: str) -> str:
+    """What the example needs, and the versions that were tried."""
+    tried = {package: " and ".join(versions) for package, versions in TESTED.items()}
+    if name == "StableDiffusionPipeline":
+        both = f"diffusers {tried['diffusers']}, transformers {tried['transformers']}"
+        return f"diffusers and transformers are all it needs: tested with {both}."
+    return f"diffusers is all it needs: tested with {tried['diffusers']}."
 
 
 def teacher_card(pipeline: "DiffusionPipeline", card: Mapping[str, Any]) -> str:

@@ -81,6 +81,8 @@ def export_student(
     pipeline = _pipeline(name, _plain_network(denoiser.network), scheduler, teacher)
     with new_folder(folder) as partial:
         pipeline.save_pretrained(partial)
+        if name == "StableDiffusionPipeline":
+            _write_text_parts(pipeline, partial)
         for path in partial.rglob("*.json"):
             _leave_out_paths(path)
         index = partial / "model_index.json"
@@ -185,6 +187,22 @@ def _pipeline(name: str, network: nn.Module, scheduler: "SchedulerMixin", teache
     parts = {"vae": teacher.vae, "text_encoder": teacher.text_encoder, "tokenizer": teacher.tokenizer}
     none = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return diffusers.StableDiffusionPipeline(unet=network, scheduler=scheduler, **parts, **none)
+
+
+def _write_text_parts(pipeline: Any, folder: Path) -> None:
+    """Tokenizer and CLIP's weights as every version of transformers reads them.
+
+    transformers 4 wants the tokenizer's vocabulary in files of its own; and before CLIP's weights lost a prefix, a text
+    encoder without it was left random, with no more than a warning. Released models have the files and the prefix.
+    """
+    from safetensors.torch import load_file, save_file
+
+    if pipeline.tokenizer.is_fast:
+        pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
+    path, prefix = folder / "text_encoder" / "model.safetensors", "text_model."
+    if type(pipeline.text_encoder).__name__ == "CLIPTextModel" and path.is_file():
+        weights = {prefix + name.removeprefix(prefix): weight for name, weight in load_file(path).items()}
+        save_file(weights, path, metadata={"format": "pt"})
 
 
 def refuse_sharded(network: nn.Module) -> None:

@@ -14,9 +14,13 @@ from torch import Tensor
 from lightning_plugins.core.markdown import markdown_table, markdown_text
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.unilm.backbones import position_offset
+from lightning_plugins.unilm.generation_options import refuse_plain_generation
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+TESTED = ("4.57.6", "5.2.0", "5.23.0")
+"""Versions of transformers, oldest and newest among them, in which ``make test-clients`` runs the folders."""
 
 _GENERATE = """import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,15 +28,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 folder = "."  # this folder, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder).eval()
-
+{positions}
 texts = ["a first source", "another source, which is longer than the first"]
 inputs = tokenizer(texts, padding=True, truncation=True, max_length={longest}, return_tensors="pt")
-{positions}with torch.no_grad():
+with torch.no_grad():
     output = model.generate(**inputs)
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-_POSITIONS = """mask = inputs["attention_mask"]
-inputs["position_ids"] = mask.cumsum(-1) * mask + {padding}  # this family counts from {first}
+_POSITIONS = """places = model.base_model.embeddings.position_embeddings  # of a family that counts from {first}, not 0
+places.register_forward_pre_hook(lambda _, ids: (ids[0] + {first},))
 """
 _LOAD = """from transformers import AutoTokenizer
 from lightning_plugins.unilm.loading import load_unilm
@@ -53,13 +57,19 @@ inputs = tokenizer(texts, padding=True, truncation=True, max_length={longest}, r
 output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
 print(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
-_CAUTIONS = """transformers (5 or later) is all it needs. It stays exact with greedy search, beams, sampling, streaming
-and constraints, as long as these stay as they are:
+_CAUTIONS = """transformers is all it needs: tested with {versions}; 5.0 and 5.1 are no good. It stays exact with greedy
+search, beams, sampling, streaming and constraints, as long as these stay as they are:
 
 - `is_decoder=False`: the advice to set `is_decoder=True`, which loading prints, would hide the source's later words
   from its earlier ones.
 - padding on the left (the tokenizer's setting), and the token types that the tokenizer gives.
-- the default cache: no `use_cache=False`, static cache, prompt lookup or chunked prefill."""
+- the default cache: no `use_cache=False`, static cache, prompt lookup or chunked prefill.
+{positions}
+`pipeline("text-generation")` writes other texts without a word: it leaves out token types and positions, and older
+versions of it sample and pass over the length that this folder sets."""
+_FOR_GENERATE = """\
+- the line about positions, which is for `generate()`: any other call without `position_ids` would count twice.
+"""
 _ONLY_HERE = {"use_cache", "cache_implementation", "cache_config", "prompt_lookup_num_tokens"}  # the same tokens anyway
 
 
@@ -77,8 +87,10 @@ def export_model(
     """Write a model of :func:`load_unilm` for plain transformers.
 
     ``AutoModelForCausalLM.from_pretrained(folder).generate(**inputs)`` then gives the tokens that the model gives here,
-    where the scheme ``sep_as_bos`` (or ``none``) makes that possible and the family has a CausalLM class. Otherwise the
-    model card says how to load the folder with this package. ``AutoModelForMaskedLM`` loads every folder.
+    where the scheme ``sep_as_bos`` (or ``none``) makes that possible and the family has a CausalLM class; families that
+    count positions from the padding's on need a line that their model card has. Otherwise ``AutoModelForCausalLM``
+    refuses the folder, and the model card says how to load it with this package. ``AutoModelForMaskedLM`` loads every
+    folder.
 
     The files are written to a folder beside it, called ``<folder>.partial-...``, which becomes ``folder`` when it is
     complete: an interrupted export leaves no half of a model under the name.
@@ -118,14 +130,17 @@ def export_model(
     card = _card(model, metrics or {}, options["max_new_tokens"], training or {}, name)
     if not model.exportable and model.backbone.cache == "own":
         warnings.warn(
-            f"Exported with segment={model.settings.segment!r} and decoding={model.settings.decoding!r}, the model is "
-            "not exact in plain generate(): its model card shows how to load it with load_unilm.",
+            f"Exported with segment={model.settings.segment!r} and decoding={model.settings.decoding!r}, the model "
+            "cannot be exact in plain generate(), and AutoModelForCausalLM refuses the folder: its model card shows "
+            "how to load it with load_unilm.",
             stacklevel=2,
         )
     with new_folder(folder) as partial:
         _write_weights(model, state_dict, partial)
         _generation_config(model, options).save_pretrained(partial)
-        plain.save_pretrained(partial)
+        if not model.exportable:
+            refuse_plain_generation(partial)
+        _write_tokenizer(plain, partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
     return folder
 
@@ -159,9 +174,8 @@ def _generation_config(model: "PreTrainedModel", generation: Mapping[str, Any]) 
     from transformers import GenerationConfig
 
     settings = model.settings
-    return GenerationConfig(
-        **{"eos_token_id": settings.sep_token_id, "pad_token_id": settings.pad_token_id, **generation}
-    )
+    ids = {"eos_token_id": settings.sep_token_id, "pad_token_id": settings.pad_token_id}
+    return GenerationConfig(**{**ids, "do_sample": False, **generation})  # a pipeline samples where nothing is said
 
 
 def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel") -> "PreTrainedTokenizerBase":
@@ -201,6 +215,17 @@ def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMod
         extra_special_tokens=tokenizer.extra_special_tokens,
         **tokenizer.special_tokens_map,
     )
+
+
+def _write_tokenizer(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """The tokenizer's files, with the names that transformers 4 and 5 both read."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if extra := settings.pop("extra_special_tokens", None):
+        settings["additional_special_tokens"] = extra
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _template(tokenizer: "PreTrainedTokenizerBase", row: Any) -> list[str]:
@@ -246,8 +271,8 @@ def _card(
 def _front_matter(metrics: Mapping[str, float], base_model: str | None) -> str:
     """The Hub's YAML header; JSON strings are YAML strings."""
     names = dict.fromkeys(re.sub(r"^rouge.*", "rouge", key.rpartition("/")[2]) for key in metrics)
-    lists = {"tags": ["unilm", "seq2seq", "text-generation"], "metrics": names}
-    lines = ["library_name: transformers"]
+    lists = {"tags": ["unilm", "seq2seq"], "metrics": names}
+    lines = ["library_name: transformers", "pipeline_tag: other"]  # no pipeline decodes as the card does
     if base_model:
         lines.append(f"base_model: {json.dumps(base_model)}")
     for key, values in lists.items():
@@ -260,8 +285,10 @@ def _usage(model: "PreTrainedModel", max_new_tokens: int) -> str:
     settings, offset = model.settings, position_offset(model)
     longest = model.max_length - max_new_tokens
     if model.exportable:
-        positions = _POSITIONS.format(padding=offset - 1, first=offset) if offset else ""
-        return f"## Use\n\n```python\n{_GENERATE.format(longest=longest, positions=positions)}```\n\n{_CAUTIONS}"
+        positions = _POSITIONS.format(first=offset) if offset else ""
+        versions = f"{', '.join(TESTED[:-1])} and {TESTED[-1]}"
+        cautions = _CAUTIONS.format(versions=versions, positions=_FOR_GENERATE if offset else "")
+        return f"## Use\n\n```python\n{_GENERATE.format(longest=longest, positions=positions)}```\n\n{cautions}"
     if model.backbone.cache != "own":
         why = f"transformers has no class that generates with `{model.backbone.model_type}`"
     elif settings.decoding == "mask":

@@ -1,7 +1,15 @@
 """The options of generate() that a user may give, and those that would mislead."""
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+_FILE = "generation_config.json"
+_REFUSAL = "none in plain transformers: load this folder with lightning_plugins, as its README.md shows"
 
 
 def check_generation(options: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -53,3 +61,28 @@ def refuse_misleading(options: Mapping[str, Any]) -> None:
         raise ValueError("return_dict_in_generate is for network.generate(), not where texts are wanted: leave it out.")
     if not isinstance(new := options.get("max_new_tokens", 1), int) or new < 1:
         raise ValueError(f"max_new_tokens={new!r} must be a whole number of 1 or more: the most tokens of a text.")
+
+
+def refuse_plain_generation(folder: Path) -> None:
+    """Make stock classes that generate refuse a folder's model when they load it, in a sentence that says what to do.
+
+    They would load its weights and write other texts; a kind of cache that does not exist stops each of them, and no
+    class that does not generate.
+    """
+    path = folder / _FILE
+    options = {**json.loads(path.read_text(encoding="utf-8")), "cache_implementation": _REFUSAL}
+    path.write_text(json.dumps(options, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def refused_generation(folder: str) -> "GenerationConfig | None":
+    """The options of a folder that stock classes refuse; ``None`` where they do not."""
+    from transformers import GenerationConfig
+    from transformers.utils import cached_file
+
+    path = cached_file(folder, _FILE, _raise_exceptions_for_missing_entries=False)
+    text = "" if path is None else Path(path).read_text(encoding="utf-8", errors="replace")
+    if _REFUSAL not in text:
+        return None
+    options = json.loads(text)
+    del options["cache_implementation"]
+    return GenerationConfig(**options)

@@ -18,6 +18,7 @@ from lightning_plugins.unilm.backbones import (
 )
 from lightning_plugins.unilm.cached_attention import cached_name
 from lightning_plugins.unilm.forward import Decoding, Settings, unilm_class
+from lightning_plugins.unilm.generation_options import refused_generation
 from lightning_plugins.unilm.surgery import extend_token_types
 from lightning_plugins.unilm.token_types import NUM_V1_TYPES, Segment, fitting_segment
 
@@ -150,6 +151,7 @@ def _pretrained(made: type, folder: str, config: "PreTrainedConfig", **options: 
     logging.set_verbosity_error()  # its report, which calls an encoder without a head "corrupted"
     options |= {"trust_remote_code": False, "weights_only": True, "output_loading_info": True}
     try:
+        options["generation_config"] = refused_generation(folder)
         model, report = made.from_pretrained(folder, config=config, **options)
     except (OSError, ValueError, RuntimeError, UnpicklingError) as error:
         raise FileNotFoundError(f"The model {folder!r} cannot be loaded: {reason_of(error)}. {_PLACES}") from error

@@ -13,9 +13,13 @@ import numpy
 import pytest
 import torch
 import yaml
+from clients import asked_for, run_client
+from packaging.version import Version
 from PIL import Image
+from safetensors.torch import load_file
 
 from lightning_plugins.cli import main
+from lightning_plugins.sid.card import TESTED
 from lightning_plugins.sid.export import export_student
 from lightning_plugins.sid.teacher import load_teacher
 
@@ -292,3 +296,34 @@ def test_what_no_pipeline_draws_is_said(teacher_folder, tmp_path):
 
 def whole_levels(denoiser):
     return [float(s) for s in denoiser.sigmas if abs(1000 * s / (1 + s) - round(float(1000 * s / (1 + s)))) < 1e-3]
+
+
+def test_every_version_of_transformers_reads_the_text_parts(drawn):
+    """As released models have them: files of the vocabulary, and a prefix without which weights stayed random."""
+    root, _, _ = drawn
+    names = {path.name for path in (root / "sd" / "tokenizer").iterdir()}
+    assert {"vocab.json", "merges.txt", "tokenizer.json"} <= names
+    weights = load_file(root / "sd" / "text_encoder" / "model.safetensors")
+    assert weights and all(name.startswith("text_model.") for name in weights)
+
+
+def test_the_cards_name_the_versions_that_were_run(drawn):
+    """Newer than the newest named: run make test-clients with it, then name it in TESTED."""
+    root, _, _ = drawn
+    tried = {package: " and ".join(versions) for package, versions in TESTED.items()}
+    assert f"all it needs: tested with {tried['diffusers']}." in (root / "edm" / "README.md").read_text()
+    text = f"all it needs: tested with diffusers {tried['diffusers']}, transformers {tried['transformers']}."
+    assert text in (root / "sd" / "README.md").read_text()
+    for package, (oldest, newest) in TESTED.items():
+        assert Version(oldest) < Version(sys.modules[package].__version__) <= Version(newest), package
+
+
+@asked_for
+@pytest.mark.slow
+@pytest.mark.parametrize("which", [0, 1], ids=["oldest", "newest"])
+def test_the_versions_named_draw_the_same(drawn, which, tmp_path):
+    root, expected, _ = drawn
+    packages = [f"{package}=={versions[which]}" for package, versions in TESTED.items()]
+    run_client(tmp_path / "packages", packages, f"import os; os.chdir({str(root)!r})\n" + FRESH)
+    for case, (_, images, largest) in expected.items():
+        assert (torch.load(root / f"{case}.pt")["images"] - images).abs().max() <= 5e-7 * max(2, largest), case

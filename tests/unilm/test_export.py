@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
+from clients import asked_for, run_client
+from packaging.version import Version
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from torch import distributed
@@ -19,17 +22,19 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertTokenizer,
     ByT5Tokenizer,
     PreTrainedTokenizerFast,
     RobertaTokenizer,
+    pipeline,
 )
 from transformers.utils import logging
 
 from lightning_plugins.unilm.backbones import FAMILIES
-from lightning_plugins.unilm.export import export_model
+from lightning_plugins.unilm.export import TESTED, export_model
 from lightning_plugins.unilm.loading import load_unilm
 from lightning_plugins.unilm.masks import segments_from_lengths, seq2seq_mask
 
@@ -96,7 +101,7 @@ for name in names:
     if wrong.get(name) == "types":
         inputs["token_type_ids"] = torch.zeros_like(inputs["token_type_ids"])
     elif wrong.get(name) == "positions":
-        del inputs["position_ids"]
+        model = type(model).from_pretrained(".").eval()
     elif wrong.get(name) == "is_decoder":
         model = type(model).from_pretrained(".", is_decoder=True).eval()
     given[name]["wrong"] = model.generate(**inputs)[:, width:].tolist()
@@ -254,11 +259,17 @@ def test_what_plain_generate_cannot_do_is_said_and_done_here(build, tmp_path, mo
         model = build(family, segment=segment, decoding=decoding)
         expected = nullcontext()
         if family == "bert":
-            expected = pytest.warns(UserWarning, match=f"segment='{segment}' and decoding='{decoding}'.* not exact")
+            told = f"segment='{segment}' and decoding='{decoding}'.* refuses the folder"
+            expected = pytest.warns(UserWarning, match=told)
         with expected:
             folder = export_model(model, bert_tokenizer(), tmp_path / str(number), generation={"max_new_tokens": NEW})
         assert re.search(why, card_of(folder)) and "needs the package `lightning_plugins`" in card_of(folder)
         assert run_card(folder, monkeypatch) == new_tokens(model, bert_tokenizer()), family
+        with pytest.raises(ValueError, match=r"none in plain transformers: load this|Unrecognized configuration class"):
+            AutoModelForCausalLM.from_pretrained(folder)
+        ids = {"pad_token_id": 1, "sep_token_id": 3, "mask_token_id": 4}
+        again = load_unilm(str(folder), segment=segment, decoding=decoding, **ids)
+        assert again.generation_config.max_new_tokens == NEW and again.generation_config.cache_implementation is None
         again = AutoModelForMaskedLM.from_pretrained(folder).state_dict()
         assert all(torch.equal(tensor, again[key]) for key, tensor in model.state_dict().items())
 
@@ -326,7 +337,8 @@ def test_the_card_and_the_generation_settings(build, tmp_path):
     header = yaml.safe_load(card.split("---\n")[1])
     assert header == {
         "library_name": "transformers",
-        "tags": ["unilm", "seq2seq", "text-generation"],
+        "pipeline_tag": "other",
+        "tags": ["unilm", "seq2seq"],
         "metrics": ["rouge", "bleu"],
     }
     assert "| val/rougeL | 0.3123 |\n| val/rouge1 | 0.4 |\n| test/bleu | 0.05 |" in card
@@ -334,7 +346,7 @@ def test_the_card_and_the_generation_settings(build, tmp_path):
     assert "started from private." in card and str(tmp_path) not in card
     settings = json.loads((folder / "generation_config.json").read_text())
     settings.pop("transformers_version")
-    new = {"max_new_tokens": 20, "eos_token_id": 3, "pad_token_id": 1}  # half of the 40 positions
+    new = {"max_new_tokens": 20, "eos_token_id": 3, "pad_token_id": 1, "do_sample": False}  # half of the 40 positions
     assert settings == {"num_beams": 4, "no_repeat_ngram_size": 3, **new}
     model.generation_config.update(repetition_penalty=2.0, max_new_tokens=7)  # as a checkpoint's own file may do
     folder = export_model(
@@ -369,3 +381,90 @@ def test_every_family_with_a_class_that_generates_is_tried_here(tiny_config):
     own = {f for f in FAMILIES if find_backbone(AutoConfig.for_model(f)).cache == "own"}
     same_code = {"camembert", "data2vec-text", "xlm-roberta-xl"}  # as RoBERTa's
     assert own - same_code == {case[0] for case in CASES.values()}
+
+
+def test_a_pipeline_samples_only_where_the_user_does(root, build, tmp_path):
+    """The one pipeline that could be meant, where scheme and family leave out nothing that it does not pass on."""
+    writes = pipeline("text-generation", model=str(root / "bert_none"), device="cpu")
+    expected = json.loads((root / "bert_none.json").read_text())["greedy"]
+    for text, tokens in zip(TEXTS, expected, strict=True):
+        ids = writes(text, return_tensors=True)[0]["generated_token_ids"]
+        new = list(ids)[len(writes.tokenizer(text)["input_ids"]) :]
+        assert new == tokens[: len(new)] and set(tokens[len(new) :]) <= {1}
+    with pytest.raises(KeyError, match="Unknown task other"):  # what the card's header names is no pipeline
+        pipeline("other", model=str(root / "bert"))
+    sampled = {"do_sample": True, "top_p": 0.9, "max_new_tokens": NEW}
+    folder = export_model(build("bert"), bert_tokenizer(), tmp_path / "sampled", generation=sampled)
+    assert json.loads((folder / "generation_config.json").read_text()).items() > sampled.items()
+
+
+def test_the_card_names_the_versions_that_were_run(root):
+    """A newer transformers than the newest named: run make test-clients with it, then name it in TESTED."""
+    assert f"tested with {', '.join(TESTED[:-1])} and {TESTED[-1]};" in card_of(root / "bert")
+    assert sorted(TESTED, key=Version) == list(TESTED)
+    assert Version(TESTED[0]) < Version(transformers.__version__) <= Version(TESTED[-1])
+
+
+def test_earlier_versions_read_the_tokenizers_file(root, build, tmp_path):
+    tokenizer = bert_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["b", "c"]})
+    folder = export_model(build("bert"), tokenizer, tmp_path / "extra")
+    again = AutoTokenizer.from_pretrained(folder)
+    assert again.extra_special_tokens == ["b", "c"] and again("a b")["input_ids"] == tokenizer("a b")["input_ids"]
+    for path in (root / "roberta", folder):
+        settings = json.loads((path / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in settings
+    assert settings["additional_special_tokens"] == ["b", "c"]
+
+
+# Runs each card's code, or shows that nothing loads the folder in silence; prints what came of each.
+CLIENT = r"""
+import contextlib, io, json, os, re, sys
+import transformers
+from transformers import AutoModelForCausalLM, pipeline
+
+root, version = sys.argv[1:]
+assert transformers.__version__ == version, transformers.__file__
+given = {}
+for name in sorted(os.listdir(root)):
+    os.chdir(os.path.join(root, name))
+    code, space = re.search(r"```python\n(.*?)```", open("README.md", encoding="utf-8").read(), re.S).group(1), {}
+    if "lightning_plugins" in code:
+        try:
+            AutoModelForCausalLM.from_pretrained(".")
+        except ValueError as error:
+            given[name] = str(error)
+        continue
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(code, space)
+    width = space["inputs"]["input_ids"].shape[1]
+    given[name] = [space["output"][:, width:].tolist()]
+    given[name].append(space["model"].generate(**space["inputs"], num_beams=4)[:, width:].tolist())
+    try:
+        pipeline("other", model=".")  # what the card's header names
+    except KeyError:
+        given[name].append("no pipeline")
+print(json.dumps(given))
+"""
+
+
+@asked_for
+@pytest.mark.slow
+@pytest.mark.parametrize("version", TESTED)
+def test_the_versions_named_write_the_same_tokens(build, tmp_path, version):
+    expected, folders = {}, tmp_path / "folders"
+    for name, (family, make_tokenizer, changes, segment) in CASES.items():
+        model, tokenizer = build(family, changes, segment=segment), make_tokenizer()
+        export_model(model, tokenizer, folders / name, generation={"max_new_tokens": NEW})
+        expected[name] = [new_tokens(model, tokenizer), new_tokens(model, tokenizer, num_beams=4), "no pipeline"]
+    for options in ({"segment": "su"}, {"segment": "unilm_v1"}, {"decoding": "mask"}):
+        (name,) = options.values()
+        with pytest.warns(UserWarning, match="AutoModelForCausalLM refuses the folder"):
+            export_model(build("bert", **options), bert_tokenizer(), folders / name)
+    export_model(build("distilbert"), bert_tokenizer(), folders / "distilbert")
+    answer = run_client(tmp_path / "packages", [f"transformers=={version}"], CLIENT, folders, version)
+    given = json.loads(answer)
+    assert "Unrecognized configuration class" in given.pop("distilbert")
+    for name in ("su", "unilm_v1", "mask"):
+        assert "none in plain transformers: load this folder with lightning_plugins" in given.pop(name)
+    assert given == expected
