@@ -141,6 +141,7 @@ def _one_step_scheduler(denoiser: Denoiser, sigma_init: float, clips: bool) -> "
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             flow_shift=sigma_init / steps,
+            steps_offset=1,  # as below
         )
     length = int(denoiser.timesteps(level)) + 1
     betas = getattr(diffusers, config["_class_name"]).from_config(config).betas
@@ -237,8 +238,8 @@ def refuse_sharded(network: nn.Module) -> None:
 def _refuse_other_inputs(network: nn.Module) -> None:
     """Inputs that a network asks for beyond noise, time, classes of a UNet2DModel or DiT, and one encoder's texts.
 
-    Without them diffusers ends in an error of its own. Of a guidance embedding (``time_cond_proj_dim``) it says nothing:
-    training would leave it out, and StableDiffusionPipeline add that of no guidance, which is not zero.
+    Without them diffusers ends in an error of its own, but for a guidance embedding (``time_cond_proj_dim``): training
+    would leave it out without a word, and StableDiffusionPipeline add that of no guidance, which is not zero.
     """
     for setting, known in _INPUTS.get(name := class_name(network), {}).items():
         value, classes = network.config.get(setting), network.config.get("num_class_embeds")

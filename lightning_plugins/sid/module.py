@@ -19,7 +19,7 @@ from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
-from lightning_plugins.core.lightning_internals import count_no_step, loss_scale, trainer_of
+from lightning_plugins.core.lightning_internals import around_training, count_no_step, loss_scale, trainer_of
 from lightning_plugins.core.logging import log_figures, measured_figures
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
@@ -38,7 +38,7 @@ from lightning_plugins.sid.export import check_exportable, export_student, refus
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.manual_optimization import (
-    allow_checkpoints_by_steps,
+    checkpoints_by_steps,
     finite_gradients_,
     refuse_broken_teacher,
     refuse_endless_decay,
@@ -559,7 +559,6 @@ class SiD(LightningModule):
         """
         refuse_setup(self, self.trainer)
         refuse_endless_decay(self.trainer, self.decay_from)
-        allow_checkpoints_by_steps()
         denoiser, nets = self.teacher.denoiser, self.networks
         if not self._updates:  # what an earlier version began may go on
             level = nets.start_level
@@ -572,6 +571,7 @@ class SiD(LightningModule):
         self._dropped(conditioning, draws.dropped)
         for scale in {self.guidance, self.fake_guidance}:
             refuse_broken_teacher(self._score(denoiser, conditioning, scale), draws, nets.source)
+        around_training(self.trainer, checkpoints_by_steps)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
