@@ -624,7 +624,8 @@ class SiD(LightningModule):
         if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
             return Path(folder).resolve()
         network = student.network if self.lora_rank is None else merged(student.network)
-        needs_parts = self.lora_rank is not None or not nets.description["in_pixels"]
+        pixels_alone = nets.description["in_pixels"] and not nets.description["takes_text"]
+        needs_parts = self.lora_rank is not None or not pixels_alone
         card = {
             "teacher": nets.source if isinstance(nets.source, str) else type(nets.source).__name__,
             "alpha": self.alpha,
