@@ -3,10 +3,11 @@
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_plugins.callbacks.run_checks import NeedsTrainer
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.lightning_internals import (
     Place,
@@ -24,7 +25,7 @@ _GRADIENTS, _MONITORED, _CUT = "accumulated_gradients", "monitored_metrics", "ep
 _WINDOW = "accumulated_batches"  # in a step
 
 
-class ExactResume(Callback):
+class ExactResume(NeedsTrainer):
     """Go on at the very place where a checkpoint was written, whatever wrote it; random numbers are RandomState's.
 
     Lightning 2.6 loses count in several ways: an epoch that follows a resume from the last batch before it is never

@@ -3,13 +3,31 @@
 The rules name what would otherwise train something else without a word.
 """
 
+from typing import Any
+
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 
 STRATEGIES = (SingleDeviceStrategy, DDPStrategy, ModelParallelStrategy)
 DEVICES = ("cpu", "cuda")
+
+
+class NeedsTrainer(Callback):
+    """To stand in the place of ``Callback``: refuses Fabric, which takes any callback and calls none of a trainer's."""
+
+    def on_after_setup(self, fabric: Any, module: Any) -> None:
+        """Called by ``Fabric.setup``, and by no Trainer.
+
+        Raises:
+            MisconfigurationException: always.
+        """
+        name = type(self).__name__
+        raise MisconfigurationException(
+            f"{name} would do nothing under Fabric, which calls none of a Trainer's hooks: train by a Trainer, with "
+            f"Trainer(callbacks=[{name}(...)])."
+        )
 
 
 def require_automatic_optimization(name: str, pl_module: LightningModule, cure: str) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch.distributed
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lightning_plugins.callbacks.run_checks import NeedsTrainer
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import (
@@ -24,7 +25,7 @@ from lightning_plugins.core.lightning_internals import (
 )
 
 
-class SaveOnSigterm(Callback):
+class SaveOnSigterm(NeedsTrainer):
     """Write last.ckpt when a signal arrives (kill, docker stop, a scheduler), so that no step is lost, and stop.
 
     Lightning finishes the batch and then leaves; here the checkpoint is written in between, in the folder of the run's

@@ -48,12 +48,13 @@ _LOADERS = {"fit": "train", "validate": "val", "test": "test", "predict": "predi
 
 def run(argv: Sequence[str]) -> None:
     """Parse ``argv`` and run its sub-command, with every public name of the package at hand."""
-    # torch 2.13 about its own pytree as Lightning 2.6 calls it: nothing that a user could mend
-    warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
-    for name in lightning_plugins._PUBLIC:
-        getattr(lightning_plugins, name)  # loads the class, so that its short name is known
-    close_process_group_at_exit()
-    PluginsCLI(list(argv))
+    with warnings.catch_warnings():  # the filter ends with the command: main() may be called from Python
+        # torch 2.13 about its own pytree as Lightning 2.6 calls it: nothing that a user could mend
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec, LeafSpec\)` is deprecated", FutureWarning)
+        for name in lightning_plugins._PUBLIC:
+            getattr(lightning_plugins, name)  # loads the class, so that its short name is known
+        close_process_group_at_exit()
+        PluginsCLI(list(argv))
 
 
 class PluginsCLI(LightningCLI):

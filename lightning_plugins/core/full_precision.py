@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric
+
+from lightning_plugins.core.merging import Merging
 
 
-class FullPrecision(Metric):
+class FullPrecision(Merging):
     """To stand before a metric whose states are float32 or wider, whatever the module around is cast to.
 
     Under ``precision="bf16-true"`` Lightning casts a module with all its metrics: a count in bfloat16 ends at 256, as

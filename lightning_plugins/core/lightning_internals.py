@@ -436,6 +436,21 @@ def around_validation(trainer: Trainer, context: Callable[[], AbstractContextMan
     loop.run = run_in_context
 
 
+def around_training(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Run the training loop of the fit that begins within a context, this once; call it in ``on_fit_start``.
+
+    When ``fit_loop.run`` goes: no hook of a module is called after an exception.
+    """
+    loop = trainer.fit_loop
+
+    def run_in_context() -> Any:
+        del loop.run
+        with context():
+            return loop.run()
+
+    loop.run = run_in_context
+
+
 def between_steps(trainer: Trainer) -> bool:
     """Whether the last batch ended with a step of the optimizer, or none was begun (``False``: it accumulates).
 

@@ -34,7 +34,10 @@ class BirthdayParadox(FeatureMetric, FeatureRows):
     with the threshold as real ones do, which is cautious for a collapsed generator.
 
     Arora and Zhang's own form stands beside it: the batch size s at which a batch holds a near-duplicate half of the
-    time (:func:`half_batch_size`), hence :math:`n = s^2 / (2 \ln 2)`. It needs many times s samples.
+    time (:func:`half_batch_size`), hence :math:`n = s^2 / (2 \ln 2)`. It needs many times s samples, and changes with
+    their order, as batches are of samples in a row: over several processes it is that of the samples process after
+    process, and ``merge_state`` puts the other metric's after the own. All else is the same in any order, but for the
+    choice among more than ``max_real`` real images.
 
     Args:
         feature: what images are compared by: digits (a small classifier in the package), inception (which needs

@@ -9,10 +9,11 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.merging import Merging
 from lightning_plugins.metrics.extractors import FeatureExtractor, feature_extractor
 
 
-class FeatureMetric(Metric):
+class FeatureMetric(Merging):
     """To stand before a metric whose ``update(features, real)`` takes rows, so that it takes images.
 
     The extractor is hidden from the modules around: it is in no ``parameters()``, ``state_dict()`` or DDP bucket, and
@@ -52,6 +53,22 @@ class FeatureMetric(Metric):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a batch is real or generated, so that it has no value of its own."""
         raise TypeError(f"{type(self).__name__} has no value of one batch: call update(images, real) and compute().")
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take the images of another metric of this kind, as if its updates had followed this one's.
+
+        Args:
+            incoming_state: the other metric, or its states by name, whose features must be of the same extractor.
+
+        Raises:
+            ValueError: its features are of another extractor, or of another number.
+        """
+        if isinstance(incoming_state, FeatureMetric) and incoming_state.fingerprint() != self.fingerprint():
+            raise ValueError(
+                f"merge_state: the other {type(self).__name__} has features of {incoming_state.fingerprint()}, this "
+                f"one of {self.fingerprint()}: merge metrics with the same feature."
+            )
+        super().merge_state(incoming_state)
 
     def reset(self) -> None:
         """Forget the generated images; the real ones too under ``reset_real_features``."""
@@ -97,6 +114,20 @@ class FeatureRows(Metric):
             raise ValueError(f"features have {features.shape[1]} columns and had {self.num_features} before.")
         self.num_features = self.num_features.new_tensor(features.shape[1])
         (self.real_features if real else self.fake_features).append(features.float().flatten())
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take another's rows after the own: torchmetrics puts them before, and order decides what is drawn."""
+        own = {name: len(getattr(self, name)) for name in ("real_features", "fake_features")}
+        theirs = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
+        widths = {int(width) for width in (self.num_features, theirs.get("num_features", 0)) if width}
+        if len(widths) > 1:
+            raise ValueError(
+                f"merge_state: one metric's features have {min(widths)} columns, the other's {max(widths)}."
+            )
+        super().merge_state(incoming_state)
+        for name, count in own.items():
+            joined = getattr(self, name)
+            setattr(self, name, joined[len(joined) - count :] + joined[: len(joined) - count])
 
     def rows(self) -> tuple[Tensor, Tensor]:
         """Real ``(N, F)`` and generated ``(M, F)`` rows in double precision."""

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from lightning_plugins.core import arguments as must
@@ -104,6 +105,22 @@ class FrechetDistance(FeatureMetric, FrechetInceptionDistance):
         if self.extractor is None and images.ndim == 2 and images.shape[1] != width:
             raise ValueError(f"features have {images.shape[1]} columns and num_features={width}: make them equal.")
         super().update(images, real)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Take the images of another metric, loaded ones included; a reference that both have loaded counts once.
+
+        Args:
+            incoming_state: the other metric, or its states by name, which hold no loaded images.
+
+        Raises:
+            ValueError: two different references, or features of another extractor.
+        """
+        theirs = incoming_state._reference if isinstance(incoming_state, FrechetDistance) else None
+        own = self._reference
+        if theirs is not None and own is not None and not all(map(torch.equal, own, theirs)):
+            raise ValueError("merge_state: the metrics have loaded different references: load the same one into both.")
+        super().merge_state(incoming_state)
+        self._reference = own if theirs is None else theirs
 
     def reset(self) -> None:
         """Forget the generated images; the real ones, loaded or not, under ``reset_real_features`` alone."""

@@ -3,14 +3,16 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.functional.text import rouge_score
 from torchmetrics.text import SacreBLEUScore
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.merging import Merging
 
 # Han, kana, their punctuation and full-width forms; not Hangul, which is written with spaces.
 _CJK = re.compile(
@@ -78,11 +80,28 @@ class GenerationScores(MetricCollection):
         Raises:
             ValueError: not as many references as predictions, or one text in place of a list.
         """
-        texts = must.each(must.text, of="a list of texts", empty=True)
-        must.check(locals(), predictions=texts, references=texts)
-        if len(predictions) != len(references):
-            raise ValueError(f"Each prediction needs one reference: got {len(predictions)} and {len(references)}.")
+        _check_pairs(predictions, references)
         super().update(predictions, references)
+
+    def forward(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, Any]:
+        """Take more pairs, and say their own scores.
+
+        Args:
+            predictions: as for :meth:`update`.
+            references: as for :meth:`update`.
+
+        Raises:
+            ValueError: as for :meth:`update`; what came before is kept.
+        """
+        _check_pairs(predictions, references)
+        return super().forward(predictions, references)
+
+
+def _check_pairs(predictions: Sequence[str], references: Sequence[str]) -> None:
+    texts = must.each(must.text, of="a list of texts", empty=True)
+    must.check(locals(), predictions=texts, references=texts)
+    if len(predictions) != len(references):
+        raise ValueError(f"Each prediction needs one reference: got {len(predictions)} and {len(references)}.")
 
 
 def space_cjk(text: str) -> str:
@@ -94,7 +113,7 @@ def space_cjk(text: str) -> str:
     return _CJK.sub(r" \1 ", text)
 
 
-class _Mean(Metric):
+class _Mean(Merging):
     """Mean of a score over pairs, as a sum and a count: a list of scores would hang ranks of different lengths."""
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
@@ -116,6 +135,7 @@ class _Rouge(_Mean):
         self.key = key
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        _check_pairs(predictions, references)
         if predictions:
             pairs = list(predictions), list(references)
             scores = rouge_score(*pairs, rouge_keys=self.key, normalizer=_lower_spaced, tokenizer=_WORD.findall)
@@ -133,6 +153,7 @@ class _ExactMatch(_Mean):
         self.lowercase = lowercase
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        _check_pairs(predictions, references)
         self.total = self.total + sum(
             self._words(p) == self._words(r) for p, r in zip(predictions, references, strict=True)
         )
@@ -142,12 +163,15 @@ class _ExactMatch(_Mean):
         return space_cjk(text.lower() if self.lowercase else text).split()
 
 
-class _Bleu(SacreBLEUScore):
+class _Bleu(Merging, SacreBLEUScore):
+    full_state_update = False  # its states are sums; torchmetrics would merge none
+
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        _check_pairs(predictions, references)
         super().update([space_cjk(text) for text in predictions], [[space_cjk(text)] for text in references])
 
 
-class _ChrF(Metric):
+class _ChrF(Merging):
     """torchmetrics' own leaves out the references of predictions without any right character, and scores too high."""
 
     is_differentiable, higher_is_better, full_state_update = False, True, False
@@ -160,6 +184,7 @@ class _ChrF(Metric):
         self.add_state("ngrams", torch.zeros(3, _CHRF_ORDER, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, predictions: Sequence[str], references: Sequence[str]) -> None:
+        _check_pairs(predictions, references)
         for prediction, reference in zip(predictions, references, strict=True):
             columns = []
             for n in range(1, _CHRF_ORDER + 1):

@@ -12,13 +12,24 @@ from torch import nn
 from lightning_plugins.core.new_folder import new_folder
 from lightning_plugins.sid.card import model_card
 from lightning_plugins.sid.denoiser import Denoiser
-from lightning_plugins.sid.teacher import Teacher
+from lightning_plugins.sid.teacher import Teacher, class_name
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 ONE_STEP = "_one_step"
 """Key of ``model_index.json``, which diffusers ignores, by which the ``sample`` command knows an exported student."""
+
+_INPUTS = {  # settings that give a network further inputs, and their values whose inputs it gets
+    "UNet2DModel": {"class_embed_type": (None, "timestep")},
+    "UNet2DConditionModel": {
+        "time_cond_proj_dim": (None,),
+        "class_embed_type": (None,),
+        "num_class_embeds": (None,),
+        "addition_embed_type": (None, "text"),
+        "encoder_hid_dim_type": (None, "text_proj"),
+    },
+}
 
 
 def export_student(
@@ -75,9 +86,7 @@ def export_student(
     """
     folder = Path(folder).resolve()
     refuse_sharded(denoiser.network)
-    name = _pipeline_name(denoiser.network, teacher)
-    _refuse_other_results(name, denoiser, clips, teacher)
-    scheduler = _one_step_scheduler(denoiser, sigma_init, clips)
+    name, scheduler = check_exportable(denoiser, sigma_init=sigma_init, clips=clips, teacher=teacher)
     pipeline = _pipeline(name, _plain_network(denoiser.network), scheduler, teacher)
     with new_folder(folder) as partial:
         pipeline.save_pretrained(partial)
@@ -89,6 +98,29 @@ def export_student(
         index.write_text(json.dumps({**json.loads(index.read_text(encoding="utf-8")), ONE_STEP: True}, indent=2) + "\n")
         (partial / "README.md").write_text(model_card(pipeline, sigma_init, clips, card), encoding="utf-8")
     return folder
+
+
+def check_exportable(
+    denoiser: Denoiser, *, sigma_init: float, clips: bool, teacher: Teacher | None
+) -> tuple[str, "SchedulerMixin"]:
+    """How a student will be exported; asked before training, too, so that no run ends in a student nobody can use.
+
+    Args:
+        denoiser: the student's network in EDM's scaling, or the teacher's; it may be sharded (FSDP2).
+        sigma_init: the generator's noise level, one of the denoiser's.
+        clips: whether generated images are clamped.
+        teacher: the model whose VAE, text encoder and tokenizer will be written; None in pixel space.
+
+    Returns:
+        The name of diffusers' pipeline, and its scheduler of one step.
+
+    Raises:
+        ValueError: diffusers has no pipeline that samples this student exactly.
+    """
+    _refuse_other_inputs(denoiser.network)
+    name = _pipeline_name(denoiser.network, teacher)
+    _refuse_other_results(name, denoiser, clips, teacher)
+    return name, _one_step_scheduler(denoiser, sigma_init, clips)
 
 
 def _one_step_scheduler(denoiser: Denoiser, sigma_init: float, clips: bool) -> "SchedulerMixin":
@@ -111,6 +143,7 @@ def _one_step_scheduler(denoiser: Denoiser, sigma_init: float, clips: bool) -> "
             prediction_type="flow_prediction",
             use_flow_sigmas=True,
             flow_shift=sigma_init / steps,
+            steps_offset=1,  # as below
         )
     length = int(denoiser.timesteps(level)) + 1
     betas = getattr(diffusers, config["_class_name"]).from_config(config).betas
@@ -131,10 +164,13 @@ def _refuse_broken_timestep(denoiser: Denoiser, timestep: float, steps: int) -> 
         return
     times = denoiser.timesteps(denoiser.sigmas)
     whole = denoiser.sigmas[(times - times.round()).abs() < 1e-3]
-    best = float(whole[(whole.log() - torch.tensor(timestep / (steps - timestep)).log()).abs().argmin()])
+    cure = "give a teacher with FlowMatchEulerDiscreteScheduler, whose last level is one"
+    if len(whole):
+        best = float(whole[(whole.log() - torch.tensor(timestep / (steps - timestep)).log()).abs().argmin()])
+        cure = f"distil with sigma_init={best:.6g}"
     raise ValueError(
         f"sigma_init is the network's timestep {timestep:.2f}, but diffusers has no one-step scheduler of flow "
-        f"matching whose timestep is no whole number: distil with sigma_init={best:.6g}."
+        f"matching whose timestep is no whole number: {cure}."
     )
 
 
@@ -159,7 +195,7 @@ def _pipeline_name(network: nn.Module, teacher: Teacher | None) -> str:
     Raises:
         ValueError: there is none.
     """
-    name, vae = type(network).__name__, teacher is not None and teacher.vae is not None
+    name, vae = class_name(network), teacher is not None and teacher.vae is not None
     text = teacher is not None and teacher.text_encoder is not None and teacher.tokenizer is not None
     if name == "UNet2DModel":
         return "LDMPipeline" if vae else "ConsistencyModelPipeline"
@@ -171,7 +207,7 @@ def _pipeline_name(network: nn.Module, teacher: Teacher | None) -> str:
         f"This student cannot be exported: diffusers has no pipeline for a {name} with what the teacher has "
         f"({'a' if vae else 'no'} VAE, {'a' if text else 'no'} text encoder). "
         "There are ones for UNet2DModel, for DiTTransformer2DModel with a VAE, and for UNet2DConditionModel with a "
-        "VAE, one text encoder and its tokenizer; the network alone is written by its save_pretrained(folder)."
+        "VAE, one text encoder and its tokenizer: give such a teacher."
     )
 
 
@@ -217,19 +253,50 @@ def refuse_sharded(network: nn.Module) -> None:
         )
 
 
+def _refuse_other_inputs(network: nn.Module) -> None:
+    """Inputs that a network asks for beyond noise, time, classes of a UNet2DModel or DiT, and one encoder's texts.
+
+    Without them diffusers ends in an error of its own, but for a guidance embedding (``time_cond_proj_dim``): training
+    would leave it out without a word, and StableDiffusionPipeline add that of no guidance, which is not zero.
+    """
+    for setting, known in _INPUTS.get(name := class_name(network), {}).items():
+        value, classes = network.config.get(setting), network.config.get("num_class_embeds")
+        if value not in known or (value == "timestep" and not classes):
+            raise ValueError(
+                f"The teacher's {name} has {setting}={value!r}, and so an input that SiD does not give it: give a "
+                f"teacher with {setting}=None."
+            )
+
+
 def _refuse_other_results(name: str, denoiser: Denoiser, clips: bool, teacher: Teacher | None) -> None:
-    """What the pipeline would do otherwise without a word."""
+    """What the pipeline would do otherwise, most of it without a word."""
+    config = denoiser.network.config
     if name == "ConsistencyModelPipeline":  # clamps its pixels anyway
         clips = False
     if clips and (denoiser.kind != "vp" or name == "StableDiffusionPipeline"):
-        raise ValueError(f"clip_output=True cannot be exported: {name} clips no latents of this kind. Train without.")
+        raise ValueError(
+            f"clip_output=True cannot be exported: {name} clips no latents of this kind. Train with clip_output=False "
+            "(the default is the clip_sample of the teacher's scheduler)."
+        )
     if name == "DiTPipeline" and denoiser.kind == "edm":
-        raise ValueError("A DiT in EDM's scaling cannot be exported: DiTPipeline starts from noise of variance 1.")
+        raise ValueError(
+            "A DiT in EDM's scaling cannot be exported: DiTPipeline starts from noise of variance 1. Give a teacher "
+            "with another scheduler."
+        )
+    if name == "LDMPipeline" and config.get("num_class_embeds") is not None:
+        raise ValueError(
+            "A UNet2DModel with a VAE and classes (num_class_embeds) cannot be exported: LDMPipeline tells its network "
+            "no class. Give a teacher without classes, or without a VAE, or a DiT."
+        )
     if teacher is not None and teacher.vae is not None and teacher.vae.config.get("shift_factor"):
-        raise ValueError(f"A VAE with a shift_factor cannot be exported: {name} knows none.")
-    size = denoiser.network.config.get("sample_size")
+        raise ValueError(
+            f"A VAE with a shift_factor cannot be exported: {name} knows none. Give a teacher whose VAE has none."
+        )
+    size = config.get("sample_size")
     if name != "StableDiffusionPipeline" and not isinstance(size, int) and len(set(size)) > 1:
-        raise ValueError(f"Samples of size {tuple(size)} cannot be exported: {name} makes squares.")
+        raise ValueError(
+            f"Samples of size {tuple(size)} cannot be exported: {name} makes squares. Give a teacher of squares."
+        )
 
 
 def _leave_out_paths(path: Path) -> None:

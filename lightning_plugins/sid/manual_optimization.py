@@ -1,7 +1,8 @@
 """Two networks trained in turn under Lightning: gradients made finite, and the runs that are refused before a step."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,6 +126,9 @@ def refuse_broken_teacher(teacher: Score, draws: Draws, source: Any) -> None:
         raise ValueError(f"teacher={source!r} denoises noise to values that are not finite: is its file whole?")
 
 
-def allow_checkpoints_by_steps() -> None:
+@contextmanager
+def checkpoints_by_steps() -> Iterator[None]:
     """Ignore Lightning's warning that ``every_n_train_steps`` saves after an update: that is what is wanted here."""
-    warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Using ModelCheckpoint with manual optimization", UserWarning)
+        yield

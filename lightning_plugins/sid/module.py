@@ -19,7 +19,7 @@ from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
-from lightning_plugins.core.lightning_internals import count_no_step, loss_scale, trainer_of
+from lightning_plugins.core.lightning_internals import around_training, count_no_step, loss_scale, trainer_of
 from lightning_plugins.core.logging import log_figures, measured_figures
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
@@ -34,11 +34,11 @@ from lightning_plugins.sid.arguments import check_arguments
 from lightning_plugins.sid.conditions import EqualBatches, as_dict, conditions, real_images
 from lightning_plugins.sid.denoiser import Denoiser
 from lightning_plugins.sid.description import check_progress
-from lightning_plugins.sid.export import export_student, refuse_sharded
+from lightning_plugins.sid.export import check_exportable, export_student, refuse_sharded
 from lightning_plugins.sid.guidance import guided
 from lightning_plugins.sid.lora import lora_copy, merged
 from lightning_plugins.sid.manual_optimization import (
-    allow_checkpoints_by_steps,
+    checkpoints_by_steps,
     clip_values_,
     finite_gradients_,
     refuse_broken_teacher,
@@ -587,21 +587,24 @@ class SiD(LightningModule):
 
         Raises:
             MisconfigurationException: a strategy that cannot train two networks in turn.
-            ValueError: weights in half precision, a teacher without the condition that guidance or dropout needs, or
-                one whose output is not finite.
+            ValueError: weights in half precision, a teacher without the condition that guidance or dropout needs, one
+                whose output is not finite, or one of which no student can be exported.
         """
         refuse_setup(self, self.trainer)
         refuse_endless_decay(self.trainer, self.decay_from)
-        allow_checkpoints_by_steps()
-        denoiser = self.teacher.denoiser
+        denoiser, nets = self.teacher.denoiser, self.networks
+        if not self._updates:  # what an earlier version began may go on
+            level = nets.start_level
+            check_exportable(nets.generator, sigma_init=level, clips=nets.clips, teacher=self.teacher)
         if self.num_pictures:
             step_levels(denoiser, self.teacher_steps)  # refuses more steps than levels
-        n, prompts = 2, [""] * 2 if self.networks.description["takes_text"] else None
-        conditioning = self.networks.conditioning(n, None, prompts, self._random(n, self.fake_steps + 2), self.device)
+        n, prompts = 2, [""] * 2 if nets.description["takes_text"] else None
+        conditioning = nets.conditioning(n, None, prompts, self._random(n, self.fake_steps + 2), self.device)
         draws = self._draw(n, self.fake_steps)
         self._dropped(conditioning, draws.dropped)
         for scale in {self.guidance, self.fake_guidance}:
-            refuse_broken_teacher(self._score(denoiser, conditioning, scale), draws, self.networks.source)
+            refuse_broken_teacher(self._score(denoiser, conditioning, scale), draws, nets.source)
+        around_training(self.trainer, checkpoints_by_steps)
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Nothing is learnt from data here; callbacks such as GenerativeEvaluation measure samples."""
@@ -638,6 +641,8 @@ class SiD(LightningModule):
     def export(self, folder: str | Path, *, metrics: Mapping[str, float] | None = None) -> Path:
         """Write the student as a diffusers pipeline that samples in one step, with no plugin installed.
 
+        Of several processes the first writes, and the others go on at once, so that all may call it or the first alone.
+
         Args:
             folder: where to write; new or empty, and written whole or not at all.
             metrics: figures for the model card, such as ``{"FID": 1.92}``; by default those of the last validation or
@@ -649,8 +654,11 @@ class SiD(LightningModule):
         nets = self.networks
         student = nets.built(nets.student)
         refuse_sharded(student.network)
+        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+            return Path(folder).resolve()
         network = student.network if self.lora_rank is None else merged(student.network)
-        needs_parts = self.lora_rank is not None or not nets.description["in_pixels"]
+        pixels_alone = nets.description["in_pixels"] and not nets.description["takes_text"]
+        needs_parts = self.lora_rank is not None or not pixels_alone
         card = {
             "teacher": nets.source if isinstance(nets.source, str) else type(nets.source).__name__,
             "alpha": self.alpha,

@@ -89,7 +89,7 @@ class Teacher:
         Raises:
             ValueError: this teacher takes no prompts, or wants more than one encoder's.
         """
-        if self.text_encoder is None or self.tokenizer is None or type(self.network).__name__ != "UNet2DConditionModel":
+        if self.text_encoder is None or self.tokenizer is None or class_name(self.network) != "UNet2DConditionModel":
             raise ValueError(
                 f"prompts: the teacher {self.source or type(self.network).__name__} has no text encoder of Stable "
                 "Diffusion's kind (one encoder, one tokenizer): give its conditioning as tensors instead."
@@ -185,6 +185,16 @@ def fingerprint(network: nn.Module, scheduler: "SchedulerMixin") -> str:
         for dim in (0, 1):
             digest.update(bits.sum(dim, dtype=torch.int64).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def class_name(network: nn.Module) -> str:
+    """The name of a network's class in diffusers, of which FSDP2 makes one of its own.
+
+    Args:
+        network: a network of diffusers, sharded or not.
+    """
+    classes = [cls.__name__ for cls in type(network).__mro__ if cls.__module__.startswith("diffusers.")]
+    return classes[0] if classes else type(network).__name__
 
 
 def _settings(part: Any) -> dict[str, Any]:

@@ -97,6 +97,7 @@ NAMES = {
     "fit_loop.epoch_loop.val_loop._restart_stage": "start_at",
     "fit_loop.epoch_loop.val_loop.run": "around_validation",
     "fit_loop.epoch_progress.current.completed": "start_at",
+    "fit_loop.run": "around_training",
 }
 
 

@@ -57,6 +57,15 @@ def test_two_processes_equal_one(runs, name):
         assert moved > 20 * TOLERANCE, part  # so that a wrong gradient would show
 
 
+def test_all_processes_may_export(runs):
+    """One folder, written once: by the module that was trained, and by one of its checkpoint."""
+    weights = load(runs.two / "accumulate")["weights"]
+    for name in ("student", "reloaded"):
+        assert [path.name for path in runs.two.glob(f"{name}*")] == [name]
+        for key, value in load_teacher(runs.two / name).network.state_dict().items():
+            assert torch.equal(value, weights[f"networks.student.network.{key}"])
+
+
 @pytest.mark.parametrize("name", script.CASES)
 def test_ranks_agree_and_the_teacher_stays(runs, name):
     first, second = (load(runs.two / name, rank) for rank in (0, 1))

@@ -5,13 +5,14 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_plugins.callbacks.flooding.loss import check_level
 from lightning_plugins.callbacks.piecewise import Points, check_points, value_at
 from lightning_plugins.callbacks.run_checks import (
+    NeedsTrainer,
     OneGradientPerStep,
     put_in_order,
     require_automatic_optimization,
@@ -29,7 +30,7 @@ Scope = Literal["step", "microbatch"]
 _CURE = "call flood(losses, level) in training_step"
 
 
-class Flooding(Callback):
+class Flooding(NeedsTrainer):
     r"""Train on |L - b| + b: descend while the loss is above the level b, ascend while it is below.
 
     .. math::

@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lightning_plugins.callbacks.generative_evaluation.reference_images import (
     reference_images,
     share,
 )
+from lightning_plugins.callbacks.run_checks import NeedsTrainer
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.logging import log_image, log_table
 from lightning_plugins.core.pictures import image_grid
@@ -43,7 +44,7 @@ class GenerativeModule(Protocol):
         ...
 
 
-class GenerativeEvaluation(Callback):
+class GenerativeEvaluation(NeedsTrainer):
     """Compare what a module samples with real images: figures to log and to select checkpoints by, and pictures.
 
     In validation, on the cadence, and whenever ``trainer.validate`` or ``trainer.test`` runs, each process draws its

@@ -4,7 +4,7 @@ import math
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -18,7 +18,12 @@ from lightning_plugins.callbacks.gradient_penalty.rules import CURE, Engine, Sco
 from lightning_plugins.callbacks.gradient_penalty.term import PenaltyNorm, descend_, size, weigh_
 from lightning_plugins.callbacks.implicit_regularization import implicit_coefficient, require_sgd
 from lightning_plugins.callbacks.piecewise import Points, value_at
-from lightning_plugins.callbacks.run_checks import OneGradientPerStep, put_in_order, require_automatic_optimization
+from lightning_plugins.callbacks.run_checks import (
+    NeedsTrainer,
+    OneGradientPerStep,
+    put_in_order,
+    require_automatic_optimization,
+)
 from lightning_plugins.core.distributed import largest_over_ranks
 from lightning_plugins.core.lightning_internals import is_scaled, loss_scale, skips_backward
 from lightning_plugins.core.optimizers import maximized, parameters_of
@@ -46,7 +51,7 @@ class Penalised(NamedTuple):
     relative_step: float | None
 
 
-class GradientPenalty(Callback):
+class GradientPenalty(NeedsTrainer):
     r"""Train on the loss plus a penalty on the norm of its gradient, without touching the module.
 
     .. math::

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from lightning_plugins.callbacks.non_finite_guard.report import report
 from lightning_plugins.callbacks.non_finite_guard.undo import StateOfRun
 from lightning_plugins.callbacks.non_finite_guard.verdict import Row, Start, Verdict, Window
-from lightning_plugins.callbacks.run_checks import put_in_order, require_plain_optimizers
+from lightning_plugins.callbacks.run_checks import NeedsTrainer, put_in_order, require_plain_optimizers
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.lightning_internals import skips_backward
 from lightning_plugins.replay.recorder import is_replaying
@@ -31,7 +31,7 @@ _CURES = {
 }
 
 
-class NonFiniteGuard(Callback):
+class NonFiniteGuard(NeedsTrainer):
     r"""Notice a loss or a gradient that is NaN or infinite in the step in which it comes, before it is in the weights.
 
     One NaN in a batch otherwise turns every weight to NaN in one step, and the run goes on to its end. The command line

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -32,7 +32,7 @@ from lightning_plugins.callbacks.ode_diagnostics.rows import (
     suggested_lr,
 )
 from lightning_plugins.callbacks.ode_diagnostics.step_watch import StepWatch
-from lightning_plugins.callbacks.run_checks import put_in_order, require_strategy
+from lightning_plugins.callbacks.run_checks import NeedsTrainer, put_in_order, require_strategy
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.lightning_internals import (
     batches_that_stepped,
@@ -61,7 +61,7 @@ class _Begun:
     gradient: list[Tensor] | None = None  # copy of the raw gradients, in due steps
 
 
-class ODEDiagnostics(Callback):
+class ODEDiagnostics(NeedsTrainer):
     r"""See training as the steps of an ODE solver: flow time, local error, distance to the stability limit.
 
     In optimizer step ``n`` with ``n`` a multiple of ``every_n_steps`` the window of batches is run once more at the new

@@ -124,6 +124,7 @@ def run(name, folder, teacher, processes=1, ckpt_path=None):
     }
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(result, folder / f"rank{trainer.global_rank}.pt")
+    return model
 
 
 def refused(teacher):
@@ -140,7 +141,11 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     root, teacher = map(Path, sys.argv[1:])
     for case in CASES:
-        run(case, root / case, teacher, processes=RANKS)
+        model = run(case, root / case, teacher, processes=RANKS)
+        if case == "accumulate":
+            model.export(root / "student")  # by all at once
+            reloaded = SiD.load_from_checkpoint(root / case / "ckpt" / "step=4.ckpt", map_location="cpu")
+            reloaded.export(root / "reloaded")
     run("sharded-adam", root / "resumed", teacher, RANKS, root / "sharded-adam" / "ckpt" / "step=2.ckpt")
     message = refused(teacher)
     (root / f"refused{torch.distributed.get_rank()}.txt").write_text(message or "")
