@@ -67,7 +67,7 @@ test-wild: $(VENV)/installed-test
 test-support: $(VENV)/installed-test
 	results=$$(mktemp) && trap 'rm -f "$$results"' EXIT && \
 		SUPPORT_RESULTS=$$results $(VENV)/bin/python -m pytest -m "slow or not slow" tests/distributed/test_support.py \
-			tests/distributed/test_launch_lines.py $(PYTEST_ARGS) -k "not page" && \
+			tests/distributed/test_launch_lines.py tests/distributed/test_spawned.py $(PYTEST_ARGS) -k "not page" && \
 		PYTHONPATH=tests/helpers $(VENV)/bin/python -m support.table $$results
 
 test-oldest: $(OLDEST)/installed-test

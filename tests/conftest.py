@@ -28,6 +28,9 @@ _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 pytest.register_assert_rewrite("wild.cells")  # here, before doctests import it
 
+# Whose slow tests are for make test-faults, test-support and test-wild, and the networks that ONNX needs seconds for.
+_WITH_COMMAND = {"distributed", "faults", "wild", "test_onnx.py"}
+
 # Folders and files of processes and whole runs, which take long and hold few numbers.
 _APART = {"cli", "distributed", "faults", "gates", "recipes", "robustness", "wild"}
 _APART |= {"test_learning.py", "test_mixtures.py", "test_sid_export.py", "test_export.py"}
@@ -41,12 +44,17 @@ def _is_apart(item):
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Mark tests in the folders of the parts, unless they take long.
 
     As ``numerics`` what compares floating-point results (others may say so), as ``fast`` the first case of each test
-    that neither draws nor goes through the modes of training.
+    that neither draws nor goes through the modes of training. Long ones with a command of their own are left out
+    unless ``-m`` chooses.
     """
+    if not config.option.markexpr:
+        long = [item for item in items if _WITH_COMMAND & {*item.path.parts} and item.get_closest_marker("slow")]
+        items[:] = [item for item in items if item not in long]
+        config.hook.pytest_deselected(items=long)
     for item in items:
         if not isinstance(item, pytest.Function) or _is_apart(item):
             continue
