@@ -121,7 +121,9 @@ if __name__ == "__main__":
         model = run(case, root / case, teacher, processes=RANKS)
         if case == "accumulate":
             model.export(root / "student")  # by all at once
-            reloaded = SiD.load_from_checkpoint(root / case / "ckpt" / "step=4.ckpt", map_location="cpu")
+            reloaded = SiD.load_from_checkpoint(
+                root / case / "ckpt" / "step=4.ckpt", map_location="cpu", **sgd(1e-5, 1e-6)
+            )
             reloaded.export(root / "reloaded")
     run("sharded-adam", root / "resumed", teacher, RANKS, root / "sharded-adam" / "ckpt" / "step=2.ckpt")
     message = refused(teacher)
