@@ -32,6 +32,18 @@ DDP = "ddp_find_unused_parameters_true"
 CASES = {
     "accumulate": ({"accumulate": 2, "decay_from": 0.5, "fake_steps": 2, **sgd(1e-5, 1e-6)}, DDP),
     "spoilt": (sgd(1e-5, 1e-6), DDP),
+    "adversarial": (
+        {
+            "adversarial": True,
+            "alpha": 1.0,
+            "accumulate": 2,
+            "generator_after_images": 8,
+            "adversarial_after_images": 16,
+            "fake_clip_value": 50.0,
+            **sgd(1e-5, 1e-6),
+        },
+        DDP,
+    ),
     "sharded": ({"accumulate": 2, "gradient_clip": 1.0, **sgd(1e-2, 1e-2)}, sharded),
     "sharded-adam": ({"num_pictures": 2, "teacher_steps": 2, "lr": 1e-3, "fake_lr": 1e-3}, sharded),
 }
@@ -47,6 +59,17 @@ class Spoilt(SiD):
         if self.spoilt and self._updates == 1:
             draws.latent[row_keys(self, n) == 3] = float("nan")
         return draws
+
+
+class WithImages(Spoilt):
+    """Real images for SiDA: of all processes together the same, however many there are."""
+
+    def training_step(self, batch, batch_idx):
+        if self.adversarial:
+            keys = row_keys(self, len(batch["index"])).tolist()
+            rows = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(int(key))) for key in keys]
+            batch = {"image": torch.stack(rows)}
+        super().training_step(batch, batch_idx)
 
 
 class Lost(Callback):
@@ -82,7 +105,7 @@ def run(name, folder, teacher, processes=1, ckpt_path=None):
     """Train one case; write ``rank<r>.pt``."""
     arguments, strategy = CASES[name]
     settings = {"num_pictures": 0, "updates_per_epoch": 2, "batch_size": RANKS * ROWS // processes}
-    model = Spoilt(teacher=str(teacher), **(settings | arguments))
+    model = WithImages(teacher=str(teacher), **(settings | arguments))
     model.spoilt = name == "spoilt"
     lost = Lost()
     trainer = trainer_of(folder, processes, strategy, lost, save_every=2)
@@ -121,9 +144,8 @@ if __name__ == "__main__":
         model = run(case, root / case, teacher, processes=RANKS)
         if case == "accumulate":
             model.export(root / "student")  # by all at once
-            reloaded = SiD.load_from_checkpoint(
-                root / case / "ckpt" / "step=4.ckpt", map_location="cpu", **sgd(1e-5, 1e-6)
-            )
+            path = root / case / "ckpt" / "step=4.ckpt"
+            reloaded = SiD.load_from_checkpoint(path, map_location="cpu", **sgd(1e-5, 1e-6))
             reloaded.export(root / "reloaded")
     run("sharded-adam", root / "resumed", teacher, RANKS, root / "sharded-adam" / "ckpt" / "step=2.ckpt")
     message = refused(teacher)
