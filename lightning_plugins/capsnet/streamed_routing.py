@@ -15,6 +15,7 @@ queries. Only u, W and the R sums (B,J,K) are saved for backward.
 """
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def _wants_plain_operations(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling():
         return torch.compiler.is_exporting()
     given = [tensor for tensor in tensors if tensor is not None]
-    return any(map(torch._C._functorch.is_functorch_wrapped_tensor, given)) or any(
+    return any(map(cast(Any, torch._C)._functorch.is_functorch_wrapped_tensor, given)) or any(
         forward_ad.unpack_dual(tensor).tangent is not None for tensor in given
     )
 

@@ -118,7 +118,7 @@ class FeatureRows(Metric):
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Take another's rows after the own: torchmetrics puts them before, and order decides what is drawn."""
         own = {name: len(getattr(self, name)) for name in ("real_features", "fake_features")}
-        theirs = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
+        theirs: dict[str, Any] = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
         widths = {int(width) for width in (self.num_features, theirs.get("num_features", 0)) if width}
         if len(widths) > 1:
             raise ValueError(

@@ -259,8 +259,9 @@ def _refuse_other_inputs(network: nn.Module) -> None:
     Without them diffusers ends in an error of its own, but for a guidance embedding (``time_cond_proj_dim``): training
     would leave it out without a word, and StableDiffusionPipeline add that of no guidance, which is not zero.
     """
+    config: Any = network.config
     for setting, known in _INPUTS.get(name := class_name(network), {}).items():
-        value, classes = network.config.get(setting), network.config.get("num_class_embeds")
+        value, classes = config.get(setting), config.get("num_class_embeds")
         if value not in known or (value == "timestep" and not classes):
             raise ValueError(
                 f"The teacher's {name} has {setting}={value!r}, and so an input that SiD does not give it: give a "
@@ -270,7 +271,7 @@ def _refuse_other_inputs(network: nn.Module) -> None:
 
 def _refuse_other_results(name: str, denoiser: Denoiser, clips: bool, teacher: Teacher | None) -> None:
     """What the pipeline would do otherwise, most of it without a word."""
-    config = denoiser.network.config
+    config: Any = denoiser.network.config
     if name == "ConsistencyModelPipeline":  # clamps its pixels anyway
         clips = False
     if clips and (denoiser.kind != "vp" or name == "StableDiffusionPipeline"):
@@ -288,7 +289,8 @@ def _refuse_other_results(name: str, denoiser: Denoiser, clips: bool, teacher: T
             "A UNet2DModel with a VAE and classes (num_class_embeds) cannot be exported: LDMPipeline tells its network "
             "no class. Give a teacher without classes, or without a VAE, or a DiT."
         )
-    if teacher is not None and teacher.vae is not None and teacher.vae.config.get("shift_factor"):
+    vae: Any = None if teacher is None else teacher.vae
+    if vae is not None and vae.config.get("shift_factor"):
         raise ValueError(
             f"A VAE with a shift_factor cannot be exported: {name} knows none. Give a teacher whose VAE has none."
         )

@@ -190,7 +190,7 @@ def _plain_tokenizer(tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedMod
     if (highest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
         size = model.config.vocab_size
         raise ValueError(f"The tokenizer knows token {highest}, the model only {size} tokens: not its tokenizer.")
-    backend = copy.deepcopy(tokenizer.backend_tokenizer)
+    backend: Any = copy.deepcopy(tokenizer.backend_tokenizer)
     backend.no_padding()
     backend.no_truncation()
     inputs = ["input_ids", "attention_mask"]

@@ -129,7 +129,8 @@ class GenerativeEvaluation(NeedsTrainer):
         self.metrics, self.feature, self.reference = tuple(metrics), feature, reference
         self.sample_options = dict(sample_options or {})
         self._extractor: FeatureExtractor | None = None
-        self._judges: dict[str, Metric] | None = None
+        self._judges: dict[str, Metric] = {}
+        self._has_real_images = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Look at the module before anything runs."""
@@ -147,7 +148,7 @@ class GenerativeEvaluation(NeedsTrainer):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forget the real images; the next run may have others."""
-        self._extractor, self._judges = None, None
+        self._extractor, self._judges, self._has_real_images = None, {}, False
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Evaluate, on the cadence."""
@@ -167,8 +168,8 @@ class GenerativeEvaluation(NeedsTrainer):
             self._draw_few(trainer, pl_module, device, state)
             return
         try:
-            if self._judges is None:
-                self._judges = self._with_real_images(trainer, device)
+            if not self._has_real_images:
+                self._judges, self._has_real_images = self._with_real_images(trainer, device), True
             images = self._draw(trainer, pl_module, device)
             figures = self._compute()
             self._show(trainer, images, stage, device)
