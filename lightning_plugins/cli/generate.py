@@ -22,7 +22,7 @@ One line comes out for each text that goes in: --text, or the lines of standard 
   lightning-plugins generate --ckpt_path last --top_p 0.9              type lines, read answers; Ctrl-D ends
   lightning-plugins generate --ckpt_path last --num_beams 4 --batch_size 32 < sources.txt > predictions.txt
 """
-_EXPORTED = "An exported model needs no plugin: its README.md shows how plain transformers runs it."
+_EXPORTED = "An exported model is run as its README.md shows: most need plain transformers alone."
 _BROKEN_PIPE = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
