@@ -66,8 +66,8 @@ test-wild: $(VENV)/installed-test
 # The table is written when every cell is as it should be.
 test-support: $(VENV)/installed-test
 	results=$$(mktemp) && trap 'rm -f "$$results"' EXIT && \
-		SUPPORT_RESULTS=$$results $(VENV)/bin/python -m pytest -m "slow or not slow" tests/distributed/test_support.py \
-			tests/distributed/test_launch_lines.py tests/distributed/test_spawned.py $(PYTEST_ARGS) -k "not page" && \
+		SUPPORT_RESULTS=$$results $(VENV)/bin/python -m pytest -m "slow or not slow" tests/distributed \
+			--deselect tests/distributed/test_support.py::test_the_page_has_every_part_and_mode $(PYTEST_ARGS) && \
 		PYTHONPATH=tests/helpers $(VENV)/bin/python -m support.table $$results
 
 test-oldest: $(OLDEST)/installed-test

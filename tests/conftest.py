@@ -28,6 +28,8 @@ _SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
 
 pytest.register_assert_rewrite("wild.cells")  # here, before doctests import it
 
+collect_ignore_glob = ["distributed/scripts/*.py"]  # started by tests, with paths of their own
+
 # Whose slow tests are for make test-faults, test-support and test-wild, and the networks that ONNX needs seconds for.
 _WITH_COMMAND = {"distributed", "faults", "wild", "test_onnx.py"}
 

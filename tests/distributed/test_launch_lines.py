@@ -20,7 +20,7 @@ SHORT = [
 LINES = [
     command for language, _, content in blocks(PAGE) if language in ("bash", "sh") for command in commands(content)
 ]
-QUICK = [line for line in LINES if "--nnodes" in line or line.startswith("srun") or "eae/digits --config" in line]
+QUICK = [line for line in LINES if "--nnodes" in line]
 LIMIT_S = 300
 
 

@@ -45,6 +45,7 @@ def load(folder, rank=0):
     return torch.load(folder / f"rank{rank}.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", script.CASES)
 def test_two_processes_equal_one(runs, name):
     one, *two = load(runs.one / name), load(runs.two / name), load(runs.two / name, rank=1)
@@ -62,6 +63,7 @@ def test_two_processes_equal_one(runs, name):
         assert one["texts"] == two[0]["texts"] == two[1]["texts"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unilm", "sid", "sid-lora", "teacher"])
 def test_recomputed_activations_change_nothing(runs, name):
     plain, again = load(runs.two / name), load(runs.two / f"{name}-recomputed")
@@ -69,6 +71,7 @@ def test_recomputed_activations_change_nothing(runs, name):
         torch.testing.assert_close(again["weights"][key], value, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unilm", "sid", "sid-lora", "teacher"])
 def test_every_trained_network_has_moved(runs, name):
     """So that a gradient that is lost would show."""
@@ -90,6 +93,7 @@ def test_every_trained_network_has_moved(runs, name):
         assert max(moved) > 1e-4, part
 
 
+@pytest.mark.slow
 def test_the_units_are_blocks(runs):
     """Each layer and each level gathers its weights by itself, and the rest of each network together."""
     layers = [f":net.bert.encoder.layer.{k}" for k in range(2)]
@@ -103,24 +107,28 @@ def test_the_units_are_blocks(runs):
     assert load(runs.two / "teacher")["units"] == sorted(expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unilm", "sid"])
 def test_weights_are_freed_after_a_call_without_a_backward_pass(runs, name):
     """Else ``module.zero_grad()`` would clear the gradients of gathered weights, which are not the trained ones."""
     assert load(runs.two / name)["whole"] == []
 
 
+@pytest.mark.slow
 def test_adapters_share_the_shards_of_the_weights_they_sit_on(runs):
     """Half a copy of the teacher in each process, not half of four; what cannot be halved evenly is padded by each."""
     one, two = (load(folder / "sid-lora")["frozen_bytes"] for folder in (runs.one, runs.two))
     assert 0.5 * one <= two < 0.6 * one
 
 
+@pytest.mark.slow
 def test_adapters_go_on_from_a_sharded_checkpoint(runs):
     whole, resumed = load(runs.two / "sid-lora"), load(runs.two / "resumed")
     for key, value in whole["weights"].items():
         assert torch.equal(resumed["weights"][key], value), key
 
 
+@pytest.mark.slow
 def test_the_teacher_stays(runs):
     for name in ("sid", "sid-lora", "sid-lora-recomputed"):
         one, two = load(runs.one / name)["teacher"], load(runs.two / name)["teacher"]
