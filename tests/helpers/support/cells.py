@@ -214,6 +214,7 @@ def train(part, mode, root, file, processes, steps=STEPS, ckpt_path=None):
         start,
         RandomState(),
         plugins=[AtomicCheckpointIO()] if processes == 1 else [],  # reads folders, too
+        default_root_dir=file.parent,  # for pictures
         devices=processes,
         strategy="auto" if processes == 1 else strategy,
         max_steps=turns * steps,
