@@ -77,7 +77,7 @@ def sum_over_ranks(value: Tensor, group: torch.distributed.ProcessGroup | None =
 
 
 @torch.no_grad()
-def means_over_ranks(values: Mapping[str, Tensor], weight: float) -> tuple[dict[str, Tensor], Tensor]:
+def means_over_ranks(values: Mapping[str, Tensor], weight: float) -> tuple[dict[str, Tensor], Tensor | float]:
     """Means over all processes of numbers to be logged, such as the means over each one's rows, and the weights' sum.
 
     All go in one message, whose end no process waits for; one process alone gets its own values back. Lightning's
@@ -89,12 +89,12 @@ def means_over_ranks(values: Mapping[str, Tensor], weight: float) -> tuple[dict[
         weight: of this process's values, such as its rows or tokens.
 
     Returns:
-        The means by name, of the types that came in, and the sum of all weights, float64.
+        The means by name, of the types that came in, and the sum of all weights.
     """
     columns = [value.detach() for value in values.values()]
-    total = torch.full((), float(weight), dtype=torch.float64, device=columns[0].device)
     if not _several_processes(None):
-        return dict(zip(values, columns, strict=True)), total
+        return dict(zip(values, columns, strict=True)), weight
+    total = torch.full((), float(weight), dtype=torch.float64, device=columns[0].device)
     sums = torch.stack([total, *(total * value for value in columns)])
     torch.distributed.all_reduce(sums)
     means = (sums[1:] / sums[0].clamp(min=1e-30)).unbind()
