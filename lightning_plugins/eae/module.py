@@ -531,8 +531,9 @@ class EAE(LightningModule):
         groups: Any = self.parameters()
         if decay := self.objective.decoder_decay:
             decayed = decayed_weights(self.decoder)
+            kernels = set(decayed)
             groups = [
-                {"params": [p for p in self.parameters() if not any(p is weight for weight in decayed)]},
+                {"params": [p for p in self.parameters() if p not in kernels]},
                 {"params": decayed, "weight_decay": decay},
             ]
         schedule = None if self.lr_decay == 1 else lambda adam: ExponentialLR(adam, self.lr_decay)

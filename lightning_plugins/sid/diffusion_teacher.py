@@ -79,7 +79,7 @@ class DiffusionTeacher(LightningModule):
         weight_decay: AdamW's decay of all weights; 0.01 is torch's default.
         ema_decay: share of the running mean that stays in a step; in the first ones it is smaller, (1 + n) / (10 + n)
             after n steps. 0.999 for some thousand steps, 0.9999 for some hundred thousand.
-        seed: seed of all noise, with the epoch, the batch and the process.
+        seed: seed of all noise, with the epoch, the batch and the place in the batch of all processes.
         activation_checkpointing: keep only the inputs of the network's blocks in training and compute the blocks again
             in the backward pass: much less memory at the cost of a second forward pass, and the same gradients.
         pictures_every_n_epochs: log samples after every so many validation epochs; 0 for none.
