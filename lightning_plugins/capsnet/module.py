@@ -31,12 +31,11 @@ from lightning_plugins.capsnet.trace import RoutingTrace
 from lightning_plugins.core import arguments as must
 from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import trainer_of
-from lightning_plugins.core.logging import log_figures
+from lightning_plugins.core.logging import log_figures, log_losses
 from lightning_plugins.core.lr_schedules import exponential_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
@@ -370,15 +369,8 @@ class CapsNet(LightningModule):
         poses = self(batch["image"])
         terms = self.loss(batch, poses)
         loss = torch.stack([*terms.values()]).sum()
-        on_epoch = stage != "train"
-        size = len(poses) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
-        named = {f"{stage}/{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
-        logged = {f"{stage}/loss": loss, **named}
-        if not (on_epoch or is_replaying()):
-            logged, _ = means_over_ranks(logged, weight=len(poses))
-        self.log(f"{stage}/loss", logged.pop(f"{stage}/loss"), prog_bar=True, batch_size=size, sync_dist=on_epoch)
-        if logged:
-            self.log_dict(logged, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        if not is_replaying():
+            log_losses(self, stage, loss, terms if len(terms) > 1 else {}, rows=len(poses))
         metrics: Any = self.metrics[f"{stage}_metrics"]
         metrics.update(*self._scores(poses.detach(), batch["label"]))
         self.log_dict(metrics, prog_bar=True, on_step=False, on_epoch=True)

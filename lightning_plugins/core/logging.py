@@ -1,10 +1,10 @@
-"""Pictures and tables for any Lightning logger.
+"""Pictures and tables for any Lightning logger, and losses of all processes.
 
 Lightning has no common call for a picture. Here one picture is written as a PNG beside the run, and every logger of
 the trainer that can show it gets it. A logger of your own joins in with ``@send_image.register(MyLogger)``.
 
 ``log_image``, ``log_table`` and ``log_text_table`` may be called by every rank or by rank zero alone: they write on
-rank zero and never wait for another.
+rank zero and never wait for another. ``log_losses`` tells what all ranks found.
 """
 
 import csv
@@ -15,10 +15,11 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CometLogger, CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.markdown import markdown_table
 from lightning_plugins.core.new_file import new_file
 
@@ -238,3 +239,29 @@ def _file(trainer: Trainer, kind: str, tag: str, step: int, suffix: str) -> Path
     path = log_dir(trainer) / kind / tag / f"{step:06d}.{suffix}"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def log_losses(
+    module: LightningModule,
+    stage: str,
+    loss: Tensor,
+    terms: Mapping[str, Tensor],
+    rows: int,
+    weight: float | None = None,
+) -> None:
+    """Log the loss of a batch, and means over the epoch of its terms, of all processes; all must call it.
+
+    Args:
+        module: whose batch it is.
+        stage: ``train``, ``val`` or ``test``.
+        loss: in training that of the step, else its mean over the epoch.
+        terms: what else is told, by name.
+        rows: of this process's batch.
+        weight: of this process's means beside the others' in training; its rows by default.
+    """
+    trains, size = stage == "train", rows * module.trainer.world_size  # Lightning averages these and rounds down
+    means = {f"{stage}/loss": loss, **{f"{stage}/{name}": term for name, term in terms.items()}}
+    if trains:
+        means, _ = means_over_ranks(means, rows if weight is None else weight)
+    module.log(f"{stage}/loss", means.pop(f"{stage}/loss"), prog_bar=True, batch_size=size, sync_dist=not trains)
+    module.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)

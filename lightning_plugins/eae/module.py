@@ -15,12 +15,12 @@ from lightning_plugins.core import arguments as must
 from lightning_plugins.core import random_numbers
 from lightning_plugins.core.batches import image_batch, warn_of_range
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import gather_rows, means_over_ranks
+from lightning_plugins.core.distributed import gather_rows
 from lightning_plugins.core.full_precision import FullPrecisionMean, widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import trainer_of
-from lightning_plugins.core.logging import log_figures
+from lightning_plugins.core.logging import log_figures, log_losses
 from lightning_plugins.core.lr_schedules import optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pictures import pictures_are_due
@@ -434,10 +434,7 @@ class EAE(LightningModule):
 
     def _log_step(self, loss: Tensor, terms: Mapping[str, Tensor], codes: Codes) -> None:
         size = len(codes.own) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
-        named = {f"train/{name}": term for name, term in terms.items()}
-        means, _ = means_over_ranks({"train/loss": loss, **named}, weight=len(codes.own))
-        self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=size)
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        log_losses(self, "train", loss, terms, rows=len(codes.own))
         if self.objective.term == "entropy" and "regularization" in terms:
             if self._within_classes:
                 gap = entropy_gap(codes.all.detach(), self.k)

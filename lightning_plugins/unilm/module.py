@@ -20,12 +20,11 @@ from lightning_plugins.core.activation_checkpointing import checkpoint_activatio
 from lightning_plugins.core.batches import text_batch
 from lightning_plugins.core.checkpoint_damage import refuse_damage
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import means_over_ranks
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
 from lightning_plugins.core.lightning_internals import checkpoint_to_load, should_update_logs, trainer_of
-from lightning_plugins.core.logging import figure_to_image, log_image, log_text_table
+from lightning_plugins.core.logging import figure_to_image, log_image, log_losses, log_text_table
 from lightning_plugins.core.lr_schedules import WARMUP, linear_warmup_decay, optimizer_or_own
 from lightning_plugins.core.modes import evaluating
 from lightning_plugins.core.pretrained import load_tokenizer, pack_tokenizer, unpack_tokenizer
@@ -256,11 +255,8 @@ class UniLMSeq2Seq(LightningModule):
 
     def _log_step(self, loss: Tensor, terms: Mapping[str, Tensor], inputs: Inputs) -> None:
         """Means over the predicted tokens of all processes."""
-        named = {f"train/{name}": term for name, term in terms.items()} if len(terms) > 1 else {}
-        means, _ = means_over_ranks({"train/loss": loss, **named}, weight=len(inputs.labels))
-        rows = len(inputs.input_ids) * self.trainer.world_size  # Lightning averages the ranks' sizes and rounds down
-        self.log("train/loss", means.pop("train/loss"), prog_bar=True, batch_size=rows)
-        self.log_dict(means, on_step=False, on_epoch=True, batch_size=rows, sync_dist=True)
+        named = terms if len(terms) > 1 else {}
+        log_losses(self, "train", loss, named, rows=len(inputs.input_ids), weight=len(inputs.labels))
 
     def loss(self, batch: Mapping[str, Any], inputs: Inputs | None = None) -> dict[str, Tensor]:
         """The named terms whose sum is trained: ``nll``, the mean over the batch's predicted tokens.
