@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import load_script, torchrun
+from tiny import save_teacher
 
 pytestmark = pytest.mark.ddp
 
@@ -22,7 +23,7 @@ PREDICTED = [run for run in RUNS if run.values[0] in script.WITH_PREDICTIONS]
 def runs(tmp_path_factory):
     """Folders of all cases: run by one process, this one, and by two under torchrun."""
     folder = tmp_path_factory.mktemp("numbers")
-    load_script("train_sid").save_teacher(folder / "teacher")
+    save_teacher(folder / "teacher")
     (folder / "2").mkdir()
     with torchrun("same_numbers", folder / "2", folder / "teacher", cwd=folder / "2"):
         for name in script.CASES:

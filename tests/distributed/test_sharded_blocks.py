@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import load_script, torchrun
+from tiny import sd_unet
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -223,21 +224,6 @@ def sd3():
     )
 
 
-def sd():
-    import diffusers
-
-    return diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
-
-
 # name: network, conditions, blocks
 NETWORKS = {
     "dit": (dit, lambda: {"class_labels": torch.tensor([1, 7])}, 2),  # the first stays with the rest
@@ -249,7 +235,7 @@ NETWORKS = {
         },
         3,
     ),
-    "sd": (sd, lambda: {"encoder_hidden_states": torch.randn(2, 8, 16).double()}, 5),
+    "sd": (sd_unet, lambda: {"encoder_hidden_states": torch.randn(2, 8, 16).double()}, 5),
 }
 
 

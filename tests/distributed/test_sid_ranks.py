@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ranks import load_script, torchrun
+from tiny import save_teacher
 
 from lightning_plugins.sid.teacher import load_teacher
 
@@ -21,7 +22,7 @@ def runs(tmp_path_factory):
     """Folders of all cases: run by one process, this one, and by two under torchrun."""
     folder = tmp_path_factory.mktemp("sid")
     one, two, teacher = folder / "one", folder / "two", folder / "teacher"
-    script.save_teacher(teacher)
+    save_teacher(teacher)
     two.mkdir()
     with torchrun("train_sid", two, teacher, cwd=folder) as log:
         for name in ONE:

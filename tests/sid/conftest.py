@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tiny import sd_unet
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,16 +84,7 @@ def stable_diffusion():
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    unet = diffusers.UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=4,
-    )
+    unet = sd_unet()
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(letter + "</w>" for letter in letters)]
     tokenizer = CLIPTokenizer({word: index for index, word in enumerate(words)}, [], model_max_length=8)

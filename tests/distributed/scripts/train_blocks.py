@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from lightning.pytorch import seed_everything
 from rank_script import end, full, sharded, trainer_of
+from tiny import BERT
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from train_sid import RANKS, ROWS
 from train_sid import sgd as two_sgd
-from train_unilm import CONFIG, some_pairs
+from train_unilm import some_pairs
 
 from lightning_plugins import DiffusionTeacher, Seq2SeqData, SiD, UniLMSeq2Seq
 from lightning_plugins.core.distributed import close_process_group_at_exit
@@ -92,7 +93,7 @@ def build(name, teacher, processes):
     if kind_of(name) == "unilm":
         sizes = {"vocab_size": 60, "max_source_length": 16, "max_target_length": 16, "batch_size": 8 // processes}
         data = Seq2SeqData(pairs=some_pairs(), val_size=6, length_grouping=False, **sizes)
-        return kind(config=CONFIG, generation={"max_new_tokens": 4}, **arguments), data
+        return kind(config=BERT, generation={"max_new_tokens": 4}, **arguments), data
     if kind_of(name) == "sid":
         few = {"num_pictures": 0, "updates_per_epoch": 2, "batch_size": RANKS * ROWS // processes}
         return kind(teacher=str(teacher), **few, **arguments), None

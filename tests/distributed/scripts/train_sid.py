@@ -82,25 +82,6 @@ class Lost(Callback):
         self.counts.append(int(trainer.callback_metrics["train/nonfinite_samples"]))
 
 
-def save_teacher(folder):
-    """A UNet of 8 x 8 grey pictures with random weights."""
-    import diffusers
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        network = diffusers.UNet2DModel(
-            sample_size=8,
-            in_channels=1,
-            out_channels=1,
-            block_out_channels=(8, 16),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-            up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            norm_num_groups=4,
-        )
-    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(folder)
-
-
 def run(name, folder, teacher, processes=1, ckpt_path=None):
     """Train one case; write ``rank<r>.pt``."""
     arguments, strategy = CASES[name]

@@ -12,23 +12,13 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from rank_script import end, full, trainer_of
+from tiny import BERT
 
 from lightning_plugins import Flooding, GradientPenalty, RandomState, Seq2SeqData, UniLMSeq2Seq
 from lightning_plugins.core.distributed import close_process_group_at_exit
 
 GLOBAL_BATCH = 8
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-CONFIG = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "hidden_dropout_prob": 0.0,  # each process would draw its own
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.2,
-}
 SOURCES = ["one two", "nine eight seven", "five", "ten ten"]
 
 
@@ -111,7 +101,7 @@ def run(name, folder, processes=1, ckpt_path=None):
         batch_size=GLOBAL_BATCH // processes,
         length_grouping=False,
     )
-    model = UniLMSeq2Seq(config=CONFIG, **({"generation": {"max_new_tokens": 6}} | arguments))
+    model = UniLMSeq2Seq(config=BERT, **({"generation": {"max_new_tokens": 6}} | arguments))
     watch = Watch()
     changed = [Flooding(3.9), GradientPenalty(0.01, engine="exact")] if name == "flooded" else []
     trainer = trainer_of(folder, processes, strategy, watch, RandomState(), *changed, save_every=2, **options)

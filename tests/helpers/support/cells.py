@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny import BERT, save_teacher
 from trainers import quiet_trainer
 
 from lightning_plugins import (
@@ -30,41 +31,11 @@ from lightning_plugins import (
 STEPS = 4
 ROWS = 32  # images in a step of all processes
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-BERT = {
-    "model_type": "bert",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "max_position_embeddings": 40,
-    "initializer_range": 0.2,
-    "hidden_dropout_prob": 0.0,  # each process draws its own
-    "attention_probs_dropout_prob": 0.0,
-}
-UNET = {
-    "sample_size": 8,
-    "in_channels": 1,
-    "out_channels": 1,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-}
 
 
 def sgd(rate):
     """Unlike Adam it does not blow up the rounding of gradients that are nearly zero."""
     return partial(torch.optim.SGD, lr=rate)
-
-
-def save_teacher(folder):
-    """A tiny diffusion model with random weights, as diffusers keeps it."""
-    import diffusers
-
-    torch.manual_seed(0)
-    network = diffusers.UNet2DModel(**UNET)
-    diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(folder)
 
 
 def digits(rows, size=8):
