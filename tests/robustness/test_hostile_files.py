@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import matplotlib
+import onnxruntime  # noqa: F401 (it writes a number into the home folder when diffusers imports it first)
 import pytest
 import torch
 import yaml
