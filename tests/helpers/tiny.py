@@ -48,3 +48,10 @@ def save_teacher(folder):
             norm_num_groups=4,
         )
     diffusers.DDPMPipeline(network, diffusers.DDPMScheduler(clip_sample=False)).save_pretrained(folder)
+
+
+def letter_pairs(count):
+    """Text pairs: letters with spaces between, two to six of them, and the same backwards."""
+    generator = torch.Generator().manual_seed(0)
+    letters = [[chr(97 + int(i)) for i in torch.randint(9, (2 + n % 5,), generator=generator)] for n in range(count)]
+    return [[" ".join(row), " ".join(row[::-1])] for row in letters]

@@ -5,6 +5,7 @@ import torch
 import trainers
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from saved_activations import kept_bytes
+from tiny import letter_pairs
 
 from lightning_plugins import GradientPenalty, ODEDiagnostics, Seq2SeqData, UniLMSeq2Seq
 from lightning_plugins.core.activation_checkpointing import checkpoint_activations
@@ -43,11 +44,8 @@ def sgd(parameters):
 
 @pytest.fixture(scope="module")
 def data():
-    generator = torch.Generator().manual_seed(0)
-    letters = [[chr(97 + int(i)) for i in torch.randint(9, (2 + n % 5,), generator=generator)] for n in range(20)]
-    pairs = [[" ".join(row), " ".join(row[::-1])] for row in letters]
     sizes = {"vocab_size": 40, "max_source_length": 12, "max_target_length": 12, "batch_size": 4}
-    return lambda: Seq2SeqData(pairs=pairs, val_size=4, length_grouping=False, **sizes)
+    return lambda: Seq2SeqData(pairs=letter_pairs(20), val_size=4, length_grouping=False, **sizes)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import trainers
 from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tiny import letter_pairs
 
 from lightning_plugins import Flooding, GradientPenalty, ODEDiagnostics, Seq2SeqData, UniLMSeq2Seq
 
@@ -49,11 +50,8 @@ def sgd(parameters):
 @pytest.fixture(scope="session")
 def data():
     """20 pairs of letters, of unlike lengths, and 4 for validation; their tokenizer is learnt."""
-    generator = torch.Generator().manual_seed(0)
-    letters = [[chr(97 + int(i)) for i in torch.randint(9, (2 + n % 5,), generator=generator)] for n in range(24)]
-    pairs = [[" ".join(row), " ".join(row[::-1])] for row in letters]
     sizes = {"vocab_size": 40, "max_source_length": 12, "max_target_length": 12, "batch_size": 5}
-    return lambda: Seq2SeqData(pairs=pairs, val_size=4, length_grouping=False, **sizes)
+    return lambda: Seq2SeqData(pairs=letter_pairs(24), val_size=4, length_grouping=False, **sizes)
 
 
 @pytest.fixture(scope="session")
