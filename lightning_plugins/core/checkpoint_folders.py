@@ -12,8 +12,9 @@ import torch.distributed
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage
-from lightning_plugins.core.checkpoint_shards import CHECKSUMS, checksum, kept_checksums, read_index, refuse_objects
+from lightning_plugins.core.checkpoint_shards import checksum, kept_checksums, refuse_objects
 from lightning_plugins.core.replacing import is_address, is_sharded, replacing, write_error
+from lightning_plugins.core.shard_index import CHECKSUMS, read_index
 
 
 def replace_folders(strategy: ParallelStrategy) -> None:

@@ -1,70 +1,39 @@
 """Sharded checkpoints: folders that FSDP2 writes, a part from each process. They are read as data, and as one whole.
 
 The index of such a folder is a pickle, which torch reads without asking, as it does all parts that are no tensor. Here
-the index is read with stand-ins for torch's classes, so that nothing in it has a meaning of its own; then its names,
-sizes and places are compared with the files. What has passed may also be given to torch.
+both are read as data, the index by ``shard_index.py``. What has passed may also be given to torch.
 """
 
 import io
 import json
-import math
-import os
 import pickle
 import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_plugins.core.checkpoint_damage import refuse_damage, remembered
+from lightning_plugins.core.shard_index import (
+    CHECKSUMS,
+    DESCRIPTION,
+    Entry,
+    Place,
+    is_plain,
+    no_data,
+    places_of,
+    read_index,
+    refuse,
+    sentence,
+)
 
-INDEX, DESCRIPTION = ".metadata", "meta.pt"
-CHECKSUMS = "checksums.json"  # of all other files in the folder, CRC-32
-_OF_TORCH = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath", "WindowsPath"},  # Python 3.13
-}
-_DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _WEIGHTS = ("state_dict", "model")  # as FSDP2 and FSDP1 call them
 _OPTIMIZER = re.compile(r"optimizer_(0|[1-9]\d{0,3})")
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Bytes of a file in the folder."""
-
-    file: str
-    start: int
-    length: int
-
-
-@dataclass
-class _Entry:
-    """A tensor in chunks by their offsets, or (``dtype`` is ``None``) an object in one place."""
-
-    path: tuple[str | int, ...]
-    size: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    chunks: dict[tuple[int, ...] | None, tuple[tuple[int, ...], _Place]] = field(default_factory=dict)
 
 
 # The whole of a folder
@@ -92,7 +61,7 @@ def read_sharded(
     _refuse_others(folder, entries)
     content = _description(folder)
     wanted = {name: entry for name, entry in entries.items() if optimizers or entry.path[0] in _WEIGHTS}
-    total, done = sum(place.length for place in _places(wanted)), 0
+    total, done = sum(place.length for place in places_of(wanted)), 0
     whole: dict[str | int, Any] = {}
     for name, entry in wanted.items():
         _put(whole, entry.path, _value(folder, name, entry))
@@ -124,7 +93,7 @@ def describe_sharded(folder: Path) -> dict[str, Any]:
     return {**_description(folder), "state_dict": state}
 
 
-def refuse_objects(folder: Path, entries: "Mapping[str, _Entry]") -> None:
+def refuse_objects(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Read as data, each by itself, what torch would unpickle without asking: all that is no tensor.
 
     Raises:
@@ -136,7 +105,7 @@ def refuse_objects(folder: Path, entries: "Mapping[str, _Entry]") -> None:
             _value(folder, name, entry)
 
 
-def _refuse_others(folder: Path, entries: "Mapping[str, _Entry]") -> None:
+def _refuse_others(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Refuse what Lightning puts into no folder."""
     roots = {str(entry.path[0]) for entry in entries.values()}
     optimizers = [root for root in roots if _OPTIMIZER.fullmatch(root)]
@@ -144,7 +113,7 @@ def _refuse_others(folder: Path, entries: "Mapping[str, _Entry]") -> None:
     known |= set() if _WEIGHTS[0] in roots else set(_WEIGHTS)
     for name, entry in entries.items():
         if entry.path[0] not in known or not isinstance((*entry.path, None)[1], str):
-            _refuse(folder, f"holds {name!r}, which is no part of a checkpoint")
+            refuse(folder, f"holds {name!r}, which is no part of a checkpoint")
 
 
 def _description(folder: Path) -> dict[str, Any]:
@@ -153,7 +122,7 @@ def _description(folder: Path) -> dict[str, Any]:
     with _data(folder):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict):
-        _refuse(folder, f"has a {DESCRIPTION} that is no description of a checkpoint")
+        refuse(folder, f"has a {DESCRIPTION} that is no description of a checkpoint")
     return content
 
 
@@ -172,7 +141,7 @@ def _plain(whole: Any) -> Any:
     return [values[key] for key in sorted(values)] if is_list else values
 
 
-def _value(folder: Path, name: str, entry: _Entry) -> Any:
+def _value(folder: Path, name: str, entry: Entry) -> Any:
     """What an entry says, from all its chunks."""
     if entry.dtype is None:
         return _part(folder, entry.chunks[None][1])
@@ -182,23 +151,23 @@ def _value(folder: Path, name: str, entry: _Entry) -> Any:
     for offsets, (sizes, place) in entry.chunks.items():
         part = _part(folder, place)
         if not isinstance(part, Tensor) or (part.shape, part.dtype, part.device.type) != (sizes, entry.dtype, "cpu"):
-            _refuse(folder, f"has other numbers in {place.file!r} than its index says of {name!r}")
+            refuse(folder, f"has other numbers in {place.file!r} than its index says of {name!r}")
         where = tuple(slice(first, first + count) for first, count in zip(offsets or (), sizes, strict=True))
         whole[where] = part.detach()
         if covered is not None:
             covered[where] = True
     if covered is not None and not covered.all():
-        _refuse(folder, f"has chunks of {name!r} that do not make it whole")
+        refuse(folder, f"has chunks of {name!r} that do not make it whole")
     return whole
 
 
-def _part(folder: Path, place: _Place) -> Any:
+def _part(folder: Path, place: Place) -> Any:
     """One part of a file, which is a file of ``torch.save`` itself."""
     with _data(folder):
         return torch.load(_bytes(folder, place), map_location="cpu", weights_only=True)
 
 
-def _bytes(folder: Path, place: _Place) -> io.BytesIO:
+def _bytes(folder: Path, place: Place) -> io.BytesIO:
     with (folder / place.file).open("rb") as file:
         file.seek(place.start)
         return io.BytesIO(file.read(place.length))
@@ -219,39 +188,25 @@ def _data(folder: Path) -> Iterator[None]:
     try:
         yield
     except pickle.UnpicklingError as error:
-        raise ValueError(_sentence(folder, f"holds {_no_data(error)}; it is not opened")) from error
+        raise ValueError(sentence(folder, f"holds {no_data(error)}; it is not opened")) from error
     except (RuntimeError, EOFError) as error:
         raise OSError(_damaged(folder, "a part of it cannot be read")) from error
-
-
-def _no_data(error: BaseException) -> str:
-    """What is no data: torch tells it in a page, among other things."""
-    found = re.search(r"GLOBAL (\S+)", text) if "\n" in (text := str(error)) else re.fullmatch(r"(\S+)", text)
-    return f"an object of {found[1]}" if found else "an object that is no plain value"
-
-
-def _sentence(folder: Path, what: str) -> str:
-    return f"sharded checkpoint {str(folder)!r} {what}."
 
 
 def _damaged(folder: Path, why: str) -> str:
     return f"checkpoint {str(folder)!r} is damaged ({why}). Use an earlier one."
 
 
-def _refuse(folder: Path, what: str) -> NoReturn:
-    raise ValueError(_sentence(folder, f"{what}; it is not opened"))
-
-
 # Damage
 
 
-def refuse_damaged_folder(folder: Path, entries: "Mapping[str, _Entry]") -> None:
+def refuse_damaged_folder(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Raise if files are missing or short, or are not as they were written, by the checksums in or beside them.
 
     Raises:
         OSError: in that case.
     """
-    for place in _places(entries):
+    for place in places_of(entries):
         path = folder / place.file
         if not path.is_file():
             raise OSError(_damaged(folder, f"it lacks {place.file!r}"))
@@ -264,11 +219,11 @@ def refuse_damaged_folder(folder: Path, entries: "Mapping[str, _Entry]") -> None
         raise OSError(_damaged(folder, why))
 
 
-def _wrong_checksum(folder: Path, entries: "Mapping[str, _Entry]") -> str | None:
+def _wrong_checksum(folder: Path, entries: Mapping[str, Entry]) -> str | None:
     if kept := kept_checksums(folder):
         wrong = [name for name, value in kept.items() if checksum(folder / name) != value]
     else:
-        wrong = [place.file for place in _places(entries) if not _is_whole(_bytes(folder, place))]
+        wrong = [place.file for place in places_of(entries) if not _is_whole(_bytes(folder, place))]
     return f"the checksum of {wrong[0]!r} is wrong" if wrong else None
 
 
@@ -285,7 +240,7 @@ def kept_checksums(folder: Path) -> dict[str, int | None]:
         kept = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         kept = None
-    if not isinstance(kept, dict) or not all(_is_plain(name) for name in kept):
+    if not isinstance(kept, dict) or not all(is_plain(name) for name in kept):
         raise OSError(_damaged(folder, f"{CHECKSUMS!r} holds no checksums"))
     return kept
 
@@ -299,174 +254,3 @@ def checksum(path: Path) -> int | None:
         while data := file.read(2**20):
             value = zlib.crc32(data, value)
     return value
-
-
-def _places(entries: Mapping[str, _Entry]) -> Iterator[_Place]:
-    for entry in entries.values():
-        yield from (place for _, place in entry.chunks.values())
-
-
-# The index
-
-
-class _Frozen(type):
-    """Nothing in a pickle changes a class."""
-
-    def __setattr__(cls, name: str, value: Any) -> None:
-        raise pickle.UnpicklingError(cls.__name__)
-
-
-class _Record(metaclass=_Frozen):
-    """Stands for an object of torch's: what it is made of."""
-
-    args: tuple[Any, ...]
-    state: Any
-
-    def __new__(cls, *args: Any) -> "_Record":
-        record = super().__new__(cls)
-        record.args, record.state = args, {}
-        return record
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Index(pickle.Unpickler):
-    """Knows nothing but types of numbers and names of torch's own classes, and gives stand-ins for these."""
-
-    def __init__(self, file: Any) -> None:
-        super().__init__(file)
-        self._classes: dict[str, type] = {}
-
-    def find_class(self, module: str, name: str) -> Any:
-        """A type of numbers, or a stand-in."""
-        if module == "torch" and name in _DTYPES:
-            return _DTYPES[name]
-        if name not in _OF_TORCH.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return self._classes.setdefault(name, _Frozen(name, (_Record,), {}))
-
-
-def read_index(folder: Path) -> dict[str, _Entry]:
-    """What a folder holds, by name. Every place lies in one of the folder's own files, and no tensor is larger than it.
-
-    Raises:
-        ValueError: the index holds other things than an index does, or names places elsewhere.
-        OSError: the folder cannot be read.
-    """
-    if _leads_out(folder, INDEX) or _leads_out(folder, DESCRIPTION) or _leads_out(folder, CHECKSUMS):
-        _refuse(folder, "holds a link that leads out of it")
-    try:
-        with (folder / INDEX).open("rb") as file:
-            metadata = _Index(file).load()
-        entries = _entries(metadata)
-    except pickle.UnpicklingError as error:
-        raise ValueError(_sentence(folder, f"holds {_no_data(error)}; it is not opened")) from error
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle raises anything
-        raise ValueError(_sentence(folder, "holds no index of what is there; it is not opened")) from error
-    for place in _places(entries):
-        if not _is_plain(place.file) or _leads_out(folder, place.file):
-            _refuse(folder, f"names {place.file!r}, which is no file in it")
-    taken: dict[str, int] = {}
-    for place in _places(entries):
-        taken[place.file] = taken.get(place.file, 0) + place.length
-    for name, length in taken.items():  # places that share bytes would ask for more memory than the files have
-        if (folder / name).is_file() and length > max((folder / name).stat().st_size, _end(entries, name)):
-            _refuse(folder, f"names the same bytes of {name!r} twice")
-    return entries
-
-
-def _end(entries: Mapping[str, _Entry], name: str) -> int:
-    return max(place.start + place.length for place in _places(entries) if place.file == name)
-
-
-def _leads_out(folder: Path, name: str) -> bool:
-    """Whether a name is a link out of the folder, or of something that is no file."""
-    path = folder / name
-    if not os.path.lexists(path):
-        return False
-    return not (path.is_file() and path.resolve().parent == folder.resolve())
-
-
-def _is_plain(name: Any) -> bool:
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", ":", "\0"}
-
-
-def _entries(metadata: Any) -> dict[str, _Entry]:
-    """The index in plain values; anything else in it raises whatever it raises."""
-    places: dict[tuple[str, tuple[int, ...] | None], _Place] = {}
-    for index, info in _of(metadata, "Metadata")["storage_data"].items():
-        key, where = _of(index, "MetadataIndex"), _of(info, "_StorageInfo")
-        offset = key.get("offset")
-        at = (_text(key["fqn"]), None if offset is None else _size(offset))
-        if at in places or where.get("transform_descriptors") is not None:
-            raise ValueError("twice, or packed")
-        places[at] = _Place(_text(where["relative_path"]), _count(where["offset"]), _count(where["length"]))
-    paths = metadata.state["planner_data"] or {}
-    entries = {}
-    for name, stored in metadata.state["state_dict_metadata"].items():
-        entry = entries[_text(name)] = _Entry(_path(paths.get(name, (name,))))
-        if type(stored).__name__ == "BytesStorageMetadata":
-            entry.chunks[None] = ((), places.pop((name, None)))
-            continue
-        tensor = _of(stored, "TensorStorageMetadata")
-        entry.size, (entry.dtype, *_) = _size(tensor["size"]), tensor["properties"].state
-        if not isinstance(entry.dtype, torch.dtype):
-            raise TypeError("no type of numbers")
-        for chunk in tensor["chunks"]:
-            offsets, sizes = (_size(_of(chunk, "ChunkStorageMetadata")[key]) for key in ("offsets", "sizes"))
-            entry.chunks[offsets] = (sizes, places.pop((name, offsets)))
-        _check_sizes(entry)
-    taken = {entry.path for entry in entries.values()}
-    inner = any(path[:length] in taken for path in taken for length in range(1, len(path)))
-    if places or inner or len(taken) != len(entries):
-        raise ValueError("places of nothing, or two things by one name")
-    return entries
-
-
-def _check_sizes(entry: _Entry) -> None:
-    """The chunks lie in their tensor, are as many numbers together, and no more than their places hold."""
-    assert entry.dtype is not None
-    numbers = 0
-    for offsets, (sizes, place) in entry.chunks.items():
-        assert offsets is not None
-        ends = [first + count for first, count in zip(offsets, sizes, strict=True)]
-        inside = all(end <= whole for end, whole in zip(ends, entry.size, strict=True))
-        if not inside or math.prod(sizes) * entry.dtype.itemsize > place.length:
-            raise ValueError("a chunk beyond its tensor or its file")
-        numbers += math.prod(sizes)
-    if numbers != math.prod(entry.size):
-        raise ValueError("chunks that are not the tensor")
-
-
-def _of(record: Any, name: str) -> dict[str, Any]:
-    """What a stand-in holds, by name."""
-    if type(record).__name__ != name or not isinstance(record, _Record) or not isinstance(record.state, dict):
-        raise TypeError(name)
-    return record.state
-
-
-def _size(record: Any) -> tuple[int, ...]:
-    """A ``torch.Size``, whose memory a few small numbers cannot ask for."""
-    (values,) = record.args
-    return tuple(map(_count, values))
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError("no text")
-    return value
-
-
-def _count(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < 2**63:
-        raise TypeError("no count")
-    return value
-
-
-def _path(values: Any) -> tuple[str | int, ...]:
-    if not isinstance(values, tuple) or not values:
-        raise TypeError("no path")
-    return tuple(_count(value) if isinstance(value, int) else _text(value) for value in values)
