@@ -9,6 +9,12 @@ import torch.distributed
 from torch import Tensor
 
 
+def rank_of_process() -> int:
+    """This process's number among all of the running group, 0 without one."""
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if running else 0
+
+
 def largest_over_ranks(number: int, device: torch.device, group: torch.distributed.ProcessGroup | None = None) -> int:
     """The largest of all processes' numbers, so that all decide alike."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():

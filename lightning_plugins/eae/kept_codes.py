@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_plugins.core import arguments as must
+from lightning_plugins.core.distributed import rank_of_process
 from lightning_plugins.core.full_precision import FullPrecision
 from lightning_plugins.core.random_numbers import RowGenerator, generator, rand
 from lightning_plugins.eae.entropy import NEIGHBOURS, entropy_gap, knn_entropy, more_than
@@ -64,9 +65,8 @@ class KeptCodes(FullPrecision):
             raise ValueError(f"labels must be ({len(z)},) integers, a class for each code, got {must.told(labels)}.")
         self.dim = torch.full_like(self.dim, z.shape[1])
         if keys is None:
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            rank = torch.distributed.get_rank() if distributed else 0
-            numbers = torch.rand(len(z), generator=generator("cpu", int(self.num_seen), rank), device="cpu")
+            source = generator("cpu", int(self.num_seen), rank_of_process())
+            numbers = torch.rand(len(z), generator=source, device="cpu")
         else:
             numbers = rand((len(z),), RowGenerator(keys))
         self.num_seen = self.num_seen + len(z)  # not in place: see FullPrecisionMean

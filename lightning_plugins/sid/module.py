@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_plugins.core.activation_checkpointing import checkpoint_activations
 from lightning_plugins.core.checkpoint_data import read_as_data
-from lightning_plugins.core.distributed import means_over_ranks
+from lightning_plugins.core.distributed import means_over_ranks, rank_of_process
 from lightning_plugins.core.full_precision import widen
 from lightning_plugins.core.hyperparameters import save_plain_hyperparameters
 from lightning_plugins.core.launched import bring_home_whole
@@ -654,7 +654,7 @@ class SiD(LightningModule):
         nets = self.networks
         student = nets.built(nets.student)
         refuse_sharded(student.network)
-        if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
+        if rank_of_process():
             return Path(folder).resolve()
         network = student.network if self.lora_rank is None else merged(student.network)
         pixels_alone = nets.description["in_pixels"] and not nets.description["takes_text"]
